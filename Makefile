@@ -1,0 +1,63 @@
+# Everything a checkout needs, from a bare Python to a trained model. `make` alone lists the targets.
+# ARGS is handed on to the command that a target runs: make test ARGS="-k router -x".
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+STAMP := $(VENV)/.complete
+
+# One set of versions for every supported Python and platform, so that all users run what was tested.
+LOCK := $(RUN) uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint types lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv from requirements-dev.txt (PYTHON=python3.12 chooses the interpreter)
+
+demo: setup ## train a small mixture of experts on Countdown with RSPO
+	$(RUN) experiments.train countdown $(ARGS)
+
+test: setup ## run the tests (ARGS="-k router" selects)
+	$(RUN) pytest $(ARGS)
+
+# pytest exits with 5 when it finds nothing to run.
+test-slow: setup ## run the tests that are marked slow
+	@$(RUN) pytest -m slow $(ARGS) || { status=$$?; [ $$status -eq 5 ] || exit $$status; \
+		echo "No slow test was selected, so none ran."; }
+
+lint: setup ## check style and formatting with ruff
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+
+types: setup ## check types with pyright
+	$(RUN) pyright --project pyproject.toml $(ARGS)
+
+lock: setup ## write requirements*.txt anew from pyproject.toml (ARGS=--upgrade takes newer versions)
+	$(LOCK) $(ARGS) --extra dev --output-file requirements-dev.txt pyproject.toml
+	$(LOCK) --constraints requirements-dev.txt --output-file requirements.txt pyproject.toml
+
+clean: ## remove .venv, builds and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last. Without it, or with a newer lock, the environment is made from nothing,
+# so an interrupted run leaves no trace. uv comes from the lock too, and installs several times
+# faster than pip; the constraints fix what `promise`, which has no wheel, is built with.
+$(STAMP): requirements-dev.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "There is no '$(PYTHON)' here; name a Python 3.11 to 3.14, as in: make setup PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { \
+		echo "rspo_jax needs Python 3.11 to 3.14, but $(PYTHON) is $$("$(PYTHON)" -V 2>&1); choose another, as in: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "Making $(VENV) from requirements-dev.txt (about 1.3 GB)"
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements-dev.txt > $(VENV)/uv.txt
+	@$(RUN) pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
+	@$(RUN) uv pip install --quiet --python $(VENV)/bin/python --require-hashes \
+		--build-constraints requirements-dev.txt -r requirements-dev.txt
+	@$(RUN) uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,161 @@
+"""What a run is: one frozen dataclass a task, checked here as a whole and kept as `config.json` in the run's folder.
+
+The commands build their flags from these dataclasses. This file must never start a computation: everything that can
+be wrong with a run is refused before the first compile.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+import models
+from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig, CountdownReward
+from experiments.tasks.countdown.task import CountdownTask
+from rspo_jax.objectives import OBJECTIVES
+from rspo_jax.train_step import LearnerConfig
+from rspo_jax.trainer import TrainerConfig, check_learner
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """Which objective, and what of its defaults to change. An option that the objective does not have is refused."""
+
+    objective: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(OBJECTIVES) + "}")] = "rspo"
+    gamma_min: float | None = None
+    """Floor of the router-shift ratio."""
+    clip_low: float | None = None
+    clip_high: float | None = None
+    position: str | None = None
+    """Where RSPO's γ enters: pre_clip, post_clip or post_clip_literal."""
+    aggregation: str | None = None
+    """GRPO's mean: sequence_mean or token_mean."""
+    layer_aggregation: str = "mean"
+    """Of the router shift over layers: mean or sum."""
+    micro_batches: int = 1
+    """Parts that a mini-batch is cut into to save memory."""
+
+    def __post_init__(self) -> None:
+        self.config()
+
+    def config(self) -> Any:
+        """The objective's own config.
+
+        Raises:
+          ValueError: if the objective is unknown or does not have a given option.
+        """
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
+        config_type = OBJECTIVES[self.objective].config_type
+        known = {option.name for option in dataclasses.fields(config_type)}
+        options = {}
+        for name in ("gamma_min", "clip_low", "clip_high", "position", "aggregation"):
+            value = getattr(self, name)
+            if value is not None and name not in known:
+                raise ValueError(f"{self.objective} has no option {name}; it has {', '.join(sorted(known))}")
+            if value is not None:
+                options[name] = value
+        return config_type(**options)
+
+
+@dataclass(frozen=True)
+class CountdownRun:
+    """Train a small Mixture-of-Experts model on Countdown: reach a number by arithmetic on a few given ones."""
+
+    task: CountdownConfig = CountdownConfig()
+    reward: CountdownReward = CountdownReward()
+    model: models.TransformerConfig = field(
+        default_factory=lambda: models.TransformerConfig(vocab_size=CharacterTokenizer.vocabulary_size)
+    )
+    objective: Annotated[ObjectiveOptions, tyro.conf.arg(name="")] = ObjectiveOptions()
+    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig()
+    data_dir: str | None = None
+    """Where the data set is kept; TensorFlow Datasets' own folder when absent."""
+
+    def __post_init__(self) -> None:
+        self.task.check()
+        self.reward.check()
+        if self.model.vocab_size != CharacterTokenizer.vocabulary_size:
+            raise ValueError(
+                f"model.vocab_size is {self.model.vocab_size}, but Countdown's tokenizer has "
+                f"{CharacterTokenizer.vocabulary_size} tokens"
+            )
+        if self.trainer.evaluation.problems > self.task.validation:
+            raise ValueError(
+                f"evaluation.problems is {self.trainer.evaluation.problems}, but the validation split has only "
+                f"{self.task.validation} (task.validation)"
+            )
+        check_learner(self.trainer, self.learner())
+
+    def learner(self) -> LearnerConfig:
+        return LearnerConfig(
+            objective=self.objective.objective,
+            objective_config=self.objective.config(),
+            layer_aggregation=self.objective.layer_aggregation,
+            experts_per_token=self.model.num_experts_per_token,
+            temperature=self.trainer.sampler.temperature,
+            micro_batches=self.objective.micro_batches,
+        )
+
+    def build_task(self) -> CountdownTask:
+        return CountdownTask(self.task, self.reward, self.data_dir)
+
+
+RUNS: dict[str, type[CountdownRun]] = {"countdown": CountdownRun}
+"""The one table of tasks; the commands' choices come from it."""
+
+
+def save_config(path: Path, name: str, run: CountdownRun) -> None:
+    """Writes `config.json`."""
+    from rspo_jax.metrics import write_json
+
+    write_json(path, {"task_name": name} | dataclasses.asdict(run))
+
+
+def load_config(path: Path) -> tuple[str, CountdownRun]:
+    """Reads what `save_config` wrote.
+
+    Raises:
+      ValueError: if the file is missing, is not such a config, or has a field that is not known (any more).
+    """
+    if not path.exists():
+        raise ValueError(f"{path.parent} is not the folder of a run: it has no {path.name}")
+    values = json.loads(path.read_text())
+    name = values.pop("task_name", None)
+    if name not in RUNS:
+        raise ValueError(f"{path} is for the unknown task {name!r}; known: {', '.join(RUNS)}")
+    return name, _from_dict(RUNS[name], values, str(path))
+
+
+def _from_dict(config_type: type[Config], values: dict[str, Any], where: str) -> Config:
+    hints = typing.get_type_hints(config_type)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(f"{where} has the unknown field {sorted(unknown)[0]!r}")
+    return config_type(**{name: _from_value(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _from_value(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        return _from_dict(next(choice for choice in choices if dataclasses.is_dataclass(choice)), value, where)
+    return value
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """One line for each field in which two configs of a type differ: "steps: 100 -> 200"."""
+    lines = []
+    for option in dataclasses.fields(old):
+        before, after = getattr(old, option.name), getattr(new, option.name)
+        if dataclasses.is_dataclass(before) and type(before) is type(after):
+            lines += differences(before, after, f"{prefix}{option.name}.")
+        elif before != after:
+            lines.append(f"{prefix}{option.name}: {before} -> {after}")
+    return lines

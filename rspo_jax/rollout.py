@@ -1,0 +1,130 @@
+"""From problems to a rollout: prompts in, sampled and judged responses out.
+
+The only seam between host and device: text is encoded and judged here, everything after it is arrays. Sampling runs in
+chunks, so that the host judges one chunk while the device draws the next. This file must never know how a policy is
+updated, nor a concrete task.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rspo_jax.sampler import SamplerConfig, generate, pad_prompts
+from rspo_jax.types import Array, Params, Policy, RolloutBatch, Samples, Task, Tokenizer
+
+
+class Prompts(NamedTuple):
+    """Left-padded prompts on the device."""
+
+    tokens: Array
+    """int32 [B, P]."""
+    mask: Array
+    """bool [B, P]."""
+
+
+class Judged(NamedTuple):
+    """What the host found in a set of responses."""
+
+    rewards: np.ndarray
+    """float32 [B]; 0 for a response that was cut off before its stop token."""
+    correct: np.ndarray
+    """bool [B]."""
+    truncated: np.ndarray
+    """bool [B]."""
+    texts: list[str]
+
+
+def prompt_width(task: Task, problems: Sequence[Any]) -> int:
+    """The longest prompt among the problems, in tokens; one width for a whole run compiles once."""
+    return max(len(task.tokenizer.encode(task.prompt(problem))) for problem in problems)
+
+
+def encode_prompts(task: Task, problems: Sequence[Any], width: int, repeats: int = 1) -> Prompts:
+    """Encodes each problem's prompt `repeats` times in a row."""
+    encoded = [task.tokenizer.encode(task.prompt(problem)) for problem in problems]
+    tokens, mask = pad_prompts(encoded, width, task.tokenizer.pad_id)
+    return Prompts(jnp.asarray(np.repeat(tokens, repeats, axis=0)), jnp.asarray(np.repeat(mask, repeats, axis=0)))
+
+
+def sample_in_chunks(
+    policy: Policy,
+    params: Params,
+    prompts: Prompts,
+    key: Array,
+    sampler: SamplerConfig,
+    tokenizer: Tokenizer,
+    chunks: int,
+) -> list[Samples]:
+    """Starts to draw one response a prompt, in equal chunks, without waiting for any of them."""
+    rows = prompts.tokens.shape[0] // chunks
+    return [
+        generate(
+            policy,
+            params,
+            prompts.tokens[start : start + rows],
+            prompts.mask[start : start + rows],
+            jax.random.fold_in(key, start),
+            sampler,
+            (tokenizer.eos_id,),
+            tokenizer.pad_id,
+        )
+        for start in range(0, prompts.tokens.shape[0], rows)
+    ]
+
+
+@jax.jit
+def assemble(prompts: Prompts, chunks: list[Samples]) -> RolloutBatch:
+    """Joins prompts and responses into rows; the advantages are 0 until the rewards are known."""
+    samples = jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
+    before_response = jnp.zeros((prompts.tokens.shape[0], prompts.tokens.shape[1] - 1), bool)
+    return RolloutBatch(
+        tokens=jnp.concatenate([prompts.tokens, samples.tokens], axis=1),
+        segment_ids=jnp.concatenate([prompts.mask, samples.mask], axis=1).astype(jnp.int32),
+        mask=jnp.concatenate([before_response, samples.mask], axis=1),
+        sampler_log_probs=jnp.concatenate([before_response.astype(jnp.float32), samples.log_probs], axis=1),
+        advantages=jnp.zeros(prompts.tokens.shape[0]),
+    )
+
+
+def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
+    """Decodes and judges the responses chunk by chunk, waiting for each only when its turn comes.
+
+    Args:
+      task: the judge.
+      problems: one a row, in the order of the chunks' rows.
+      chunks: from `sample_in_chunks`.
+    """
+    rewards: list[float] = []
+    correct: list[bool] = []
+    truncated: list[bool] = []
+    texts: list[str] = []
+    for chunk in chunks:
+        tokens, mask = np.asarray(chunk.tokens), np.asarray(chunk.mask)
+        for row_tokens, row_mask in zip(tokens, mask, strict=True):
+            response = row_tokens[row_mask].tolist()
+            problem, text = problems[len(texts)], task.tokenizer.decode(response)
+            texts.append(text)
+            truncated.append(response[-1] != task.tokenizer.eos_id)
+            rewards.append(0.0 if truncated[-1] else task.reward(problem, text))
+            correct.append(not truncated[-1] and task.is_correct(problem, text))
+    return Judged(np.asarray(rewards, np.float32), np.asarray(correct), np.asarray(truncated), texts)
+
+
+def solve(
+    policy: Policy, params: Params, task: Task, problems: Sequence[Any], key: Array, sampler: SamplerConfig, width: int
+) -> Judged:
+    """One response to every problem, for evaluation, in batches of at most 512 rows."""
+    batch_size = min(512, len(problems))
+    chunks: list[Samples] = []
+    for start in range(0, len(problems), batch_size):
+        # The last batch is filled up with copies, so that one shape is compiled.
+        batch = [problems[min(row, len(problems) - 1)] for row in range(start, start + batch_size)]
+        prompts = encode_prompts(task, batch, width)
+        chunks += sample_in_chunks(policy, params, prompts, jax.random.fold_in(key, start), sampler, task.tokenizer, 1)
+    excess = len(chunks) * batch_size - len(problems)
+    if excess:
+        chunks[-1] = jax.tree.map(lambda leaf: leaf[:-excess], chunks[-1])
+    return judge(task, problems, chunks)

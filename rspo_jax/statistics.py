@@ -1,0 +1,115 @@
+"""Statistics that stay exact when a batch is cut into micro-batches or sharded.
+
+A statistic holds enough to be finished later: sums with their weights, extremes, samples for a quantile.
+Its arrays may have any leading axes (of a `lax.scan` over micro-batches, say), and `reduce` reads over all of
+them at once, so that stacking is all the merging there is. This file must never know what is being measured.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rspo_jax.types import Array
+
+
+class Mean(NamedTuple):
+    """A weighted mean that has not been divided yet; 0 where the weight is 0."""
+
+    total: Array
+    weight: Array
+
+    def reduce(self) -> Array:
+        weight = jnp.sum(self.weight)
+        return jnp.where(weight > 0, jnp.sum(self.total) / jnp.where(weight > 0, weight, 1), 0)
+
+
+class Sum(NamedTuple):
+    """A count or a plain sum."""
+
+    total: Array
+
+    def reduce(self) -> Array:
+        return jnp.sum(self.total)
+
+
+class Maximum(NamedTuple):
+    """The largest value seen; `-inf` marks none."""
+
+    value: Array
+
+    def reduce(self) -> Array:
+        return jnp.max(self.value)
+
+
+class Minimum(NamedTuple):
+    """The smallest value seen; `inf` marks none."""
+
+    value: Array
+
+    def reduce(self) -> Array:
+        return jnp.min(self.value)
+
+
+class Quantile(NamedTuple):
+    """A quantile of the non-negative float32 values under a mask, with linear interpolation."""
+
+    values: Array
+    mask: Array
+    level: Array
+
+    def reduce(self) -> Array:
+        return masked_quantile(self.values, self.mask, jnp.max(self.level))
+
+
+Statistic = Mean | Sum | Maximum | Minimum | Quantile
+Statistics = Mapping[str, Statistic]
+
+
+def masked_mean(values: Array, mask: Array) -> Mean:
+    """The mean of `values` where `mask` holds; what the rest holds (NaN included) has no effect."""
+    return Mean(jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask, dtype=values.dtype))
+
+
+def reduce(statistics: Statistics) -> dict[str, Array]:
+    """Finishes every statistic: a dict of scalars under the same names."""
+    return {name: statistic.reduce() for name, statistic in statistics.items()}
+
+
+def masked_quantile(values: Array, mask: Array, level: Array) -> Array:
+    """The exact quantile of the masked values, as `numpy.quantile` with linear interpolation defines it.
+
+    Sorting is the slowest thing that one can ask of an accelerator here. Bit patterns of non-negative floats are
+    ordered as the floats are, so the order statistic is found by bisecting its 31 bits with 31 counts instead.
+
+    Args:
+      values: float32, any shape, non-negative where the mask holds.
+      mask: bool, the same shape.
+      level: scalar in [0, 1].
+
+    Returns:
+      float32 scalar; NaN where the mask holds nowhere.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.where(mask, values, 0).astype(jnp.float32), jnp.int32)
+    count = jnp.sum(mask, dtype=jnp.int32)
+    position = level.astype(jnp.float32) * (count - 1).astype(jnp.float32)
+    rank = jnp.floor(position).astype(jnp.int32)
+
+    def count_up_to(bound: Array) -> Array:
+        return jnp.sum(mask & (bits <= bound), dtype=jnp.int32)
+
+    def bisect(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # the answer lies in [low, high]
+        middle = low + (high - low) // 2
+        enough = count_up_to(middle) > rank
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    infinity_bits = jnp.int32(0x7F800000)
+    below, _ = jax.lax.fori_loop(0, 31, bisect, (jnp.int32(0), infinity_bits))
+    next_above = jnp.min(jnp.where(mask & (bits > below), bits, infinity_bits))
+    has_next = rank + 1 < count
+    above = jnp.where(has_next & (count_up_to(below) <= rank + 1), next_above, below)
+    low, high = (jax.lax.bitcast_convert_type(b, jnp.float32) for b in (below, above))
+    quantile = low + (high - low) * (position - rank.astype(jnp.float32))
+    return jnp.where(count > 0, quantile, jnp.nan)

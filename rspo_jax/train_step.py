@@ -1,0 +1,254 @@
+"""The two device programs of a training step: score a rollout under the old policy, and update the parameters on it.
+
+Both run the same scoring function, so that the old log-probabilities and the old route have the numerics of the loss.
+Gradients are summed over micro-batches and divided once by the global weight. An update whose loss or gradient is not
+finite leaves parameters and optimizer untouched and is counted. This file must never know a concrete model, a task,
+or where rewards come from.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rspo_jax.log_probs import token_entropy, token_log_probs
+from rspo_jax.objectives import OBJECTIVES
+from rspo_jax.router import LAYER_AGGREGATIONS, router_shift, trace_router
+from rspo_jax.statistics import Mean, Statistic, Sum, masked_mean
+from rspo_jax.types import Array, Params, Policy, RolloutBatch, RouterTrace, ScoredBatch
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW under a linear warmup to a constant learning rate, or a cosine from there to 0."""
+
+    learning_rate: float = 3e-4
+    warmup_updates: int = 10
+    decay_updates: int | None = None
+    """Updates, warmup included, after which a cosine decay reaches 0; constant when absent."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_gradient_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.warmup_updates < 0:
+            raise ValueError(f"warmup_updates must be 0 or more, got {self.warmup_updates}")
+        if self.decay_updates is not None and self.decay_updates <= self.warmup_updates:
+            raise ValueError(
+                f"decay_updates ({self.decay_updates}) counts the warmup too and must exceed it ({self.warmup_updates})"
+            )
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not self.max_gradient_norm > 0:
+            raise ValueError(f"max_gradient_norm must be positive, got {self.max_gradient_norm}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+    def schedule(self) -> optax.Schedule:
+        """Learning rate by update."""
+        if self.decay_updates is not None:
+            return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, self.warmup_updates, self.decay_updates)
+        return optax.warmup_constant_schedule(0.0, self.learning_rate, self.warmup_updates)
+
+    def build(self) -> optax.GradientTransformation:
+        """The Optax chain: clip by global norm, then AdamW."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.max_gradient_norm),
+            optax.adamw(self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay),
+        )
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """What a gradient of the policy objective is made from."""
+
+    objective: str = "rspo"
+    objective_config: Any = None
+    """A config of the objective's own type; its defaults when absent."""
+    layer_aggregation: str = "mean"
+    experts_per_token: int = 2
+    """K of the model: how many experts of the old route are kept."""
+    temperature: float = 1.0
+    """The sampler's, so that the policy trained is the policy sampled."""
+    micro_batches: int = 1
+    """Parts that a batch is cut into, one after the other, to save memory."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
+        if self.layer_aggregation not in LAYER_AGGREGATIONS:
+            raise ValueError(f"layer_aggregation must be one of {LAYER_AGGREGATIONS}, got {self.layer_aggregation!r}")
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches must be at least 1, got {self.micro_batches}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive to train, got {self.temperature}")
+
+
+class TrainState(NamedTuple):
+    """What an update changes."""
+
+    params: Params
+    opt_state: optax.OptState
+    updates: Array
+    """int32 scalar: updates made."""
+    skipped: Array
+    """int32 scalar: updates skipped because something was not finite."""
+
+
+def init_train_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
+    """A state before its first update."""
+    return TrainState(params, optimizer.build().init(params), jnp.int32(0), jnp.int32(0))
+
+
+class TokenScores(NamedTuple):
+    """What one forward pass says of the response tokens of a batch."""
+
+    log_probs: Array  # [B, T]
+    entropy: Array  # [B, T]
+    router_logits: Array | None  # [L, B, T, E]
+
+
+def score_tokens(policy: Policy, params: Params, rollout: RolloutBatch, temperature: float) -> TokenScores:
+    """Log-probability of each target, entropy of its distribution, and the router at the input that scores it."""
+    output = policy.apply({"params": params}, rollout.tokens[:, :-1], segment_ids=rollout.segment_ids[:, :-1])
+    log_probs = token_log_probs(output.logits, rollout.tokens[:, 1:], temperature)
+    return TokenScores(
+        log_probs, token_entropy(jax.lax.stop_gradient(output.logits), temperature), output.router_logits
+    )
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B / parts, ...] on every leaf."""
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), tree)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "config"))
+def score(
+    policy: Policy, params: Params, rollout: RolloutBatch, config: LearnerConfig
+) -> tuple[Array, RouterTrace | None, dict[str, Statistic]]:
+    """The scoring pass: what the policy that generated a rollout says of it, in the trainer's own numerics.
+
+    Returns:
+      `old_log_probs` float32 [B, T], the old route, and statistics: the entropy of the policy in nats, and
+      `sampler_kl`, an estimate of KL(sampler ‖ trainer) from the sampler's log-probabilities.
+    """
+
+    def score_part(part: RolloutBatch) -> tuple[Array, RouterTrace | None, dict[str, Statistic]]:
+        scores = score_tokens(policy, params, part, config.temperature)
+        log_ratio = jnp.where(part.mask, scores.log_probs - part.sampler_log_probs, 0)
+        statistics: dict[str, Statistic] = {
+            "entropy": masked_mean(scores.entropy, part.mask),
+            "sampler_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, part.mask),
+        }
+        dense = scores.router_logits is None
+        route = None if dense else trace_router(scores.router_logits, config.experts_per_token)
+        return scores.log_probs, route, statistics
+
+    log_probs, route, statistics = jax.lax.map(score_part, split_rows(rollout, config.micro_batches))
+    merge = functools.partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
+    return merge(log_probs), merge(route), statistics
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "optimizer", "config"), donate_argnames=("state",))
+def update(
+    policy: Policy, optimizer: OptimizerConfig, state: TrainState, batch: ScoredBatch, config: LearnerConfig
+) -> tuple[TrainState, dict[str, Statistic]]:
+    """One optimizer update of the policy objective on one mini-batch.
+
+    Args:
+      policy: the model.
+      optimizer: the Optax chain's config.
+      state: donated.
+      batch: B rows, divisible by `config.micro_batches`.
+      config: objective and scoring.
+
+    Returns:
+      The next state and the objective's statistics, with `loss`, `grad_norm` (before clipping) and `skipped_updates`.
+    """
+    objective = OBJECTIVES[config.objective]
+
+    def terms(params: Params, part: ScoredBatch) -> tuple[Mean, dict[str, Statistic]]:
+        rollout = part.rollout
+        scores = score_tokens(policy, params, rollout, config.temperature)
+        gamma = None
+        if scores.router_logits is not None and part.old_route is not None:
+            gamma = router_shift(jax.lax.stop_gradient(scores.router_logits), part.old_route, config.layer_aggregation)
+        return objective.terms(
+            scores.log_probs, part.old_log_probs, rollout.advantages, rollout.mask, gamma, config.objective_config
+        )
+
+    return _apply_gradient(optimizer, state, terms, split_rows(batch, config.micro_batches))
+
+
+class TokenBatch(NamedTuple):
+    """Token sequences to imitate."""
+
+    tokens: Array
+    """int32 [B, T + 1]."""
+    segment_ids: Array
+    """int32 [B, T + 1]."""
+    mask: Array
+    """bool [B, T], aligned with the targets `tokens[:, 1:]`: True on tokens to learn."""
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "optimizer"), donate_argnames=("state",))
+def supervised_update(
+    policy: Policy, optimizer: OptimizerConfig, state: TrainState, batch: TokenBatch
+) -> tuple[TrainState, dict[str, Statistic]]:
+    """One optimizer update of the mean negative log-likelihood of the masked tokens, for the warm start."""
+
+    def terms(params: Params, part: TokenBatch) -> tuple[Mean, dict[str, Statistic]]:
+        output = policy.apply({"params": params}, part.tokens[:, :-1], segment_ids=part.segment_ids[:, :-1])
+        return masked_mean(-token_log_probs(output.logits, part.tokens[:, 1:]), part.mask), {}
+
+    return _apply_gradient(optimizer, state, terms, split_rows(batch, 1))
+
+
+def _apply_gradient(
+    optimizer: OptimizerConfig,
+    state: TrainState,
+    terms: Callable[[Params, Any], tuple[Mean, dict[str, Statistic]]],
+    parts: Any,
+) -> tuple[TrainState, dict[str, Statistic]]:
+    """Sums the gradient of `terms` over the parts, divides by the summed weight, and applies it if it is finite."""
+
+    def total(params: Params, part: Any) -> tuple[Array, tuple[Mean, dict[str, Statistic]]]:
+        mean, statistics = terms(params, part)
+        return mean.total, (mean, statistics)
+
+    def accumulate(gradient: Params, part: Any) -> tuple[Params, tuple[Mean, dict[str, Statistic]]]:
+        part_gradient, auxiliary = jax.grad(total, has_aux=True)(state.params, part)
+        return jax.tree.map(jnp.add, gradient, part_gradient), auxiliary
+
+    gradient, (loss, statistics) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), parts)
+    weight = jnp.maximum(jnp.sum(loss.weight), 1)
+    gradient = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), gradient)
+    gradient_norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(loss.reduce()) & jnp.isfinite(gradient_norm)
+    changes, opt_state = optimizer.build().update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, changes)
+
+    def keep_if_finite(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    skipped = (~finite).astype(jnp.int32)
+    next_state = TrainState(
+        keep_if_finite(params, state.params),
+        keep_if_finite(opt_state, state.opt_state),
+        state.updates + 1 - skipped,
+        state.skipped + skipped,
+    )
+    statistics = dict(statistics) | {
+        "loss": loss,
+        "grad_norm": Mean(gradient_norm, jnp.ones_like(gradient_norm)),
+        "skipped_updates": Sum(skipped.astype(jnp.float32)),
+    }
+    return next_state, statistics

@@ -1,0 +1,472 @@
+"""The training loop: warm start, then reinforcement learning, from a fresh start or from a checkpoint.
+
+Reads top to bottom as the data flows: prompts → rollout → rewards → advantages → objective → update → metrics and
+checkpoint. Every step is a function of the run state, which holds all that a later process needs to go on bit for bit:
+parameters, optimizer, PRNG key, data cursor and step counts. This file must never know a concrete model or task.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rspo_jax.advantages import group_advantages
+from rspo_jax.checkpoint import Checkpoints
+from rspo_jax.data import take
+from rspo_jax.metrics import MetricsLog, Progress, wilson_interval
+from rspo_jax.preemption import Preemption
+from rspo_jax.rollout import Judged, assemble, encode_prompts, judge, prompt_width, sample_in_chunks, solve
+from rspo_jax.sampler import SamplerConfig, pad_prompts
+from rspo_jax.statistics import Statistic, reduce
+from rspo_jax.train_step import (
+    LearnerConfig,
+    OptimizerConfig,
+    TokenBatch,
+    TrainState,
+    init_train_state,
+    score,
+    supervised_update,
+    update,
+)
+from rspo_jax.types import Array, Params, Policy, RolloutBatch, ScoredBatch, Task
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised learning on worked solutions before reinforcement learning: the stand-in for a pre-trained base."""
+
+    steps: int = 300
+    """0 leaves it out."""
+    batch_size: int = 256
+    """Solutions a step."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_updates=20, decay_updates=300)
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"a warm start needs 0 or more steps of 1 or more solutions, got {self.steps}, {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Solve rates on held-out problems, greedy and sampled at temperature 1."""
+
+    every: int = 25
+    """Steps of reinforcement learning between evaluations on the validation split."""
+    problems: int = 500
+    """Validation problems of each; the first and the final evaluation use the whole test split."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.problems < 1:
+            raise ValueError(f"evaluation needs every ≥ 1 and problems ≥ 1, got {self.every} and {self.problems}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often the run state is saved."""
+
+    every: int = 25
+    """Steps, of either phase; the end of each phase is always saved."""
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(f"checkpoints need every ≥ 1 and keep ≥ 1, got {self.every} and {self.keep}")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The run, apart from model, task and objective."""
+
+    steps: int = 150
+    """Rollouts to learn from."""
+    prompts: int = 64
+    """Prompts of a rollout."""
+    group_size: int = 8
+    """Responses to each prompt."""
+    mini_batches: int = 4
+    """Updates that a rollout is cut into: all but the first are off-policy."""
+    epochs: int = 1
+    """Passes over a rollout, each with its own cut."""
+    rollout_chunks: int = 2
+    """Parts of a rollout: the host judges one while the device draws the next."""
+    scale_advantages: bool = True
+    """Divide by the group's standard deviation."""
+    seed: int = 0
+    sampler: SamplerConfig = SamplerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "group_size", "mini_batches", "epochs", "rollout_chunks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be 0 or more, got {self.steps}")
+        if self.group_size < 2 and self.scale_advantages:
+            raise ValueError(
+                "a group of 1 has no standard deviation to scale by: raise group_size to 2 or more, or switch "
+                "scale_advantages off"
+            )
+        rows = self.prompts * self.group_size
+        if rows % self.mini_batches:
+            raise ValueError(
+                f"a rollout of {self.prompts} × {self.group_size} = {rows} responses does not divide into "
+                f"{self.mini_batches} mini_batches"
+            )
+        if rows % self.rollout_chunks:
+            raise ValueError(f"a rollout of {rows} responses does not divide into {self.rollout_chunks} rollout_chunks")
+        if not self.sampler.temperature > 0:
+            raise ValueError("sampler.temperature must be positive to train: greedy responses are all alike")
+
+
+class RunState(NamedTuple):
+    """All that a run needs to go on exactly; a checkpoint holds nothing else but its metadata."""
+
+    train: TrainState
+    key: Array
+    """PRNG key data; split once a step."""
+    cursor: Array
+    """int32 scalar: problems taken from the stream of the present phase."""
+    warm_start_step: Array
+    """int32 scalar: supervised steps made."""
+    step: Array
+    """int32 scalar: steps of reinforcement learning made."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same over a run."""
+
+    policy: Policy
+    task: Task
+    learner: LearnerConfig
+    config: TrainerConfig
+    train_problems: Sequence[Any]
+    validation_problems: Sequence[Any]
+    test_problems: Sequence[Any]
+    width: int
+    """Of padded prompts, in tokens."""
+
+
+@dataclass
+class Recorder:
+    """What a run leaves behind: metrics, checkpoints, and word that it was asked to stop."""
+
+    log: MetricsLog
+    checkpoints: Checkpoints
+    preemption: Preemption
+    elapsed_before: float
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds, those of interrupted processes up to their last checkpoint included."""
+        return self.elapsed_before + time.monotonic() - self.started
+
+    def save(self, state: RunState) -> None:
+        index = int(state.warm_start_step) + int(state.step)
+        self.checkpoints.save(index, state, {"elapsed_seconds": self.elapsed})
+
+    def stop_if_asked(self, state: RunState) -> None:
+        if self.preemption.requested is not None:
+            self.save(state)
+            self.checkpoints.wait()
+            raise Stopped(self.preemption.requested)
+
+
+class Stopped(Exception):
+    """The run was asked to stop by the signal that it names; its state has been saved."""
+
+
+def check_learner(config: TrainerConfig, learner: LearnerConfig) -> None:
+    """Refuses a learner and a trainer that do not fit together.
+
+    Raises:
+      ValueError: with the sizes and the way out.
+    """
+    mini_batch = config.prompts * config.group_size // config.mini_batches
+    if mini_batch % learner.micro_batches:
+        raise ValueError(
+            f"a mini-batch of {mini_batch} responses does not divide into {learner.micro_batches} micro_batches"
+        )
+    if learner.temperature != config.sampler.temperature:
+        raise ValueError(
+            f"the learner scores at temperature {learner.temperature}, but the sampler draws at "
+            f"{config.sampler.temperature}: give both the same"
+        )
+
+
+def train(
+    policy: Policy,
+    init_params: Callable[[Array], Params],
+    task: Task,
+    learner: LearnerConfig,
+    config: TrainerConfig,
+    run_dir: Path,
+    resume: bool = False,
+) -> tuple[Params, float]:
+    """Runs both phases to their end.
+
+    Args:
+      policy: the model.
+      init_params: makes its parameters from a PRNG key.
+      task: problems and judge.
+      learner: the objective.
+      config: everything else.
+      run_dir: gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
+      resume: go on from the newest checkpoint in `run_dir`, or start where there is none.
+
+    Returns:
+      The final parameters, and the seconds that the run took.
+
+    Raises:
+      Stopped: after SIGTERM or SIGINT, once the state is saved.
+      ValueError: if configs do not fit together, or a checkpoint does not fit the model.
+    """
+    check_learner(config, learner)
+    splits = [task.problems(split) for split in ("train", "validation", "test")]
+    width = max(prompt_width(task, problems) for problems in splits)
+    run = Run(policy, task, learner, config, splits[0], splits[1][: config.evaluation.problems], splits[2], width)
+    with Preemption() as preemption, Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        template = jax.eval_shape(lambda: _fresh_state(init_params, config))
+        restored = checkpoints.restore_newest(template, say=print) if resume else None
+        state = _fresh_state(init_params, config) if restored is None else restored.state
+        elapsed = 0.0 if restored is None else float(restored.metadata["elapsed_seconds"])
+        if resume:
+            print(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")
+        with MetricsLog(run_dir, resume_after=_position(state) if resume else None) as log:
+            recorder = Recorder(log, checkpoints, preemption, elapsed)
+            state = _warm_start(run, state, recorder)
+            state = _reinforce(run, state, recorder)
+            return state.train.params, recorder.elapsed
+
+
+def restore_params(init_params: Callable[[Array], Params], config: TrainerConfig, run_dir: Path) -> tuple[Params, int]:
+    """The parameters of the newest checkpoint in `run_dir`, and the step of reinforcement learning it was saved at.
+
+    Raises:
+      ValueError: if there is no checkpoint, or it does not fit the model.
+    """
+    with Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        restored = checkpoints.restore_newest(jax.eval_shape(lambda: _fresh_state(init_params, config)), say=print)
+    if restored is None:
+        raise ValueError(f"{run_dir} has no checkpoint yet")
+    return restored.state.train.params, int(restored.state.step)
+
+
+def _fresh_state(init_params: Callable[[Array], Params], config: TrainerConfig) -> RunState:
+    key, params_key = jax.random.split(jax.random.key(config.seed))
+    optimizer = config.warm_start.optimizer if config.warm_start.steps else config.optimizer
+    zero = jnp.int32(0)
+    return RunState(init_train_state(init_params(params_key), optimizer), jax.random.key_data(key), zero, zero, zero)
+
+
+def _position(state: RunState) -> tuple[str, int]:
+    return ("rl", int(state.step)) if int(state.step) else ("warm_start", int(state.warm_start_step))
+
+
+def _warm_start(run: Run, state: RunState, recorder: Recorder) -> RunState:
+    """Imitates worked solutions, then hands over to reinforcement learning with a fresh optimizer."""
+    config, done = run.config.warm_start, int(state.warm_start_step)
+    if done >= config.steps or int(state.step):
+        return state
+    _check_solutions(run)
+    with Progress("warm_start", config.steps, completed=done) as progress:
+        for step in range(done + 1, config.steps + 1):
+            started = time.monotonic()
+            rows = take(len(run.train_problems), (run.config.seed, 0), int(state.cursor), config.batch_size)
+            batch = _encode_solutions(run, [run.train_problems[row] for row in rows])
+            train_state, statistics = supervised_update(run.policy, config.optimizer, state.train, batch)
+            cursor = state.cursor + config.batch_size
+            state = state._replace(train=train_state, cursor=cursor, warm_start_step=jnp.int32(step))
+            metrics = _to_host([statistics]) | {"learning_rate": _learning_rate(config.optimizer, step - 1)}
+            metrics |= _speed(started, int(np.sum(batch.mask)))
+            recorder.log.write("warm_start", step, metrics)
+            progress.update(step, metrics)
+            if step == config.steps:
+                train_state = init_train_state(state.train.params, run.config.optimizer)
+                state = state._replace(train=train_state, cursor=jnp.int32(0))
+            if step == config.steps or step % run.config.checkpoint.every == 0:
+                recorder.save(state)
+            recorder.stop_if_asked(state)
+    return state
+
+
+class Draws(NamedTuple):
+    """Responses that the device is still drawing."""
+
+    problems: list[Any]
+    """One a row: each problem `group_size` times."""
+    rollout: RolloutBatch
+    chunks: list[Any]
+    started: float
+
+
+class StepRecord(NamedTuple):
+    """What is known of a step; its statistics may still be on their way from the device."""
+
+    step: int
+    statistics: list[dict[str, Statistic]]
+    metrics: dict[str, float]
+    started: float
+
+
+def _reinforce(run: Run, state: RunState, recorder: Recorder) -> RunState:
+    """Learns from its own responses, `config.steps` rollouts of them."""
+    config, done = run.config, int(state.step)
+    with Progress("rl", config.steps, completed=done) as progress:
+
+        def write(record: StepRecord | None, evaluation: dict[str, float] | None = None) -> None:
+            if record is not None:
+                metrics = _to_host(record.statistics) | record.metrics | (evaluation or {})
+                metrics |= _speed(record.started, int(record.metrics["response_tokens"]))
+                recorder.log.write("rl", record.step, metrics)
+                progress.update(record.step, metrics)
+
+        if done == 0:
+            baseline = _evaluate(run, state, final=True)
+            recorder.log.write("rl", 0, baseline)
+            progress.update(0, baseline)
+        previous: StepRecord | None = None
+        for step in range(done + 1, config.steps + 1):
+            draws, state = _start_rollout(run, state)
+            write(previous)  # the host has time: the device is drawing
+            state, previous = _learn(run, state, draws)
+            last = step == config.steps
+            if last or step % config.evaluation.every == 0:
+                write(previous, _evaluate(run, state, final=last))
+                previous = None
+            if last or step % config.checkpoint.every == 0 or recorder.preemption.requested:
+                write(previous)
+                previous = None
+                recorder.save(state)
+            recorder.stop_if_asked(state)
+    return state
+
+
+def _start_rollout(run: Run, state: RunState) -> tuple[Draws, RunState]:
+    """Starts to draw `group_size` responses to each of the next prompts."""
+    config, started = run.config, time.monotonic()
+    key, sample_key = jax.random.split(jax.random.wrap_key_data(state.key))
+    rows = take(len(run.train_problems), (config.seed, 1), int(state.cursor), config.prompts)
+    problems = [run.train_problems[row] for row in rows]
+    prompts = encode_prompts(run.task, problems, run.width, repeats=config.group_size)
+    chunks = sample_in_chunks(
+        run.policy, state.train.params, prompts, sample_key, config.sampler, run.task.tokenizer, config.rollout_chunks
+    )
+    repeated = [problem for problem in problems for _ in range(config.group_size)]
+    state = state._replace(key=jax.random.key_data(key), cursor=state.cursor + config.prompts)
+    return Draws(repeated, assemble(prompts, chunks), chunks, started), state
+
+
+def _learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecord]:
+    """Rewards → advantages → scoring pass → mini-batches × epochs of updates."""
+    config, learner = run.config, run.learner
+    old_log_probs, old_route, statistics = score(run.policy, state.train.params, draws.rollout, learner)
+    judged = judge(run.task, draws.problems, draws.chunks)  # the device is drawing and scoring meanwhile
+    advantages = group_advantages(judged.rewards.reshape(-1, config.group_size), scale=config.scale_advantages)
+    batch = ScoredBatch(draws.rollout._replace(advantages=advantages.reshape(-1)), old_log_probs, old_route)
+    key, shuffle_key = jax.random.split(jax.random.wrap_key_data(state.key))
+    train_state, updates = state.train, []
+    learning_rate = _learning_rate(config.optimizer, int(train_state.updates))
+    for epoch in range(config.epochs):
+        order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), len(draws.problems))
+        for rows in jnp.split(order, config.mini_batches):
+            train_state, update_statistics = update(
+                run.policy, config.optimizer, train_state, _take_rows(batch, rows), learner
+            )
+            updates.append(update_statistics)
+    state = state._replace(train=train_state, key=jax.random.key_data(key), step=state.step + 1)
+    metrics = _rollout_metrics(judged, advantages, draws) | {"learning_rate": learning_rate}
+    return state, StepRecord(int(state.step), [statistics, *updates], metrics, draws.started)
+
+
+@jax.jit
+def _take_rows(batch: ScoredBatch, rows: Array) -> ScoredBatch:
+    return jax.tree.map(lambda leaf: leaf[rows], batch)
+
+
+def _rollout_metrics(judged: Judged, advantages: Array, draws: Draws) -> dict[str, float]:
+    lengths = np.asarray(draws.rollout.mask).sum(axis=1)
+    return {
+        "reward": float(judged.rewards.mean()),
+        "solve_rate": float(judged.correct.mean()),
+        "truncated_fraction": float(judged.truncated.mean()),
+        "response_length": float(lengths.mean()),
+        "response_tokens": float(lengths.sum()),
+        "informative_groups": float(np.mean(np.any(np.asarray(advantages) != 0, axis=1))),
+    }
+
+
+def _evaluate(run: Run, state: RunState, final: bool) -> dict[str, float]:
+    """Solve rates with 95 % intervals: `eval_*` on validation problems, and if final `test_*` on the test split."""
+    metrics: dict[str, float] = {}
+    splits = {"eval": run.validation_problems} | ({"test": run.test_problems} if final else {})
+    for split, problems in splits.items():
+        for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            sampler = SamplerConfig(run.config.sampler.max_new_tokens, temperature)
+            key = jax.random.key(run.config.seed)
+            judged = solve(run.policy, state.train.params, run.task, problems, key, sampler, run.width)
+            low, high = wilson_interval(int(judged.correct.sum()), len(problems))
+            name = f"{split}_{mode}"
+            metrics |= {name: float(judged.correct.mean()), f"{name}_low": low, f"{name}_high": high}
+    return metrics
+
+
+def _to_host(statistics: list[dict[str, Statistic]]) -> dict[str, float]:
+    """Finishes the statistics of a step: a name that several updates report is reduced over all of them."""
+    by_name: dict[str, list[Statistic]] = {}
+    for update_statistics in statistics:
+        for name, statistic in update_statistics.items():
+            by_name.setdefault(name, []).append(statistic)
+    return {name: float(value) for name, value in jax.device_get(_reduce_stacked(by_name)).items()}
+
+
+@jax.jit
+def _reduce_stacked(by_name: dict[str, list[Statistic]]) -> dict[str, Array]:
+    return reduce({name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) for name, parts in by_name.items()})
+
+
+def _learning_rate(optimizer: OptimizerConfig, updates: int) -> float:
+    return float(optimizer.schedule()(updates))
+
+
+def _speed(started: float, tokens: int) -> dict[str, float]:
+    seconds = time.monotonic() - started
+    return {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def _check_solutions(run: Run) -> None:
+    longest = max(len(run.task.tokenizer.encode(run.task.solution(problem))) for problem in run.train_problems) + 1
+    if longest > run.config.sampler.max_new_tokens:
+        raise ValueError(
+            f"the longest worked solution has {longest} tokens, but sampler.max_new_tokens is "
+            f"{run.config.sampler.max_new_tokens}: raise it to {longest} or more"
+        )
+
+
+def _encode_solutions(run: Run, problems: Sequence[Any]) -> TokenBatch:
+    """Prompt and worked solution in the layout of a rollout."""
+    tokenizer, response_width = run.task.tokenizer, run.config.sampler.max_new_tokens
+    prompts = [tokenizer.encode(run.task.prompt(problem)) for problem in problems]
+    prompt_tokens, prompt_mask = pad_prompts(prompts, run.width, tokenizer.pad_id)
+    tokens = np.full((len(problems), response_width), tokenizer.pad_id, np.int32)
+    mask = np.zeros((len(problems), response_width), bool)
+    for row, problem in enumerate(problems):
+        solution = [*tokenizer.encode(run.task.solution(problem)), tokenizer.eos_id]
+        tokens[row, : len(solution)] = solution
+        mask[row, : len(solution)] = True
+    return TokenBatch(
+        tokens=np.concatenate([prompt_tokens, tokens], axis=1),
+        segment_ids=np.concatenate([prompt_mask, mask], axis=1).astype(np.int32),
+        mask=np.concatenate([np.zeros_like(prompt_mask[:, 1:]), mask], axis=1),
+    )

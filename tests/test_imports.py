@@ -1,0 +1,255 @@
+"""The directions of imports: which package may know which other one.
+
+The rules are read off the source with `ast`, without importing anything, so they also cover imports
+inside functions and under `TYPE_CHECKING`. The file knows names of modules, never what they hold.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("rspo_jax", "models", "experiments")
+
+# Pure functions of arrays, and the types they speak: nothing that they import may lead to RUNNERS.
+PURE = ("advantages", "log_probs", "objectives", "router", "statistics", "types")
+RUNNERS = ("checkpoint", "rollout", "sampler", "train_step", "trainer")
+
+FORBIDDEN_IN = {
+    "rspo_jax": ("models", "experiments", "flax", "tensorflow_datasets"),
+    "models": ("experiments",),
+    "experiments": ("flax",),
+}
+FORBIDDEN_ANYWHERE = (
+    "tensorflow",
+    "torch",
+    "jax.experimental.pjit",
+    "jax.experimental.shard_map",
+)
+MODELS_MAY_KNOW = ("rspo_jax.types", "rspo_jax.sharding")
+
+
+def module_name(path: str) -> str:
+    """Dotted name of a file: `a/b.py` is `a.b`, and `a/__init__.py` is `a`."""
+    parts = path.removesuffix(".py").split("/")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether the dotted `name` is one of `modules` or something inside one of them."""
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def used_names(path: str, source: str) -> set[str]:
+    """Dotted names that a file imports or, for `jax.…`, reaches by attribute.
+
+    `from a import b` counts as `a.b`, a relative import is made absolute, and a call of
+    `import_module` or `__import__` with a constant counts as that import.
+    """
+    package = module_name(path).split(".")
+    if not path.endswith("/__init__.py"):
+        package = package[:-1]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source, path)):
+        match node:
+            case ast.Import():
+                names.update(alias.name for alias in node.names)
+            case ast.ImportFrom():
+                base = package[: len(package) - node.level + 1] if node.level else []
+                base += node.module.split(".") if node.module else []
+                names.update(".".join([*base, alias.name]) for alias in node.names)
+            case ast.Call(args=[ast.Constant(value=str(name)), *_]):
+                called = ast.unparse(node.func).split(".")[-1]
+                names.update([name] if called in ("import_module", "__import__") else [])
+            case ast.Attribute():
+                name = ast.unparse(node)
+                names.update([name] if name.startswith("jax.") else [])
+    return names
+
+
+def may_use(package: str, name: str) -> bool:
+    """Whether files of the top-level `package` may use the dotted `name`."""
+    if is_inside(name, (*FORBIDDEN_ANYWHERE, *FORBIDDEN_IN.get(package, ()))):
+        return False
+    restricted = package == "models" and is_inside(name, ["rspo_jax"])
+    return not restricted or is_inside(name, MODELS_MAY_KNOW)
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What one file uses against the rules; a sentence each."""
+    package = path.split("/")[0]
+    names = sorted(used_names(path, source))
+    return [f"{path} must not use {name}" for name in names if not may_use(package, name)]
+
+
+def impure_paths(sources: Mapping[str, str]) -> list[str]:
+    """Chains of imports inside rspo_jax that lead from a pure module to one that runs things.
+
+    A bare `import rspo_jax` or `from rspo_jax import name` in a pure module counts too: the
+    package's `__init__` imports everything.
+    """
+    graph = {module_name(path): used_names(path, source) for path, source in sources.items()}
+    runners = [f"rspo_jax.{name}" for name in RUNNERS]
+    found = []
+    for start in sorted(name for name in graph if is_inside(name, pure_modules())):
+        chains, seen = [[start]], {start}
+        while chains:
+            chain = chains.pop()
+            for name in sorted(graph[chain[-1]]):
+                known = [module for module in graph if is_inside(name, [module])]
+                module = max(known, key=len, default=None)
+                if module == "rspo_jax" or is_inside(name, runners):
+                    found.append(" -> ".join([*chain, name]))
+                elif module is not None and module not in seen:
+                    seen.add(module)
+                    chains.append([*chain, module])
+    return found
+
+
+def pure_modules() -> list[str]:
+    """Dotted names of the modules that stay pure functions of arrays."""
+    return [f"rspo_jax.{name}" for name in PURE]
+
+
+def read_sources(folder: str) -> dict[str, str]:
+    """Path below the root -> source, of every Python file in `folder`."""
+    return {
+        file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+    }
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "tests"])
+def test_files_respect_the_directions(folder: str) -> None:
+    sources = read_sources(folder)
+    assert sources, f"no Python file in {folder}: has it moved?"
+    found = [line for path, source in sources.items() for line in violations(path, source)]
+    assert not found, "\n".join(found)
+
+
+def test_pure_modules_lead_to_no_runner() -> None:
+    sources = read_sources("rspo_jax")
+    found = impure_paths(sources)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", [*PURE, *RUNNERS])
+def test_the_modules_that_the_rules_name_exist(name: str) -> None:
+    """A renamed module would otherwise slip out of the rules in silence."""
+    modules = {module_name(path) for path in read_sources("rspo_jax")}
+    assert f"rspo_jax.{name}" in modules
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("rspo_jax/router.py", "import models"),
+        ("rspo_jax/router.py", "from models.transformer import Transformer"),
+        ("rspo_jax/router.py", "from experiments import train"),
+        ("rspo_jax/__init__.py", "import flax.linen as nn"),
+        ("rspo_jax/trainer.py", "def f():\n    import tensorflow_datasets as tfds"),
+        ("rspo_jax/trainer.py", "from ..models import Transformer"),
+        ("rspo_jax/trainer.py", "from importlib import import_module\nimport_module('flax.linen')"),
+        ("rspo_jax/types.py", "if TYPE_CHECKING:\n    from flax import struct"),
+        ("models/attention.py", "import rspo_jax"),
+        ("models/attention.py", "from rspo_jax import ModelOutput"),
+        ("models/attention.py", "from rspo_jax import *"),
+        ("models/attention.py", "from rspo_jax.router import trace_router"),
+        ("models/attention.py", "import rspo_jax.sharding_rules"),
+        ("models/attention.py", "from experiments.tasks import countdown"),
+        ("experiments/train.py", "from flax import linen"),
+        ("experiments/train.py", "import torch"),
+        ("experiments/train.py", "__import__('tensorflow')"),
+        ("tests/models/test_attention.py", "import torch.nn as nn"),
+        ("rspo_jax/sharding.py", "from jax.experimental.shard_map import shard_map"),
+        ("rspo_jax/sharding.py", "from jax.experimental import pjit"),
+        ("rspo_jax/sharding.py", "import jax.experimental.pjit as p"),
+        ("rspo_jax/sharding.py", "import jax\nf = jax.experimental.shard_map.shard_map(f)"),
+    ],
+)
+def test_a_broken_rule_is_found(path: str, source: str) -> None:
+    assert violations(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("rspo_jax/router.py", "import jax\nfrom . import types\nfrom .types import RouterTrace"),
+        ("rspo_jax/router.py", "import modelscope, flaxen, torchlike"),
+        ("rspo_jax/sharding.py", "import jax\nf = jax.shard_map(f)\ng = jax.experimental.layout"),
+        ("models/attention.py", "import flax.linen as nn\nfrom rspo_jax import sharding, types"),
+        ("models/attention.py", "from rspo_jax.types import ModelOutput\nimport rspo_jax.sharding"),
+        ("experiments/train.py", "import rspo_jax, models, tensorflow_datasets as tfds"),
+        ("tests/models/test_attention.py", "import flax, models, rspo_jax"),
+        ("tests/test_text.py", "text = 'import torch'  # import tensorflow"),
+    ],
+)
+def test_a_kept_rule_is_left_alone(path: str, source: str) -> None:
+    assert violations(path, source) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "chain"),
+    [
+        (
+            {
+                "rspo_jax/objectives.py": "from .trainer import train",
+                "rspo_jax/trainer.py": "",
+            },
+            "rspo_jax.objectives -> rspo_jax.trainer.train",
+        ),
+        (
+            {
+                "rspo_jax/objectives.py": "from rspo_jax.metrics import reduce",
+                "rspo_jax/metrics.py": "from rspo_jax import rollout",
+                "rspo_jax/rollout.py": "",
+            },
+            "rspo_jax.objectives -> rspo_jax.metrics -> rspo_jax.rollout",
+        ),
+        (
+            {
+                "rspo_jax/__init__.py": "from .sampler import generate",
+                "rspo_jax/router.py": "from rspo_jax import generate",
+                "rspo_jax/sampler.py": "",
+            },
+            "rspo_jax.router -> rspo_jax.generate",
+        ),
+    ],
+)
+def test_a_chain_to_a_runner_is_found(sources: dict[str, str], chain: str) -> None:
+    assert impure_paths(sources) == [chain]
+
+
+def test_chains_between_pure_modules_are_left_alone() -> None:
+    sources = {
+        "rspo_jax/__init__.py": "from .trainer import train",
+        "rspo_jax/objectives.py": "from rspo_jax import types\nfrom rspo_jax.log_probs import Mean",
+        "rspo_jax/log_probs.py": "from .types import ModelOutput\nimport jax.numpy as jnp",
+        "rspo_jax/types.py": "import jax",
+        "rspo_jax/trainer.py": "from rspo_jax import objectives, sampler",
+        "rspo_jax/sampler.py": "",
+    }
+    assert impure_paths(sources) == []
+
+
+def test_importing_the_library_is_light() -> None:
+    """Losses must be usable from any trainer without paying for what only the commands need."""
+    program = "import json, sys, rspo_jax;print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    loaded = set(json.loads(result.stdout))
+    assert {"jax", "rspo_jax"} <= loaded
+    heavy = {"flax", "matplotlib", "orbax", "tensorflow", "tensorflow_datasets", "torch"}
+    assert not loaded & heavy
