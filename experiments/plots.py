@@ -5,6 +5,7 @@ must never know how a metric is computed, and never need a metric to be there.
 """
 
 import io
+import math
 import os
 import pathlib
 from typing import Any
@@ -59,7 +60,7 @@ def draw_curves(run_dir: str | os.PathLike[str]) -> pathlib.Path:
     _draw_router_shift(panels[1, 0], rl)
     _draw_clip_fraction(panels[1, 1], rl)
     _draw_importance_ratio(panels[1, 2], rl)
-    last = max([row["step"] for row in rl], default=1)
+    last = max([1, *(row["step"] for row in rl)])
     for axes in figure.axes:  # the same steps in all panels, whatever was recorded at which
         axes.set_xlim(-0.02 * last, 1.02 * last)
     picture = io.BytesIO()
@@ -93,24 +94,14 @@ def _draw_solve_rate(axes: Axes, rows: Rows, warm_start: Rows) -> None:
 
 def _plot_evaluations(axes: Axes, rows: Rows, kind: str, colour: str, marker: str) -> None:
     """A held-out solve rate with its interval, over the steps at which it was measured."""
-    steps, rate = _steps(rows), _column(rows, f"eval_{kind}")
-    low, high = _column(rows, f"eval_{kind}_low"), _column(rows, f"eval_{kind}_high")
-    there = np.isfinite(rate)
-    if not there.any():
+    rows = [row for row in rows if math.isfinite(row.get(f"eval_{kind}", math.nan))]
+    if not rows:
         return
-    axes.plot(
-        steps[there],
-        rate[there],
-        color=colour,
-        marker=marker,
-        markersize=4,
-        linewidth=1.6,
-        zorder=4,
-        label=f"held-out {kind}",
-    )
-    bounded = there & np.isfinite(low) & np.isfinite(high)
-    axes.fill_between(steps[bounded], low[bounded], high[bounded], color=colour, alpha=0.15, linewidth=0)
-    axes.vlines(steps[bounded], low[bounded], high[bounded], color=colour, alpha=0.4, linewidth=1)
+    steps, (rate, low, high) = _steps(rows), (_column(rows, f"eval_{kind}{bound}") for bound in ("", "_low", "_high"))
+    (line,) = axes.plot(steps, rate, color=colour, marker=marker, label=f"held-out {kind}")
+    line.set(markersize=4, linewidth=1.6, zorder=4)
+    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.vlines(steps, low, high, color=colour, alpha=0.4, linewidth=1)
 
 
 def _draw_entropy(axes: Axes, rows: Rows) -> None:

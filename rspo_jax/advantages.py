@@ -5,6 +5,7 @@ Pure functions of rewards. This file must never know where rewards come from.
 
 import jax.numpy as jnp
 
+from rspo_jax.precision import at_least_float32
 from rspo_jax.types import Array
 
 STD_EPSILON = 1e-6
@@ -27,7 +28,7 @@ def group_advantages(rewards: Array, scale: bool = True) -> Array:
         raise ValueError(f"rewards must have axes [prompts, group], got shape {rewards.shape}")
     if scale and rewards.shape[1] < 2:
         raise ValueError("a group of 1 has no standard deviation: use scale=False or at least 2 samples a prompt")
-    rewards = rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32))
+    rewards = at_least_float32(rewards)
     # Rounding of the mean would otherwise turn equal rewards into advantages of ±1e-8 / 1e-6.
     all_equal = jnp.max(rewards, axis=1, keepdims=True) == jnp.min(rewards, axis=1, keepdims=True)
     centred = jnp.where(all_equal, 0, rewards - jnp.mean(rewards, axis=1, keepdims=True))

@@ -69,17 +69,6 @@ class Restored:
     """As JSON gives it back: tuples have become lists."""
 
 
-@dataclass(frozen=True)
-class _Spec:
-    """Shape and dtype of an array."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
-
-
 class Checkpoints:
     """The checkpoints in one folder, for one process at a time; a context manager that waits for the last save.
 
@@ -95,7 +84,7 @@ class Checkpoints:
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        if re.match(r"\w+:/", str(directory)):
+        if re.match(r"\w\w+:/", str(directory)):
             raise ValueError(f"checkpoints need a folder, not an address: mount the bucket of {directory} first")
         self._directory = Path(directory).absolute()  # TensorStore takes no relative paths
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -175,6 +164,7 @@ class Checkpoints:
         """
         leaves = _named_leaves(template)
         self._close()  # Orbax lists the folder once, when it is opened
+        self._newest = None
         for path in sorted(self._directory.glob(f"*{UNFINISHED}*")):
             say(f"{path} is unfinished, by an interrupted run unless one is writing it now: skipped.")
         damaged: list[Path] = []
@@ -251,10 +241,8 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
             raise TypeError(f"{name} is a {type(leaf).__name__}, not an array: wrap it, as in jnp.int32(3)")
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(f"{name} is a typed PRNG key: pass jax.random.key_data of it, and wrap that again later")
-        is_number = leaf.dtype == jnp.bool_ or any(
-            jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.integer, jnp.floating)
-        )
-        if not is_number or jax.dtypes.itemsize_bits(leaf.dtype) not in UNSIGNED:
+        is_real = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+        if not is_real or jax.dtypes.itemsize_bits(leaf.dtype) not in UNSIGNED:
             raise TypeError(f"{name} is {leaf.dtype}: checkpoints hold bool, integers and floats of 8 to 64 bits")
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise TypeError(f"{name} is {leaf.dtype}, which JAX would narrow: convert it, or set jax_enable_x64")
@@ -263,8 +251,9 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def _spec(leaf: Any) -> _Spec:
-    return _Spec(tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
+def _spec(leaf: Any) -> str:
+    """Dtype and shape, as in `float32[2, 3]`."""
+    return f"{jnp.dtype(leaf.dtype).name}[{', '.join(map(str, leaf.shape))}]"
 
 
 def _host_fingerprints(leaves: Mapping[str, Any]) -> dict[str, int]:
@@ -273,9 +262,10 @@ def _host_fingerprints(leaves: Mapping[str, Any]) -> dict[str, int]:
 
 @jax.jit
 def fingerprints(leaves: Sequence[Array]) -> Array:
-    """One number for each array that a change of any element, or of the order of elements, changes.
+    """One number for each array, which any change of one element changes.
 
-    Sums of integers that wrap around come out the same in any order, hence under any sharding.
+    Changes of several elements, their order included, go unnoticed once in 2^32. Sums of integers that wrap around come
+    out the same in any order, hence under any sharding.
 
     Args:
       leaves: n arrays.
@@ -312,10 +302,7 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
 
 
 def _make_manifest(leaves: Mapping[str, Any], found: Mapping[str, int], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    described = {
-        name: {"shape": list(leaf.shape), "dtype": _spec(leaf).dtype, "fingerprint": found[name]}
-        for name, leaf in leaves.items()
-    }
+    described = {name: {"array": _spec(leaf), "fingerprint": found[name]} for name, leaf in leaves.items()}
     # A copy: Orbax writes it in the background.
     content = json.loads(json.dumps({"format": FORMAT, "metadata": dict(metadata), "leaves": described}))
     return content | {"checksum": _checksum(content)}
@@ -367,7 +354,7 @@ def _check_fit(path: Path, manifest: Mapping[str, Any], leaves: Mapping[str, Any
             f"{path} is of format {manifest['format']}, and this version reads format {FORMAT} only: "
             "resume with the version it was written with, or start a new run folder"
         )
-    saved = {name: _Spec(tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in manifest["leaves"].items()}
+    saved = {name: leaf["array"] for name, leaf in manifest["leaves"].items()}
     expected = {name: _spec(leaf) for name, leaf in leaves.items()}
     changed = [name for name in expected if name in saved and saved[name] != expected[name]]
     missing = [name for name in expected if name not in saved]
@@ -390,19 +377,27 @@ def _check_fit(path: Path, manifest: Mapping[str, Any], leaves: Mapping[str, Any
 
 def _read_arrays(path: Path, leaves: Mapping[str, Any]) -> dict[str, Array]:
     """Reads each leaf to where the leaf of the template is, or would be."""
-    shardings = {name: _sharding(leaf) for name, leaf in leaves.items()}
-    stored = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if leaf.size}
-    # Without a sharding, Orbax would commit an array to the devices that it was saved from.
-    how = {
-        name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-        if shardings[name] is None
-        else ocp.ArrayRestoreArgs(sharding=shardings[name], global_shape=leaf.shape, dtype=leaf.dtype)
-        for name, leaf in stored.items()
-    }
+    arrays = {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        values = reader.restore(path, args=ocp.args.PyTreeRestore(item=stored, restore_args=how))
-    empty = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if not leaf.size}
-    return {name: jax.device_put((values | empty)[name], shardings[name]) for name in leaves}
+        # One after the other, as reads that are under way when another fails complain to an event loop that is gone.
+        for name, leaf in leaves.items():
+            value = _read_array(reader, path, name, leaf) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+            arrays[name] = jax.device_put(value, _sharding(leaf))
+    return arrays
+
+
+def _read_array(reader: ocp.Checkpointer, path: Path, name: str, leaf: Any) -> Array | np.ndarray:
+    """Reads one array: to the host, unless the leaf says on which devices it belongs."""
+    sharding = _sharding(leaf)
+    how = (
+        # With no sharding at all, Orbax would commit it to the devices that it was saved from.
+        ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        if sharding is None
+        else ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    )
+    item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}
+    args = ocp.args.PyTreeRestore(item=item, restore_args={name: how}, partial_restore=True)
+    return reader.restore(path, args=args)[name]
 
 
 def _verify(arrays: Mapping[str, Array], manifest: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:

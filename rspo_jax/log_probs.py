@@ -6,6 +6,7 @@ Pure functions of arrays, always computed in at least float32. This file must ne
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.precision import at_least_float32
 from rspo_jax.types import Array
 
 
@@ -55,5 +56,4 @@ def token_entropy(logits: Array, temperature: float = 1.0) -> Array:
 def _log_softmax(logits: Array, temperature: float) -> Array:
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}; a greedy policy has no log-probabilities")
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    return jax.nn.log_softmax(logits.astype(dtype) / temperature, axis=-1)
+    return jax.nn.log_softmax(at_least_float32(logits) / temperature, axis=-1)

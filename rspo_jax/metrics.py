@@ -378,7 +378,7 @@ class Progress:
         self._console.print(rich.text.Text(self._encodable(text)), soft_wrap=True)
 
     def _report_is_due(self, before: int, step: int) -> bool:
-        return step >= self._total or before * _REPORTS // self._total < step * _REPORTS // self._total
+        return before * _REPORTS // self._total < step * _REPORTS // self._total
 
     def _report(self, evaluation: str) -> str:
         parts = [*self._describe_metrics(), *([evaluation] if evaluation else []), f"{self._time_left()} left"]

@@ -18,6 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.precision import at_least_float32
 from rspo_jax.statistics import Maximum, Mean, Minimum, Quantile, Statistic, masked_mean, reduce
 from rspo_jax.types import Array
 
@@ -286,8 +287,9 @@ def _terms(
 ) -> tuple[Mean, dict[str, Statistic]]:
     objective = OBJECTIVES[name]
     chex.assert_rank([log_probs, mask, advantages], [2, 2, 1])
-    dtype = jnp.promote_types(log_probs.dtype, jnp.float32)
-    log_ratio = jnp.where(mask, log_probs.astype(dtype) - old_log_probs.astype(dtype), 0)
+    log_probs = at_least_float32(log_probs)
+    dtype = log_probs.dtype
+    log_ratio = jnp.where(mask, log_probs - old_log_probs.astype(dtype), 0)
     gamma = None
     if router_shift is not None:
         gamma = jax.lax.stop_gradient(jnp.where(mask, router_shift.astype(dtype), 1))
@@ -314,7 +316,7 @@ def _ratio_statistics(batch: _Responses, kept: Array) -> dict[str, Statistic]:
         "clip_fraction_positive": masked_mean(cut, batch.mask & (sign > 0)),
         "clip_fraction_negative": masked_mean(cut, batch.mask & (sign < 0)),
         "ratio_mean": masked_mean(ratio, batch.mask),
-        "ratio_max": Maximum(jnp.max(jnp.where(batch.mask, ratio, -jnp.inf))),
+        "ratio_max": Maximum(jnp.max(jnp.where(batch.mask, ratio, 0))),
         # E_old[w − 1 − log w] estimates KL(π_old ‖ π_θ) without bias and is never negative.
         "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, batch.mask),
     }
@@ -323,8 +325,8 @@ def _ratio_statistics(batch: _Responses, kept: Array) -> dict[str, Statistic]:
 def _gamma_statistics(gamma: Array, mask: Array, gamma_min: float | None) -> dict[str, Statistic]:
     statistics: dict[str, Statistic] = {
         "gamma_mean": masked_mean(gamma, mask),
-        "gamma_min": Minimum(jnp.min(jnp.where(mask, gamma, jnp.inf))),
-        "gamma_p10": Quantile(gamma, mask, jnp.asarray(0.1, gamma.dtype)),
+        "gamma_min": Minimum(jnp.min(gamma)),
+        "gamma_p10": Quantile(gamma, mask, jnp.int32(10)),
     }
     if gamma_min is not None:
         statistics["gamma_floor_fraction"] = masked_mean((gamma < gamma_min).astype(gamma.dtype), mask)

@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.precision import at_least_float32
 from rspo_jax.types import Array, RouterTrace
 
 LAYER_AGGREGATIONS = ("mean", "sum")
@@ -59,6 +60,11 @@ def router_shift(router_logits: Array, trace: RouterTrace, layer_aggregation: st
         raise ValueError(f"layer_aggregation must be one of {LAYER_AGGREGATIONS}, got {layer_aggregation!r}")
     chex.assert_equal_shape([trace.expert_ids, trace.log_probs])
     expert_ids = jnp.moveaxis(trace.expert_ids, 2, 0).astype(jnp.int32)  # [L, B, T, K]
+    if expert_ids.shape[-1] > router_logits.shape[-1]:
+        raise ValueError(
+            f"the trace keeps {expert_ids.shape[-1]} experts a token, but the router logits have only "
+            f"{router_logits.shape[-1]}: trace the same model"
+        )
     if expert_ids.shape[:-1] != router_logits.shape[:-1]:
         raise ValueError(
             f"the trace covers [L, B, T] = {expert_ids.shape[:-1]}, the router logits {router_logits.shape[:-1]}: "
@@ -71,8 +77,7 @@ def router_shift(router_logits: Array, trace: RouterTrace, layer_aggregation: st
 
 
 def _log_router_probs(router_logits: Array) -> Array:
-    dtype = jnp.promote_types(router_logits.dtype, jnp.float32)
-    return jax.nn.log_softmax(router_logits.astype(dtype), axis=-1)
+    return jax.nn.log_softmax(at_least_float32(router_logits), axis=-1)
 
 
 def _check_router_logits(router_logits: Array) -> int:

@@ -35,7 +35,7 @@ class Sum(NamedTuple):
 
 
 class Maximum(NamedTuple):
-    """The largest value seen; `-inf` marks none."""
+    """The largest value seen."""
 
     value: Array
 
@@ -44,7 +44,7 @@ class Maximum(NamedTuple):
 
 
 class Minimum(NamedTuple):
-    """The smallest value seen; `inf` marks none."""
+    """The smallest value seen."""
 
     value: Array
 
@@ -53,14 +53,14 @@ class Minimum(NamedTuple):
 
 
 class Quantile(NamedTuple):
-    """A quantile of the non-negative float32 values under a mask, with linear interpolation."""
+    """A percentile of the non-negative float32 values under a mask, with linear interpolation; 0 where it is empty."""
 
     values: Array
     mask: Array
-    level: Array
+    percent: Array
 
     def reduce(self) -> Array:
-        return masked_quantile(self.values, self.mask, jnp.max(self.level))
+        return masked_quantile(self.values, self.mask, jnp.max(self.percent))
 
 
 Statistic = Mean | Sum | Maximum | Minimum | Quantile
@@ -77,7 +77,7 @@ def reduce(statistics: Statistics) -> dict[str, Array]:
     return {name: statistic.reduce() for name, statistic in statistics.items()}
 
 
-def masked_quantile(values: Array, mask: Array, level: Array) -> Array:
+def masked_quantile(values: Array, mask: Array, percent: Array) -> Array:
     """The exact quantile of the masked values, as `numpy.quantile` with linear interpolation defines it.
 
     Sorting is the slowest thing that one can ask of an accelerator here. Bit patterns of non-negative floats are
@@ -86,15 +86,16 @@ def masked_quantile(values: Array, mask: Array, level: Array) -> Array:
     Args:
       values: float32, any shape, non-negative where the mask holds.
       mask: bool, the same shape.
-      level: scalar in [0, 1].
+      percent: int32 scalar in [0, 100]; whole, so that the rank is exact however many values there are.
 
     Returns:
-      float32 scalar; NaN where the mask holds nowhere.
+      float32 scalar; 0 where the mask holds nowhere.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(mask, values, 0).astype(jnp.float32), jnp.int32)
     count = jnp.sum(mask, dtype=jnp.int32)
-    position = level.astype(jnp.float32) * (count - 1).astype(jnp.float32)
-    rank = jnp.floor(position).astype(jnp.int32)
+    hundreds, rest = jnp.divmod(jnp.maximum(count - 1, 0), 100)
+    rank = hundreds * percent + rest * percent // 100
+    between_ranks = (rest * percent % 100).astype(jnp.float32) / 100
 
     def count_up_to(bound: Array) -> Array:
         return jnp.sum(mask & (bits <= bound), dtype=jnp.int32)
@@ -111,5 +112,4 @@ def masked_quantile(values: Array, mask: Array, level: Array) -> Array:
     has_next = rank + 1 < count
     above = jnp.where(has_next & (count_up_to(below) <= rank + 1), next_above, below)
     low, high = (jax.lax.bitcast_convert_type(b, jnp.float32) for b in (below, above))
-    quantile = low + (high - low) * (position - rank.astype(jnp.float32))
-    return jnp.where(count > 0, quantile, jnp.nan)
+    return jnp.where(count > 0, low + (high - low) * between_ranks, 0)

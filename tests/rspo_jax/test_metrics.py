@@ -283,6 +283,13 @@ def test_resuming_without_a_record_is_told(tmp_path, caplog):
     assert positions_of(metrics.read_metrics(tmp_path)) == [("rl", 4)]
 
 
+@pytest.mark.parametrize("resume_after", [("rl", 0), ("warm_start", 3)])
+def test_a_complete_record_gives_no_warning(tmp_path, caplog, resume_after):
+    record(tmp_path, [("warm_start", 3), ("rl", 1)])
+    record(tmp_path, [("rl", 1)], resume_after)
+    assert caplog.text == ""
+
+
 def test_a_resumed_run_goes_on_after_its_position(tmp_path):
     record(tmp_path, FULL_RUN)
     with metrics.MetricsLog(tmp_path, ("rl", 2)) as log:
@@ -460,7 +467,7 @@ def test_live_bar_on_a_terminal(terminal):
         for step in (11, 12):
             clock.now += 60
             progress.update(step, RL_METRICS)
-    last = seen(terminal)[seen(terminal).rindex("RL ") :]
+        last = seen(terminal)[seen(terminal).rindex("RL ") :]  # shown at once, not only at the end
     assert "━" in last and "12/40" in last and "0:28:00 left" in last
     assert "reward 0.412  solve rate 38.4%  γ 0.9877  clipped 1.23%  entropy 0.832  1,204 tokens/s" in last
     assert "\x1b[" in terminal.file.getvalue()
