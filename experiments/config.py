@@ -18,8 +18,9 @@ import models
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig, CountdownReward
 from experiments.tasks.countdown.task import CountdownTask
 from rspo_jax.objectives import OBJECTIVES
-from rspo_jax.train_step import LearnerConfig
-from rspo_jax.trainer import TrainerConfig, check_learner
+from rspo_jax.sampler import SamplerConfig
+from rspo_jax.train_step import LearnerConfig, OptimizerConfig
+from rspo_jax.trainer import TrainerConfig, WarmStartConfig, check_learner
 
 Config = TypeVar("Config")
 
@@ -69,13 +70,20 @@ class ObjectiveOptions:
 class CountdownRun:
     """Train a small Mixture-of-Experts model on Countdown: reach a number by arithmetic on a few given ones."""
 
-    task: CountdownConfig = CountdownConfig()
+    task: CountdownConfig = CountdownConfig(train=12_000, validation=500, test=1_500)
     reward: CountdownReward = CountdownReward()
     model: models.TransformerConfig = field(
-        default_factory=lambda: models.TransformerConfig(vocab_size=CharacterTokenizer.vocabulary_size)
+        default_factory=lambda: models.TransformerConfig(vocab_size=CharacterTokenizer.vocabulary_size, expert_size=96)
     )
     objective: Annotated[ObjectiveOptions, tyro.conf.arg(name="")] = ObjectiveOptions()
-    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig()
+    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
+        steps=120,
+        prompts=256,
+        group_size=8,
+        sampler=SamplerConfig(max_new_tokens=12),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        warm_start=WarmStartConfig(steps=150, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
+    )
     data_dir: str | None = None
     """Where the data set is kept; TensorFlow Datasets' own folder when absent."""
 

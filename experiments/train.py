@@ -140,19 +140,18 @@ def _check_same_shapes(saved: models.TransformerConfig, given: models.Transforme
     ]
     for before, after in itertools.zip_longest(*shapes):
         if before is None or after is None or before[0] != after[0] or before[1].shape != after[1].shape:
-            path, leaf = before or after
+            path, _ = before or after
             raise UserError(
-                f"the run was started with {jax.tree_util.keystr(path)} of shape {leaf.shape if before else None}, which "
-                f"the flags given now change ({'; '.join(differences(saved, given))}): start a new run folder for that"
+                f"the flags given now change the shape of parameter {jax.tree_util.keystr(path)} "
+                f"({'; '.join(differences(saved, given))}): leave them out, or start a new run folder"
             )
 
 
 def train_in(run_dir: Path, run: CountdownRun, resume: bool) -> int:
     """Trains, then writes summary and curves and says where they are."""
     name = next(name for name, run_type in RUNS.items() if type(run) is run_type)
-    command = f"python -m experiments.train {name} --run-dir {run_dir} --resume"
+    command = f"{sys.executable} -m experiments.train {name} --run-dir {run_dir} --resume"
     print(f"run folder: {run_dir}")
-    started = time.monotonic()
     try:
         _, seconds = train(
             models.Transformer(run.model),
@@ -170,13 +169,12 @@ def train_in(run_dir: Path, run: CountdownRun, resume: bool) -> int:
     summary = summarize(run_dir, run, seconds)
     write_json(run_dir / "summary.json", summary)
     print(report(summary))
+    print(f"  curves:  {curves}\n  summary: {run_dir / 'summary.json'}")
     print(
-        f"curves:   {curves}\nsummary:  {run_dir / 'summary.json'}\n(this process ran {time.monotonic() - started:.0f} s)"
-    )
-    print(
-        "next, look at solutions:   python -m experiments.evaluate " + str(run_dir) + "\n"
-        "or train without router shift:   python -m experiments.train countdown --objective gmpo\n"
-        "or see every flag:   python -m experiments.train countdown --help"
+        "What to try next:\n"
+        f"  {sys.executable} -m experiments.evaluate {run_dir}\n"
+        f"  {sys.executable} -m experiments.train {name} --objective gmpo    # the same without router shift\n"
+        f"  {sys.executable} -m experiments.train {name} --help"
     )
     return 0
 

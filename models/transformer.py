@@ -7,6 +7,7 @@ This file must never know a loss, a sampler or a task.
 Letters: B rows, T tokens, S cache slots, D hidden size, N heads, K key/value heads, H head size, E experts.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -121,7 +122,8 @@ class Attention(nn.Module):
             keys = jax.lax.dynamic_update_slice(cache.keys, keys.astype(cache.keys.dtype), start)
             values = jax.lax.dynamic_update_slice(cache.values, values.astype(cache.values.dtype), start)
             cache = LayerCache(keys, values)
-        attended = jax.nn.dot_product_attention(queries, keys, values, mask=inputs.mask)
+        with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 to float32 inside
+            attended = jax.nn.dot_product_attention(queries, keys, values, mask=inputs.mask)
         kernel = self.param("output", _fan_in_normal(0, 1), (c.num_heads, c.head_dim, c.hidden_size), param_dtype)
         return jnp.einsum("btnh,nhd->btd", attended, kernel.astype(dtype)), cache
 
@@ -206,14 +208,15 @@ class Transformer(nn.Module):
         Args:
           tokens: int32 [B, T], each in [0, V).
           positions: int32 [B, T]; counted within each segment when absent.
-          segment_ids: int32 [B, T]; tokens see earlier tokens of the same segment only, 0 is padding. All 1 when absent.
+          segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment, 0 is padding. All 1 when absent.
           cache: from `init_cache` or an earlier call; the tokens take its next T slots.
 
         Returns:
           `logits` float32 [B, T, V], `router_logits` float32 [L, B, T, E], and the cache if one was given.
 
         Raises:
-          ValueError: if the shapes do not fit, or the tokens do not fit into the cache.
+          ValueError: if the shapes do not fit. Tokens beyond the end of the cache are the caller's mistake: a traced
+            length cannot be checked.
         """
         c = self.config
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
@@ -276,4 +279,9 @@ def _check_inputs(tokens: Array, positions: Array | None, segment_ids: Array, ca
 
 def init_params(config: TransformerConfig, key: Array) -> dict:
     """Fresh parameters: a plain nested dict of arrays in `config.param_dtype`."""
-    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return _init_params(config, key)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _init_params(config: TransformerConfig, key: Array) -> dict:
+    return dict(Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"])

@@ -59,7 +59,9 @@ def sample_in_chunks(
     chunks: int,
 ) -> list[Samples]:
     """Starts to draw one response a prompt, in equal chunks, without waiting for any of them."""
-    rows = prompts.tokens.shape[0] // chunks
+    rows, rest = divmod(prompts.tokens.shape[0], chunks)
+    if rest or not rows:
+        raise ValueError(f"{prompts.tokens.shape[0]} prompts do not divide into {chunks} chunks")
     return [
         generate(
             policy,

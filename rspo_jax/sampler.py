@@ -161,9 +161,11 @@ def truncate_logits(logits: Array, top_k: int | None, top_p: float) -> Array:
     if top_k is None and top_p == 1:
         return logits
     order = jnp.argsort(-logits, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    kept = jnp.broadcast_to((jnp.arange(logits.shape[-1]) < (top_k or logits.shape[-1]))[None, :], logits.shape)
-    probs = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-    kept = kept & (jnp.cumsum(probs, axis=-1) - probs < top_p)
+    rank = jnp.arange(logits.shape[-1])[None, :]
+    kept = jnp.broadcast_to(rank < (top_k or logits.shape[-1]), logits.shape)
+    if top_p < 1:
+        ranked = jnp.take_along_axis(logits, order, axis=-1)
+        probs = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+        kept = kept & ((rank == 0) | (jnp.cumsum(probs, axis=-1) - probs < top_p))
     kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.where(kept, logits, -jnp.inf)

@@ -5,6 +5,7 @@ checkpoint. Every step is a function of the run state, which holds all that a la
 parameters, optimizer, PRNG key, data cursor and step counts. This file must never know a concrete model or task.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,14 @@ class WarmStartConfig:
     """0 leaves it out."""
     batch_size: int = 256
     """Solutions a step."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_updates=20, decay_updates=300)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_updates=20)
+    """Decays over the whole phase unless it says otherwise."""
+
+    @property
+    def decaying_optimizer(self) -> OptimizerConfig:
+        if self.optimizer.decay_updates is not None or self.steps <= self.optimizer.warmup_updates:
+            return self.optimizer
+        return dataclasses.replace(self.optimizer, decay_updates=self.steps)
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1:
@@ -265,7 +273,7 @@ def restore_params(init_params: Callable[[Array], Params], config: TrainerConfig
 
 def _fresh_state(init_params: Callable[[Array], Params], config: TrainerConfig) -> RunState:
     key, params_key = jax.random.split(jax.random.key(config.seed))
-    optimizer = config.warm_start.optimizer if config.warm_start.steps else config.optimizer
+    optimizer = config.warm_start.decaying_optimizer if config.warm_start.steps else config.optimizer
     zero = jnp.int32(0)
     return RunState(init_train_state(init_params(params_key), optimizer), jax.random.key_data(key), zero, zero, zero)
 
@@ -277,6 +285,7 @@ def _position(state: RunState) -> tuple[str, int]:
 def _warm_start(run: Run, state: RunState, recorder: Recorder) -> RunState:
     """Imitates worked solutions, then hands over to reinforcement learning with a fresh optimizer."""
     config, done = run.config.warm_start, int(state.warm_start_step)
+    optimizer = config.decaying_optimizer
     if done >= config.steps or int(state.step):
         return state
     _check_solutions(run)
@@ -285,10 +294,10 @@ def _warm_start(run: Run, state: RunState, recorder: Recorder) -> RunState:
             started = time.monotonic()
             rows = take(len(run.train_problems), (run.config.seed, 0), int(state.cursor), config.batch_size)
             batch = _encode_solutions(run, [run.train_problems[row] for row in rows])
-            train_state, statistics = supervised_update(run.policy, config.optimizer, state.train, batch)
+            train_state, statistics = supervised_update(run.policy, optimizer, state.train, batch)
             cursor = state.cursor + config.batch_size
             state = state._replace(train=train_state, cursor=cursor, warm_start_step=jnp.int32(step))
-            metrics = _to_host([statistics]) | {"learning_rate": _learning_rate(config.optimizer, step - 1)}
+            metrics = _to_host([statistics]) | {"learning_rate": _learning_rate(optimizer, step - 1)}
             metrics |= _speed(started, int(np.sum(batch.mask)))
             recorder.log.write("warm_start", step, metrics)
             progress.update(step, metrics)

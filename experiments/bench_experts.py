@@ -1,0 +1,129 @@
+"""`python -m experiments.bench_experts`: what a block of experts costs beside a dense one of equal FLOPs.
+
+Both blocks run in one process, in turn, and the figure is the median of the ratios of neighbouring runs, so that a
+noisy machine disturbs both alike. This file must never be needed by a run.
+"""
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.table
+import tyro
+
+from models.experts import run_experts
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Time a block, forward and backward, against a dense SwiGLU block of width K·F."""
+
+    tokens: int = 4096
+    hidden_size: int = 96
+    expert_size: int = 192
+    num_experts: int = 8
+    experts_per_token: int = 2
+    repeats: int = 30
+    seed: int = 0
+
+
+def expert_block(parameters: dict[str, Array], x: Array, experts_per_token: int) -> Array:
+    """Router, top-K and the chosen experts: [N, D] -> [N, D]."""
+    probs = jax.nn.softmax(x @ parameters["router"], axis=-1)
+    weights, expert_ids = jax.lax.top_k(probs, experts_per_token)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return run_experts(x, weights, expert_ids, parameters["gate_up"], parameters["down"])
+
+
+def ragged_block(parameters: dict[str, Array], x: Array, experts_per_token: int) -> Array:
+    """The same by `jax.lax.ragged_dot`, for comparison."""
+    probs = jax.nn.softmax(x @ parameters["router"], axis=-1)
+    weights, expert_ids = jax.lax.top_k(probs, experts_per_token)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    num_experts, hidden_size, _, expert_size = parameters["gate_up"].shape
+    order = jnp.argsort(expert_ids.reshape(-1))
+    sizes = jnp.bincount(expert_ids.reshape(-1), length=num_experts).astype(jnp.int32)
+    rows = x[order // experts_per_token]
+    gate_up = parameters["gate_up"].reshape(num_experts, hidden_size, 2 * expert_size)
+    gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
+    rows = jax.lax.ragged_dot(jax.nn.silu(gate) * up, parameters["down"], sizes) * weights.reshape(-1)[order][:, None]
+    return jnp.zeros_like(x).at[order // experts_per_token].add(rows)
+
+
+def dense_block(parameters: dict[str, Array], x: Array) -> Array:
+    """One SwiGLU: [N, D] -> [N, D]."""
+    gate, up = jnp.split(x @ parameters["gate_up"], 2, axis=-1)
+    return (jax.nn.silu(gate) * up) @ parameters["down"]
+
+
+def programs(benchmark: Benchmark) -> dict[str, dict[str, Callable[[], Array]]]:
+    """name -> direction -> a compiled call."""
+    b = benchmark
+    keys = jax.random.split(jax.random.key(b.seed), 6)
+    x = jax.random.normal(keys[0], (b.tokens, b.hidden_size))
+    sparse = {
+        "router": jax.random.normal(keys[1], (b.hidden_size, b.num_experts)),
+        "gate_up": 0.05 * jax.random.normal(keys[2], (b.num_experts, b.hidden_size, 2, b.expert_size)),
+        "down": 0.05 * jax.random.normal(keys[3], (b.num_experts, b.expert_size, b.hidden_size)),
+    }
+    width = b.experts_per_token * b.expert_size
+    dense = {
+        "gate_up": 0.05 * jax.random.normal(keys[4], (b.hidden_size, 2 * width)),
+        "down": 0.05 * jax.random.normal(keys[5], (width, b.hidden_size)),
+    }
+    blocks: dict[str, tuple[Callable[..., Array], dict[str, Array]]] = {
+        "dense": (dense_block, dense),
+        "experts": (functools.partial(expert_block, experts_per_token=b.experts_per_token), sparse),
+        "ragged_dot": (functools.partial(ragged_block, experts_per_token=b.experts_per_token), sparse),
+    }
+
+    def compile_both(block: Callable[..., Array], parameters: dict[str, Array]) -> dict[str, Callable[[], Array]]:
+        forward = jax.jit(block)
+        gradient = jax.jit(jax.grad(lambda parameters, x: jnp.sum(block(parameters, x) ** 2), argnums=(0, 1)))
+        return {"forward": lambda: forward(parameters, x), "forward + backward": lambda: gradient(parameters, x)}
+
+    return {name: compile_both(*block) for name, block in blocks.items()}
+
+
+def interleaved_seconds(calls: dict[str, Callable[[], Array]], repeats: int) -> dict[str, list[float]]:
+    """Times each call in turn, `repeats` times, after one warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_experts")
+    compiled = programs(benchmark)
+    table = rich.table.Table(
+        title=f"{benchmark.tokens} tokens, {benchmark.hidden_size} → {benchmark.expert_size}, top-"
+        f"{benchmark.experts_per_token} of {benchmark.num_experts} experts, {jax.devices()[0].device_kind}"
+    )
+    for column in ("", "block", "median ms", "median ratio to dense", "ratio, quartiles"):
+        table.add_column(column, justify="right" if "m" in column else "left")
+    for direction in ("forward", "forward + backward"):
+        seconds = interleaved_seconds({name: calls[direction] for name, calls in compiled.items()}, benchmark.repeats)
+        for name, times in seconds.items():
+            ratios = [time / dense for time, dense in zip(times, seconds["dense"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            milliseconds = f"{1e3 * statistics.median(times):.2f}"
+            table.add_row(direction, name, milliseconds, f"{middle:.2f}", f"{low:.2f} – {high:.2f}")
+    rich.console.Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

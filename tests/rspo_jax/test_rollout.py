@@ -1,0 +1,169 @@
+"""From problems to rollouts with a task of letters and a policy that recites the alphabet: which response belongs to
+which problem, what a truncated one is worth, and where everything stands in a row. Knows no model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from rspo_jax.rollout import assemble, encode_prompts, judge, prompt_width, sample_in_chunks, solve
+from rspo_jax.sampler import SamplerConfig
+from rspo_jax.types import ModelOutput, Samples
+
+LETTERS = "abcdef"
+PAD, EOS, FIRST = 0, 1, 2
+
+
+class Letters:
+    """One id a letter; the end of a sequence is no text, and nothing follows it."""
+
+    pad_id = PAD
+    eos_id = EOS
+    vocabulary_size = FIRST + len(LETTERS)
+
+    def encode(self, text):
+        return [FIRST + LETTERS.index(letter) for letter in text]
+
+    def decode(self, ids):
+        assert EOS not in list(ids)[:-1] and PAD not in list(ids)
+        return "".join(LETTERS[token - FIRST] for token in ids if token != EOS)
+
+
+class ReciteTask:
+    """Go on from the last letter of the problem up to f. Half a point for any response."""
+
+    tokenizer = Letters()
+
+    def problems(self, split):
+        return ["a", "abc", "de", "f", "cab", "e"]
+
+    def prompt(self, problem):
+        return problem
+
+    def solution(self, problem):
+        return LETTERS[LETTERS.index(problem[-1]) + 1 :]
+
+    def reward(self, problem, response):
+        return 0.5 + self.is_correct(problem, response)
+
+    def is_correct(self, problem, response):
+        return response == self.solution(problem)
+
+
+class AlphabetPolicy:
+    """The next letter, and the end after f; the parameters are the table of next-token logits."""
+
+    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None):
+        return ModelOutput(variables["params"][tokens], None, cache)
+
+    def init_cache(self, batch_size, length):
+        return jnp.zeros((batch_size, length))
+
+
+TASK, POLICY = ReciteTask(), AlphabetPolicy()
+PROBLEMS = TASK.problems("train")
+GREEDY = SamplerConfig(max_new_tokens=4, temperature=0.0)
+
+
+def alphabet_table(certainty=4.0):
+    table = np.random.default_rng(0).random((8, 8)).astype(np.float32)
+    table[np.arange(FIRST, 8), [*range(FIRST + 1, 8), EOS]] += certainty
+    table[:, PAD] = -50.0  # padding is never drawn, so that it can be told from responses
+    return table
+
+
+def test_prompts_are_repeated_in_place_at_one_width():
+    width = prompt_width(TASK, PROBLEMS)
+    assert width == 3
+    prompts = encode_prompts(TASK, PROBLEMS[:3], 4, repeats=2)
+    np.testing.assert_array_equal(prompts.tokens, np.repeat([[0, 0, 0, 2], [0, 2, 3, 4], [0, 0, 5, 6]], 2, axis=0))
+    np.testing.assert_array_equal(prompts.mask, np.asarray(prompts.tokens) != PAD)
+    with pytest.raises(ValueError, match="prompt 1 has 3 tokens, which does not fit the range 1 to 2"):
+        encode_prompts(TASK, PROBLEMS, 2)
+
+
+def samples(*responses):
+    """Responses of at most four tokens, as text; "." is the end of a sequence."""
+    ids = [[EOS if letter == "." else FIRST + LETTERS.index(letter) for letter in text] for text in responses]
+    tokens = np.array([row + [PAD] * (4 - len(row)) for row in ids], np.int32)
+    mask = np.arange(4) < np.array([[len(row)] for row in ids])
+    return Samples(jnp.asarray(tokens), jnp.asarray(mask), jnp.where(mask, -0.25, 0.0))
+
+
+def test_judging():
+    problems = ["c", "b", "e", "f", "f", "d"]
+    chunks = [samples("def.", "cdef", "f."), samples(".", "a.", "efab")]
+    judged = judge(TASK, problems, chunks)
+    assert judged.texts == ["def", "cdef", "f", "", "a", "efab"]
+    np.testing.assert_array_equal(judged.truncated, [False, True, False, False, False, True])
+    # "cdef" would be right, but was cut off before its end.
+    np.testing.assert_array_equal(judged.correct, [True, False, True, True, False, False])
+    np.testing.assert_array_equal(judged.rewards, np.array([1.5, 0, 1.5, 1.5, 0.5, 0], np.float32))
+    assert (judged.rewards.dtype, judged.correct.dtype, judged.truncated.dtype) == (np.float32, bool, bool)
+
+
+def test_a_truncated_response_is_not_shown_to_the_judge():
+    class StrictTask(ReciteTask):
+        def reward(self, problem, response):
+            raise AssertionError(response)
+
+        is_correct = reward
+
+    assert judge(StrictTask(), ["b"], [samples("cdef")]).rewards == [0]
+
+
+def test_assembling_aligns_everything_with_the_targets():
+    prompts = encode_prompts(TASK, ["abc", "d", "ef"], 3)
+    chunks = [samples("def.", "ef."), samples("a")]
+    chunks[0] = chunks[0]._replace(log_probs=jnp.array([[-1.0, -2.0, -3.0, -4.0], [-5.0, -6.0, -7.0, 0.0]]))
+    batch = assemble(prompts, chunks)
+    np.testing.assert_array_equal(batch.tokens, [[2, 3, 4, 5, 6, 7, 1], [0, 0, 5, 6, 7, 1, 0], [0, 6, 7, 2, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        batch.segment_ids, [[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(batch.mask, [[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        batch.sampler_log_probs, [[0, 0, -1, -2, -3, -4], [0, 0, -5, -6, -7, 0], [0, 0, -0.25, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(batch.advantages, [0, 0, 0])
+    dtypes = [array.dtype for array in batch]
+    assert dtypes == [jnp.int32, jnp.int32, jnp.bool_, jnp.float32, jnp.float32]
+
+
+def test_chunks_keep_the_order_of_rows_and_are_assembled_where_they_were_drawn():
+    table = alphabet_table(certainty=1.0)
+    prompts = encode_prompts(TASK, PROBLEMS, 3, repeats=2)
+    config = SamplerConfig(max_new_tokens=4)
+    chunks = sample_in_chunks(POLICY, table, prompts, jax.random.key(0), config, TASK.tokenizer, chunks=3)
+    assert [chunk.tokens.shape for chunk in chunks] == [(4, 4)] * 3
+    assert len({np.asarray(chunk.tokens).tobytes() for chunk in chunks}) == 3
+    batch = jax.tree.map(np.asarray, assemble(prompts, chunks))
+    np.testing.assert_array_equal(batch.tokens[:, :3], prompts.tokens)
+    np.testing.assert_array_equal(batch.mask, np.pad(batch.tokens[:, 3:] != PAD, ((0, 0), (2, 0))))
+    np.testing.assert_array_equal(batch.segment_ids, batch.tokens != PAD)
+    # What the policy says of each target, found where the trainer will look for it.
+    log_probs = oracles.log_softmax(table)[batch.tokens[:, :-1], batch.tokens[:, 1:]]
+    np.testing.assert_allclose(batch.sampler_log_probs, np.where(batch.mask, log_probs, 0), rtol=0, atol=1e-5)
+
+
+def test_rows_of_different_chunks_draw_differently():
+    prompts = encode_prompts(TASK, ["a"], 1, repeats=12)
+    config = SamplerConfig(max_new_tokens=4)
+    key, flat = jax.random.key(1), np.zeros((8, 8), np.float32)
+    chunks = sample_in_chunks(POLICY, flat, prompts, key, config, TASK.tokenizer, chunks=3)
+    of_chunks = [np.asarray(chunk.tokens) for chunk in chunks]
+    assert len({tokens.tobytes() for tokens in of_chunks}) == 3
+    assert len({tuple(row) for tokens in of_chunks for row in tokens}) > 6
+
+
+@pytest.mark.parametrize("count", [1, 6, 700])
+def test_solving_any_number_of_problems(count):
+    problems = [PROBLEMS[index] for index in np.random.default_rng(3).integers(0, len(PROBLEMS), count)]
+    judged = solve(POLICY, alphabet_table(), TASK, problems, jax.random.key(0), GREEDY, width=3)
+    solutions = [TASK.solution(problem) for problem in problems]
+    fits = np.array([len(solution) < 4 for solution in solutions])
+    assert judged.texts == [solution[:4] for solution in solutions]
+    np.testing.assert_array_equal(judged.truncated, ~fits)
+    np.testing.assert_array_equal(judged.correct, fits)
+    np.testing.assert_array_equal(judged.rewards, np.where(fits, 1.5, 0))

@@ -1,0 +1,319 @@
+"""Generation, with policies that are a table of next-token logits and with a small Transformer: what is drawn, how
+often, when a row ends, and what is reported of it. Knows no task and no reward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from models import Transformer, TransformerConfig, init_params
+from rspo_jax import token_log_probs
+from rspo_jax.sampler import SamplerConfig, generate, pad_prompts, truncate_logits
+from rspo_jax.types import ModelOutput
+
+GREEDY = SamplerConfig(max_new_tokens=8, temperature=0.0)
+
+
+class TablePolicy:
+    """Next-token logits are the row of a table, the parameters [V, V], that the last token chooses."""
+
+    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None):
+        return ModelOutput(variables["params"][tokens], None, cache)
+
+    def init_cache(self, batch_size, length):
+        return jnp.zeros((batch_size, length))
+
+
+class RecordingPolicy(TablePolicy):
+    """Also notes the tokens and segments of every call that is run."""
+
+    def __init__(self):
+        self.calls = []
+
+    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None):
+        def note(*arrays):
+            self.calls.append([np.array(array) for array in arrays])
+
+        jax.debug.callback(note, tokens, segment_ids, ordered=True)
+        return super().apply(variables, tokens, positions, segment_ids, cache)
+
+
+TABLE = TablePolicy()
+
+
+def counting_table(vocabulary):
+    """Token i is most likely followed by i + 1."""
+    table = np.random.default_rng(0).random((vocabulary, vocabulary)).astype(np.float32)
+    table[np.arange(vocabulary), (np.arange(vocabulary) + 1) % vocabulary] += 2
+    return table
+
+
+def run(policy, params, prompts, config, stop_tokens=(), seed=0, width=None, pad_id=0):
+    tokens, mask = pad_prompts(prompts, width or max(map(len, prompts)), pad_id)
+    key = jax.random.key(seed)
+    return jax.tree.map(np.asarray, generate(policy, params, tokens, mask, key, config, stop_tokens, pad_id))
+
+
+def test_rows_end_at_a_stop_token_and_sampling_ends_with_the_last_row():
+    policy, table = RecordingPolicy(), counting_table(9)
+    samples = run(policy, table, [[5, 2], [3], [1, 1, 0], [6], [4]], GREEDY, stop_tokens=(5, 7), pad_id=8)
+    jax.effects_barrier()
+    expected = [[3, 4, 5], [4, 5], [1, 2, 3, 4, 5], [7], [5]]
+    for row, (response, previous) in enumerate(zip(expected, (2, 3, 0, 6, 4), strict=True)):
+        length = len(response)
+        np.testing.assert_array_equal(samples.tokens[row], response + [8] * (8 - length))
+        np.testing.assert_array_equal(samples.mask[row], np.arange(8) < length)
+        # Greedy, but reported at temperature 1.
+        log_probs = oracles.log_softmax(table)[[previous, *response[:-1]], response]
+        np.testing.assert_allclose(samples.log_probs[row, :length], log_probs, rtol=1e-5)
+        assert np.all(samples.log_probs[row, length:] == 0)
+    assert (samples.tokens.dtype, samples.mask.dtype, samples.log_probs.dtype) == (np.int32, bool, np.float32)
+
+    assert len(policy.calls) == 5  # the prompts, and four steps until the last of five tokens is drawn
+    np.testing.assert_array_equal(policy.calls[0][0], [[8, 5, 2], [8, 8, 3], [1, 1, 0], [8, 8, 6], [8, 8, 4]])
+    np.testing.assert_array_equal(policy.calls[0][1], [[0, 1, 1], [0, 0, 1], [1, 1, 1], [0, 0, 1], [0, 0, 1]])
+    for step, (tokens, segment_ids) in enumerate(policy.calls[1:]):
+        going = [len(response) > step + 1 for response in expected]
+        np.testing.assert_array_equal(segment_ids[:, 0], going)
+        np.testing.assert_array_equal(tokens[:, 0], samples.tokens[:, step])
+
+
+def test_at_most_max_new_tokens():
+    policy, table = RecordingPolicy(), counting_table(9)
+    config = SamplerConfig(max_new_tokens=3, temperature=0.0)
+    samples = run(policy, table, [[2], [0, 7]], config, stop_tokens=(5,))
+    jax.effects_barrier()
+    np.testing.assert_array_equal(samples.tokens, [[3, 4, 5], [8, 0, 1]])
+    assert np.all(samples.mask) and len(policy.calls) == 3
+
+
+def test_without_stop_tokens_every_row_is_full():
+    samples = run(TABLE, counting_table(9), [[2], [0, 7]], GREEDY)
+    np.testing.assert_array_equal(samples.tokens, [[3, 4, 5, 6, 7, 8, 0, 1], [8, 0, 1, 2, 3, 4, 5, 6]])
+    assert np.all(samples.mask)
+
+
+def test_top_k_one_equals_greedy():
+    table = np.random.default_rng(1).normal(size=(9, 9)).astype(np.float32)
+    prompts = [[token] for token in range(9)]
+    one = run(TABLE, table, prompts, SamplerConfig(max_new_tokens=8, top_k=1))
+    np.testing.assert_array_equal(one.tokens, run(TABLE, table, prompts, GREEDY).tokens)
+    np.testing.assert_array_equal(one.log_probs, 0)  # under the distribution drawn from, nothing else was possible
+
+
+def distribution(logits, config):
+    """What one row of logits becomes, in float64."""
+    probs = np.exp(oracles.log_softmax(np.asarray(logits, np.float64) / config.temperature))
+    order = np.argsort(-probs)
+    kept = order[: config.top_k]
+    held = np.cumsum(probs[kept]) / probs[kept].sum()
+    kept = kept[: np.searchsorted(held, config.top_p) + 1]  # up to the first with which they hold top_p
+    return np.where(np.isin(np.arange(len(probs)), kept), probs, 0) / probs[kept].sum()
+
+
+def assert_frequencies(counts, probs):
+    """Pearson's test at the 0.999 quantile (of Wilson and Hilferty); cells of probability zero must be empty."""
+    assert np.all(counts[probs == 0] == 0)
+    expected = counts.sum() * probs[probs > 0]
+    assert np.min(expected) > 5 and expected.size > 9
+    statistic = np.sum((counts[probs > 0] - expected) ** 2 / expected)
+    variance = 2 / (9 * (expected.size - 1))
+    assert statistic < (expected.size - 1) * (1 - variance + 3.09 * variance**0.5) ** 3, statistic
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplerConfig(max_new_tokens=2, temperature=0.7),
+        SamplerConfig(max_new_tokens=2, temperature=1.3, top_k=5, top_p=0.8),
+    ],
+    ids=["temperature", "truncated"],
+)
+def test_frequencies(config):
+    table = (0.7 * np.random.default_rng(2).normal(size=(6, 6))).astype(np.float32)
+    samples = run(TABLE, table, [[3]] * 20_000, config, seed=5)
+    probs = np.stack([distribution(row, config) for row in table])
+    first, second = samples.tokens.T
+    pairs = np.zeros((6, 6))
+    np.add.at(pairs, (first, second), 1)
+    assert_frequencies(pairs, probs[3][:, None] * probs)
+    neighbours = np.zeros((6, 6))  # rows draw independently of each other
+    np.add.at(neighbours, (first[::2], first[1::2]), 1)
+    assert_frequencies(neighbours, np.outer(probs[3], probs[3]))
+    expected = np.log(np.stack([probs[3][first], probs[first, second]], axis=1))
+    np.testing.assert_allclose(samples.log_probs, expected, rtol=0, atol=1e-5)
+
+
+def truncated_by_oracle(logits, top_k, top_p):
+    result = np.full(logits.shape, -np.inf)
+    for row, row_logits in enumerate(np.asarray(logits, np.float64)):
+        ranked = sorted(range(len(row_logits)), key=lambda token: (-row_logits[token], token))[:top_k]
+        weights = np.exp(row_logits[ranked] - row_logits[ranked[0]])
+        held = 0.0
+        for token, prob in zip(ranked, weights / weights.sum(), strict=True):
+            if held >= top_p:
+                break
+            result[row, token] = logits[row, token]
+            held += prob
+    return result
+
+
+TRUNCATIONS = [(None, 1.0), (1, 1.0), (3, 1.0), (7, 1.0), (20, 1.0), (None, 0.6), (None, 1e-6), (4, 0.6), (1, 0.5)]
+compiled_truncate = jax.jit(lambda logits: [truncate_logits(logits, *truncation) for truncation in TRUNCATIONS])
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "equal"])
+def test_truncation_matches_the_oracle(kind):
+    logits = (2 * np.random.default_rng(3).normal(size=(40, 7))).astype(np.float32)
+    logits = {"random": logits, "ties": np.round(logits), "equal": np.zeros_like(logits)}[kind]
+    for (top_k, top_p), truncated in zip(TRUNCATIONS, compiled_truncate(logits), strict=True):
+        np.testing.assert_array_equal(truncated, truncated_by_oracle(logits, top_k, top_p), err_msg=f"{top_k} {top_p}")
+
+
+@pytest.mark.parametrize("top_p", [1e-30, 1e-50])
+def test_the_smallest_top_p_keeps_exactly_the_likeliest_token(top_p):
+    logits = np.random.default_rng(4).normal(size=(40, 7)).astype(np.float32)
+    truncated = jax.jit(truncate_logits, static_argnums=(1, 2))(logits, None, top_p)
+    np.testing.assert_array_equal(truncated, np.where(logits == logits.max(axis=1, keepdims=True), logits, -np.inf))
+
+
+def test_top_k_alone_keeps_tokens_of_vanishing_probability():
+    logits = np.array([[0.0, -20.0, -30.0, -40.0]], np.float32)
+    truncated = jax.jit(truncate_logits, static_argnums=(1, 2))(logits, 3, 1.0)
+    np.testing.assert_array_equal(truncated, [[0.0, -20.0, -30.0, -np.inf]])
+
+
+MODEL = TransformerConfig(
+    vocab_size=13,
+    hidden_size=8,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    num_experts=4,
+    expert_size=6,
+)
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10], [3, 12], [5, 5, 5]]
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(7)
+    shapes = jax.eval_shape(functools.partial(init_params, MODEL), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
+
+
+@jax.jit
+def model_logits(params, tokens, segment_ids):
+    return Transformer(MODEL).apply({"params": params}, tokens, segment_ids=segment_ids).logits
+
+
+def full_pass(params, prompts, samples, width=4):
+    """Tokens [B, width + R] of prompts and responses together, and the logits that score the token after each."""
+    tokens, mask = pad_prompts(prompts, width, 0)
+    tokens = np.concatenate([tokens, samples.tokens], axis=1)
+    segment_ids = np.concatenate([mask, samples.mask], axis=1).astype(np.int32)
+    return tokens, np.asarray(model_logits(params, tokens, segment_ids))
+
+
+@pytest.fixture(scope="module")
+def draw(params):
+    """Draws once for the same arguments. Greedy answers come from wider padding than `full_pass` has."""
+
+    @functools.cache
+    def draw(temperature, seed=0, prompts=tuple(map(tuple, PROMPTS))):
+        prompts = [list(prompt) for prompt in prompts]
+        config = SamplerConfig(max_new_tokens=7, temperature=temperature)
+        return run(Transformer(MODEL), params, prompts, config, (EOS,), seed, width=4 if temperature else 9)
+
+    return draw
+
+
+def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass_whatever_the_padding(params, draw):
+    samples = draw(0.0)
+    _, logits = full_pass(params, PROMPTS, samples)
+    likeliest = np.argmax(logits[:, 3:-1], axis=-1)
+    np.testing.assert_array_equal(samples.tokens[samples.mask], likeliest[samples.mask])
+    # The rest is padding, and begins after the first stop token.
+    for row_tokens, row_mask in zip(samples.tokens, samples.mask, strict=True):
+        stops = np.flatnonzero(row_tokens == EOS)
+        np.testing.assert_array_equal(row_mask, np.arange(7) < (stops[0] + 1 if stops.size else 7))
+        assert np.all(row_tokens[~row_mask] == 0)
+    assert len(np.unique(samples.tokens)) > 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_log_probs_are_those_of_the_trainer(params, draw, temperature):
+    samples = draw(temperature)
+    tokens, logits = full_pass(params, PROMPTS, samples)
+    expected = token_log_probs(jnp.asarray(logits[:, :-1]), jnp.asarray(tokens[:, 1:]), temperature or 1.0)[:, 3:]
+    np.testing.assert_allclose(samples.log_probs[samples.mask], expected[samples.mask], rtol=0, atol=1e-5)
+    assert np.all(samples.log_probs[~samples.mask] == 0)
+
+
+def test_the_key_alone_decides(draw):
+    samples = draw(1.0)
+    again = draw.__wrapped__(1.0)
+    for first, second in zip(samples, again, strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert np.any(draw(1.0, seed=1).tokens != samples.tokens)
+
+
+def test_rows_do_not_depend_on_other_rows(draw):
+    samples, changed = draw(1.0), draw(1.0, prompts=((3, 4, 5), (9, 2, 2, 2), (7, 8, 9, 10), (11,), (5, 5, 5)))
+    assert np.any(samples.tokens[[1, 3]] != changed.tokens[[1, 3]])
+    for row in (0, 2, 4):
+        np.testing.assert_array_equal(changed.tokens[row], samples.tokens[row])
+        np.testing.assert_allclose(changed.log_probs[row], samples.log_probs[row], rtol=0, atol=1e-5)
+
+
+def test_equal_prompts_draw_differently(draw):
+    samples = draw(1.0, prompts=((3, 4),) * 5)
+    assert len({tuple(row) for row in samples.tokens}) > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature must be 0 .*, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 .*, got nan"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_k": -1}, "top_k must be at least 1, got -1"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": 1.01}, r"top_p must lie in \(0, 1\], got 1.01"),
+        ({"top_p": float("nan")}, r"top_p must lie in \(0, 1\], got nan"),
+    ],
+)
+def test_bad_configurations(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(**arguments)
+
+
+def test_prompts_are_padded_on_the_left():
+    tokens, mask = pad_prompts([[5, 6], [7], [1, 2, 3]], 3, pad_id=9)
+    np.testing.assert_array_equal(tokens, [[9, 5, 6], [9, 9, 7], [1, 2, 3]])
+    np.testing.assert_array_equal(mask, [[False, True, True], [False, False, True], [True, True, True]])
+    assert tokens.dtype == np.int32 and mask.dtype == bool
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], "prompt 1 has 0 tokens, which does not fit the range 1 to 3"),
+        ([[1, 2, 3, 4]], "prompt 0 has 4 tokens, which does not fit the range 1 to 3"),
+    ],
+)
+def test_prompts_that_do_not_fit(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        pad_prompts(prompts, 3, 0)
+
+
+@pytest.mark.parametrize(("tokens_shape", "mask_shape"), [((3,), (3,)), ((2, 3), (2, 2)), ((1, 2, 3), (1, 2, 3))])
+def test_shapes_that_do_not_fit(tokens_shape, mask_shape):
+    tokens, mask = np.zeros(tokens_shape, np.int32), np.ones(mask_shape, bool)
+    with pytest.raises(ValueError, match=r"prompts and prompt_mask must both be \[B, P\]"):
+        generate(TABLE, counting_table(4), tokens, mask, jax.random.key(0), GREEDY, (1,))
