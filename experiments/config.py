@@ -77,12 +77,13 @@ class CountdownRun:
     )
     objective: Annotated[ObjectiveOptions, tyro.conf.arg(name="")] = ObjectiveOptions()
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
-        steps=120,
+        steps=150,
         prompts=256,
         group_size=8,
+        learned_groups=96,
         sampler=SamplerConfig(max_new_tokens=12),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        warm_start=WarmStartConfig(steps=150, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
+        warm_start=WarmStartConfig(steps=300, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
     )
     data_dir: str | None = None
     """Where the data set is kept; TensorFlow Datasets' own folder when absent."""

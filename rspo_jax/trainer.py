@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from rspo_jax.advantages import group_advantages
 from rspo_jax.checkpoint import Checkpoints
@@ -35,6 +36,8 @@ from rspo_jax.train_step import (
     update,
 )
 from rspo_jax.types import Array, Params, Policy, RolloutBatch, ScoredBatch, Task
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,9 @@ class TrainerConfig:
     """Passes over a rollout, each with its own cut."""
     rollout_chunks: int = 2
     """Parts of a rollout: the host judges one while the device draws the next."""
+    learned_groups: int | None = None
+    """Groups of a rollout that are scored and learned from, all when absent. Groups whose rewards differ come first;
+    the others have no gradient, and leaving them out saves their time."""
     scale_advantages: bool = True
     """Divide by the group's standard deviation."""
     seed: int = 0
@@ -124,16 +130,24 @@ class TrainerConfig:
                 "a group of 1 has no standard deviation to scale by: raise group_size to 2 or more, or switch "
                 "scale_advantages off"
             )
-        rows = self.prompts * self.group_size
-        if rows % self.mini_batches:
+        if self.learned_groups is not None and not 1 <= self.learned_groups <= self.prompts:
             raise ValueError(
-                f"a rollout of {self.prompts} × {self.group_size} = {rows} responses does not divide into "
-                f"{self.mini_batches} mini_batches"
+                f"learned_groups must lie between 1 and prompts, {self.prompts}; got {self.learned_groups}"
             )
+        if self.learned_rows % self.mini_batches:
+            raise ValueError(
+                f"{self.learned_rows} responses to learn from do not divide into {self.mini_batches} mini_batches"
+            )
+        rows = self.prompts * self.group_size
         if rows % self.rollout_chunks:
             raise ValueError(f"a rollout of {rows} responses does not divide into {self.rollout_chunks} rollout_chunks")
         if not self.sampler.temperature > 0:
             raise ValueError("sampler.temperature must be positive to train: greedy responses are all alike")
+
+    @property
+    def learned_rows(self) -> int:
+        """Responses of a rollout that are learned from."""
+        return (self.learned_groups or self.prompts) * self.group_size
 
 
 class RunState(NamedTuple):
@@ -201,7 +215,7 @@ def check_learner(config: TrainerConfig, learner: LearnerConfig) -> None:
     Raises:
       ValueError: with the sizes and the way out.
     """
-    mini_batch = config.prompts * config.group_size // config.mini_batches
+    mini_batch = config.learned_rows // config.mini_batches
     if mini_batch % learner.micro_batches:
         raise ValueError(
             f"a mini-batch of {mini_batch} responses does not divide into {learner.micro_batches} micro_batches"
@@ -380,39 +394,51 @@ def _start_rollout(run: Run, state: RunState) -> tuple[Draws, RunState]:
 def _learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecord]:
     """Rewards → advantages → scoring pass → mini-batches × epochs of updates."""
     config, learner = run.config, run.learner
-    old_log_probs, old_route, statistics = score(run.policy, state.train.params, draws.rollout, learner)
-    judged = judge(run.task, draws.problems, draws.chunks)  # the device is drawing and scoring meanwhile
+    judged = judge(run.task, draws.problems, draws.chunks)  # chunk by chunk, while the device draws the next
     advantages = group_advantages(judged.rewards.reshape(-1, config.group_size), scale=config.scale_advantages)
-    batch = ScoredBatch(draws.rollout._replace(advantages=advantages.reshape(-1)), old_log_probs, old_route)
+    informative = np.any(np.asarray(advantages) != 0, axis=1)
+    rollout = draws.rollout._replace(advantages=advantages.reshape(-1))
+    if config.learned_groups is not None:
+        rollout = _take_rows(rollout, _rows_of_groups(informative, config))
+    old_log_probs, old_route, statistics = score(run.policy, state.train.params, rollout, learner)
+    batch = ScoredBatch(rollout, old_log_probs, old_route)
     key, shuffle_key = jax.random.split(jax.random.wrap_key_data(state.key))
     train_state, updates = state.train, []
     learning_rate = _learning_rate(config.optimizer, int(train_state.updates))
     for epoch in range(config.epochs):
-        order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), len(draws.problems))
+        order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), config.learned_rows)
         for rows in jnp.split(order, config.mini_batches):
             train_state, update_statistics = update(
                 run.policy, config.optimizer, train_state, _take_rows(batch, rows), learner
             )
             updates.append(update_statistics)
     state = state._replace(train=train_state, key=jax.random.key_data(key), step=state.step + 1)
-    metrics = _rollout_metrics(judged, advantages, draws) | {"learning_rate": learning_rate}
+    metrics = _rollout_metrics(judged, informative, draws, config) | {"learning_rate": learning_rate}
     return state, StepRecord(int(state.step), [statistics, *updates], metrics, draws.started)
 
 
+def _rows_of_groups(informative: np.ndarray, config: TrainerConfig) -> np.ndarray:
+    """The rows of the `learned_groups` groups to learn from: those with a gradient first."""
+    groups = np.argsort(~informative, kind="stable")[: config.learned_groups]
+    return (groups[:, None] * config.group_size + np.arange(config.group_size)[None, :]).reshape(-1)
+
+
 @jax.jit
-def _take_rows(batch: ScoredBatch, rows: Array) -> ScoredBatch:
+def _take_rows(batch: Batch, rows: ArrayLike) -> Batch:
     return jax.tree.map(lambda leaf: leaf[rows], batch)
 
 
-def _rollout_metrics(judged: Judged, advantages: Array, draws: Draws) -> dict[str, float]:
+def _rollout_metrics(judged: Judged, informative: np.ndarray, draws: Draws, config: TrainerConfig) -> dict[str, float]:
     lengths = np.asarray(draws.rollout.mask).sum(axis=1)
+    unlearned = max(0, int(informative.sum()) - (config.learned_groups or config.prompts))
     return {
         "reward": float(judged.rewards.mean()),
         "solve_rate": float(judged.correct.mean()),
         "truncated_fraction": float(judged.truncated.mean()),
         "response_length": float(lengths.mean()),
         "response_tokens": float(lengths.sum()),
-        "informative_groups": float(np.mean(np.any(np.asarray(advantages) != 0, axis=1))),
+        "informative_groups": float(informative.mean()),
+        "unlearned_informative_groups": unlearned / config.prompts,
     }
 
 
