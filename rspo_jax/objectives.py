@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -225,8 +224,8 @@ class Objective(NamedTuple):
         entropy: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """The scalar loss −J and a dict of scalar metrics; see `rspo_loss` for arguments and errors."""
-        config = self._checked(log_probs, old_log_probs, advantages, mask, router_shift, config, entropy)
-        return _loss(self.name, log_probs, old_log_probs, advantages, mask, router_shift, config, entropy)
+        config = self._checked_config(config)
+        return _reduced_terms(self, log_probs, old_log_probs, advantages, mask, router_shift, config, entropy)
 
     def terms(
         self,
@@ -242,16 +241,47 @@ class Objective(NamedTuple):
 
         For micro-batches: add up totals and weights, and divide once. The weight does not depend on the parameters.
         """
-        config = self._checked(log_probs, old_log_probs, advantages, mask, router_shift, config, entropy)
-        return _terms(self.name, log_probs, old_log_probs, advantages, mask, router_shift, config, entropy)
+        config = self._checked_config(config)
+        per_token = {"old_log_probs": old_log_probs, "router_shift": router_shift, "entropy": entropy}
+        check_arguments(log_probs, advantages, mask, per_token)
+        log_probs = at_least_float32(log_probs)
+        dtype = log_probs.dtype
+        log_ratio = jnp.where(mask, log_probs - old_log_probs.astype(dtype), 0)
+        gamma = None
+        if router_shift is not None:
+            gamma = jax.lax.stop_gradient(jnp.where(mask, router_shift.astype(dtype), 1))
+        weight = jnp.ones_like(log_ratio)
+        if gamma is not None and self.uses_router_shift:
+            weight = jnp.maximum(gamma, config.gamma_min)
+        batch = _Responses(log_ratio, weight, advantages.astype(dtype), mask, jnp.sum(mask, axis=-1, dtype=dtype))
+        mean, kept = self.formula(batch, config)
+        statistics = _ratio_statistics(batch, kept)
+        if gamma is not None:
+            statistics |= _gamma_statistics(gamma, mask, getattr(config, "gamma_min", None))
+        if entropy is not None:
+            statistics["entropy"] = masked_mean(jax.lax.stop_gradient(entropy.astype(dtype)), mask)
+        return Mean(-mean.total, mean.weight), statistics
 
-    def _checked(self, log_probs, old_log_probs, advantages, mask, router_shift, config, entropy) -> Any:
+    def _checked_config(self, config: Any) -> Any:
         config = self.config_type() if config is None else config
         if type(config) is not self.config_type:
             raise TypeError(f"{self.name} takes a {self.config_type.__name__}, got a {type(config).__name__}")
-        per_token = {"old_log_probs": old_log_probs, "router_shift": router_shift, "entropy": entropy}
-        check_arguments(log_probs, advantages, mask, per_token)
         return config
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "config"))
+def _reduced_terms(
+    objective: Objective,
+    log_probs: Array,
+    old_log_probs: Array,
+    advantages: Array,
+    mask: Array,
+    router_shift: Array | None,
+    config: Any,
+    entropy: Array | None,
+) -> tuple[Array, dict[str, Array]]:
+    loss, statistics = objective.terms(log_probs, old_log_probs, advantages, mask, router_shift, config, entropy)
+    return loss.reduce(), reduce(statistics)
 
 
 def check_arguments(log_probs: Array, advantages: Array, mask: Array, per_token: dict[str, Array | None]) -> None:
@@ -273,37 +303,6 @@ def check_arguments(log_probs: Array, advantages: Array, mask: Array, per_token:
     for name, array in (per_token | {"log_probs": log_probs, "advantages": advantages}).items():
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating point, got {array.dtype}")
-
-
-def _terms(
-    name: str,
-    log_probs: Array,
-    old_log_probs: Array,
-    advantages: Array,
-    mask: Array,
-    router_shift: Array | None,
-    config: Any,
-    entropy: Array | None,
-) -> tuple[Mean, dict[str, Statistic]]:
-    objective = OBJECTIVES[name]
-    chex.assert_rank([log_probs, mask, advantages], [2, 2, 1])
-    log_probs = at_least_float32(log_probs)
-    dtype = log_probs.dtype
-    log_ratio = jnp.where(mask, log_probs - old_log_probs.astype(dtype), 0)
-    gamma = None
-    if router_shift is not None:
-        gamma = jax.lax.stop_gradient(jnp.where(mask, router_shift.astype(dtype), 1))
-    weight = jnp.ones_like(log_ratio)
-    if gamma is not None and objective.uses_router_shift:
-        weight = jnp.maximum(gamma, config.gamma_min)
-    batch = _Responses(log_ratio, weight, advantages.astype(dtype), mask, jnp.sum(mask, axis=-1, dtype=dtype))
-    mean, kept = objective.formula(batch, config)
-    statistics = _ratio_statistics(batch, kept)
-    if gamma is not None:
-        statistics |= _gamma_statistics(gamma, mask, getattr(config, "gamma_min", None))
-    if entropy is not None:
-        statistics["entropy"] = masked_mean(jax.lax.stop_gradient(entropy.astype(dtype)), mask)
-    return Mean(-mean.total, mean.weight), statistics
 
 
 def _ratio_statistics(batch: _Responses, kept: Array) -> dict[str, Statistic]:
@@ -331,21 +330,6 @@ def _gamma_statistics(gamma: Array, mask: Array, gamma_min: float | None) -> dic
     if gamma_min is not None:
         statistics["gamma_floor_fraction"] = masked_mean((gamma < gamma_min).astype(gamma.dtype), mask)
     return statistics
-
-
-@functools.partial(jax.jit, static_argnames=("name", "config"))
-def _loss(
-    name: str,
-    log_probs: Array,
-    old_log_probs: Array,
-    advantages: Array,
-    mask: Array,
-    router_shift: Array | None,
-    config: Any,
-    entropy: Array | None,
-) -> tuple[Array, dict[str, Array]]:
-    loss, statistics = _terms(name, log_probs, old_log_probs, advantages, mask, router_shift, config, entropy)
-    return loss.reduce(), reduce(statistics)
 
 
 OBJECTIVES: dict[str, Objective] = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rspo_jax.sampler import SamplerConfig, generate, pad_prompts
-from rspo_jax.types import Array, Params, Policy, RolloutBatch, Samples, Task, Tokenizer
+from rspo_jax.types import Array, Params, Policy, RolloutBatch, Samples, Task, TokenBatch, Tokenizer
 
 
 class Prompts(NamedTuple):
@@ -47,6 +47,38 @@ def encode_prompts(task: Task, problems: Sequence[Any], width: int, repeats: int
     encoded = [task.tokenizer.encode(task.prompt(problem)) for problem in problems]
     tokens, mask = pad_prompts(encoded, width, task.tokenizer.pad_id)
     return Prompts(jnp.asarray(np.repeat(tokens, repeats, axis=0)), jnp.asarray(np.repeat(mask, repeats, axis=0)))
+
+
+def check_solutions(task: Task, problems: Sequence[Any], response_width: int) -> None:
+    """Refuses worked solutions that do not fit.
+
+    Raises:
+      ValueError: with the width that the longest one needs.
+    """
+    longest = max(len(task.tokenizer.encode(task.solution(problem))) for problem in problems) + 1
+    if longest > response_width:
+        raise ValueError(
+            f"the longest worked solution has {longest} tokens, but sampler.max_new_tokens is {response_width}: "
+            f"raise it to {longest} or more"
+        )
+
+
+def encode_solutions(task: Task, problems: Sequence[Any], width: int, response_width: int) -> TokenBatch:
+    """Prompt and worked solution of each problem, in the layout of a rollout."""
+    tokenizer = task.tokenizer
+    prompts = [tokenizer.encode(task.prompt(problem)) for problem in problems]
+    prompt_tokens, prompt_mask = pad_prompts(prompts, width, tokenizer.pad_id)
+    tokens = np.full((len(problems), response_width), tokenizer.pad_id, np.int32)
+    mask = np.zeros((len(problems), response_width), bool)
+    for row, problem in enumerate(problems):
+        solution = [*tokenizer.encode(task.solution(problem)), tokenizer.eos_id]
+        tokens[row, : len(solution)] = solution
+        mask[row, : len(solution)] = True
+    return TokenBatch(
+        tokens=jnp.asarray(np.concatenate([prompt_tokens, tokens], axis=1)),
+        segment_ids=jnp.asarray(np.concatenate([prompt_mask, mask], axis=1).astype(np.int32)),
+        mask=jnp.asarray(np.concatenate([np.zeros_like(prompt_mask[:, 1:]), mask], axis=1)),
+    )
 
 
 def sample_in_chunks(

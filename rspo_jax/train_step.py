@@ -19,7 +19,7 @@ from rspo_jax.log_probs import token_entropy, token_log_probs
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.router import LAYER_AGGREGATIONS, router_shift, trace_router
 from rspo_jax.statistics import Mean, Statistic, Sum, masked_mean
-from rspo_jax.types import Array, Params, Policy, RolloutBatch, RouterTrace, ScoredBatch
+from rspo_jax.types import Array, Params, Policy, RolloutBatch, RouterTrace, ScoredBatch, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -186,17 +186,6 @@ def update(
         )
 
     return _apply_gradient(optimizer, state, terms, split_rows(batch, config.micro_batches))
-
-
-class TokenBatch(NamedTuple):
-    """Token sequences to imitate."""
-
-    tokens: Array
-    """int32 [B, T + 1]."""
-    segment_ids: Array
-    """int32 [B, T + 1]."""
-    mask: Array
-    """bool [B, T], aligned with the targets `tokens[:, 1:]`: True on tokens to learn."""
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "optimizer"), donate_argnames=("state",))

@@ -22,13 +22,22 @@ from rspo_jax.checkpoint import Checkpoints
 from rspo_jax.data import take
 from rspo_jax.metrics import MetricsLog, Progress, wilson_interval
 from rspo_jax.preemption import Preemption
-from rspo_jax.rollout import Judged, assemble, encode_prompts, judge, prompt_width, sample_in_chunks, solve
-from rspo_jax.sampler import SamplerConfig, pad_prompts
+from rspo_jax.rollout import (
+    Judged,
+    assemble,
+    check_solutions,
+    encode_prompts,
+    encode_solutions,
+    judge,
+    prompt_width,
+    sample_in_chunks,
+    solve,
+)
+from rspo_jax.sampler import SamplerConfig
 from rspo_jax.statistics import Statistic, reduce
 from rspo_jax.train_step import (
     LearnerConfig,
     OptimizerConfig,
-    TokenBatch,
     TrainState,
     init_train_state,
     score,
@@ -302,12 +311,14 @@ def _warm_start(run: Run, state: RunState, recorder: Recorder) -> RunState:
     optimizer = config.decaying_optimizer
     if done >= config.steps or int(state.step):
         return state
-    _check_solutions(run)
+    response_width = run.config.sampler.max_new_tokens
+    check_solutions(run.task, run.train_problems, response_width)
     with Progress("warm_start", config.steps, completed=done) as progress:
         for step in range(done + 1, config.steps + 1):
             started = time.monotonic()
             rows = take(len(run.train_problems), (run.config.seed, 0), int(state.cursor), config.batch_size)
-            batch = _encode_solutions(run, [run.train_problems[row] for row in rows])
+            problems = [run.train_problems[row] for row in rows]
+            batch = encode_solutions(run.task, problems, run.width, response_width)
             train_state, statistics = supervised_update(run.policy, optimizer, state.train, batch)
             cursor = state.cursor + config.batch_size
             state = state._replace(train=train_state, cursor=cursor, warm_start_step=jnp.int32(step))
@@ -478,30 +489,3 @@ def _learning_rate(optimizer: OptimizerConfig, updates: int) -> float:
 def _speed(started: float, tokens: int) -> dict[str, float]:
     seconds = time.monotonic() - started
     return {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
-
-
-def _check_solutions(run: Run) -> None:
-    longest = max(len(run.task.tokenizer.encode(run.task.solution(problem))) for problem in run.train_problems) + 1
-    if longest > run.config.sampler.max_new_tokens:
-        raise ValueError(
-            f"the longest worked solution has {longest} tokens, but sampler.max_new_tokens is "
-            f"{run.config.sampler.max_new_tokens}: raise it to {longest} or more"
-        )
-
-
-def _encode_solutions(run: Run, problems: Sequence[Any]) -> TokenBatch:
-    """Prompt and worked solution in the layout of a rollout."""
-    tokenizer, response_width = run.task.tokenizer, run.config.sampler.max_new_tokens
-    prompts = [tokenizer.encode(run.task.prompt(problem)) for problem in problems]
-    prompt_tokens, prompt_mask = pad_prompts(prompts, run.width, tokenizer.pad_id)
-    tokens = np.full((len(problems), response_width), tokenizer.pad_id, np.int32)
-    mask = np.zeros((len(problems), response_width), bool)
-    for row, problem in enumerate(problems):
-        solution = [*tokenizer.encode(run.task.solution(problem)), tokenizer.eos_id]
-        tokens[row, : len(solution)] = solution
-        mask[row, : len(solution)] = True
-    return TokenBatch(
-        tokens=np.concatenate([prompt_tokens, tokens], axis=1),
-        segment_ids=np.concatenate([prompt_mask, mask], axis=1).astype(np.int32),
-        mask=np.concatenate([np.zeros_like(prompt_mask[:, 1:]), mask], axis=1),
-    )

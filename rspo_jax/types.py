@@ -98,6 +98,17 @@ class ScoredBatch(NamedTuple):
     """None for a dense model."""
 
 
+class TokenBatch(NamedTuple):
+    """Token sequences to imitate, in the layout of a rollout."""
+
+    tokens: Array
+    """int32 [B, T + 1]."""
+    segment_ids: Array
+    """int32 [B, T + 1]."""
+    mask: Array
+    """bool [B, T], aligned with the targets `tokens[:, 1:]`: True on tokens to learn."""
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 

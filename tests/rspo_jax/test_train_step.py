@@ -375,21 +375,22 @@ def test_the_first_steps_of_adamw_by_hand():
     learner, rollout, params = LearnerConfig(), make_rollout(), table_params(0)
     batch = as_arrays(scored(rollout, params, learner))
     state = init_train_state(as_arrays(params), optimizer)
-    expected = params["logits"].astype(np.float64)
-    first = second = np.zeros_like(expected)
+    expected = {name: leaf.astype(np.float64) for name, leaf in params.items()}
+    first = second = np.zeros_like(expected["logits"])
     for step in range(1, 4):
-        float64_batch = in_float64(rollout, {**params, "logits": expected}, params)
-        gradient = chain_to_table(rollout, {"logits": expected}, oracles.gradient("rspo", float64_batch))
+        float64_batch = in_float64(rollout, expected, params)
+        gradient = chain_to_table(rollout, expected, oracles.gradient("rspo", float64_batch))
         assert np.linalg.norm(gradient) > 0.1
         gradient = gradient * (0.05 / np.linalg.norm(gradient))
         first = 0.8 * first + 0.2 * gradient
         second = 0.9 * second + 0.1 * gradient**2
         direction = first / (1 - 0.8**step) / (np.sqrt(second / (1 - 0.9**step)) + 1e-8)
         learning_rate = 0.1 * min((step - 1) / 2, 1)
-        expected = expected - learning_rate * (direction + 0.05 * expected)
+        expected["logits"] = expected["logits"] - learning_rate * (direction + 0.05 * expected["logits"])
+        expected["router"] = expected["router"] - learning_rate * 0.05 * expected["router"]
         state, statistics = update(TABLE, optimizer, state, batch, learner)
         assert as_floats(statistics)["grad_norm"] > 0.1  # before clipping
-        np.testing.assert_allclose(state.params["logits"], expected, rtol=0, atol=1e-5)
+        assert_close(state.params, expected, 1e-5)
     assert int(state.updates) == 3
 
 
@@ -433,13 +434,13 @@ def nan_advantage(batch):
     return batch._replace(rollout=batch.rollout._replace(advantages=advantages))
 
 
-def infinite_old_log_prob(batch):
-    old_log_probs = np.array(batch.old_log_probs)
-    old_log_probs[0, 3] = np.nan
-    return batch._replace(old_log_probs=old_log_probs)
+def infinite_advantage(batch):
+    advantages = np.array(batch.rollout.advantages)
+    advantages[0] = np.inf
+    return batch._replace(rollout=batch.rollout._replace(advantages=advantages))
 
 
-@pytest.mark.parametrize("spoil", [nan_advantage, infinite_old_log_prob])
+@pytest.mark.parametrize("spoil", [nan_advantage, infinite_advantage])
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_an_update_that_is_not_finite_is_skipped(spoil, micro_batches):
     optimizer = OptimizerConfig(learning_rate=0.1, warmup_updates=1, weight_decay=0.1)
@@ -499,7 +500,7 @@ def test_a_supervised_update_against_float64():
     assert set(metrics) == {"loss", "grad_norm", "skipped_updates"}
     log_probs = in_float64(rollout, params, params).log_probs[rollout.mask]
     assert metrics["loss"] == pytest.approx(-log_probs.mean(), abs=1e-6)
-    expected = chain_to_table(rollout, params, -rollout.mask / rollout.mask.sum())
+    expected = chain_to_table(rollout, params, -1.0 * rollout.mask / rollout.mask.sum())
     np.testing.assert_allclose(next_state.opt_state[1][0].mu["logits"], expected, rtol=0, atol=1e-6)
     assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(expected), rel=1e-5)
 
@@ -512,13 +513,12 @@ def test_supervised_updates_lower_the_loss_to_the_entropy_of_the_data():
     for _ in range(60):
         state, statistics = supervised_update(TABLE, optimizer, state, as_arrays(batch))
         losses.append(as_floats(statistics)["loss"])
-    assert losses[-1] < 0.6 * losses[0]
     # No table can do better than the frequencies of what follows each token.
     counts = np.zeros((VOCABULARY, VOCABULARY))
     np.add.at(counts, (batch.tokens[:, :-1][batch.mask], batch.tokens[:, 1:][batch.mask]), 1)
     frequencies = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     floor = -np.sum(counts * np.log(np.where(counts > 0, frequencies, 1))) / counts.sum()
-    assert floor <= losses[-1] < floor + 0.05
+    assert floor <= losses[-1] < floor + 0.05 < losses[0] - 0.5
 
 
 def test_a_supervised_update_ignores_padding(model_params):

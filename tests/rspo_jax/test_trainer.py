@@ -1,0 +1,582 @@
+"""The training loop in this process, on a task of copying a digit: what a run leaves behind, that it learns, that it is
+a function of its seed, and that a run stopped by a signal at any point ends, once resumed, like one that was not.
+Knows of a model only its shape, and reads checkpoints by the trainer alone."""
+
+import dataclasses
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+from rspo_jax.checkpoint import CheckpointMismatch
+from rspo_jax.metrics import read_metrics
+from rspo_jax.sampler import SamplerConfig
+from rspo_jax.train_step import LearnerConfig, OptimizerConfig
+from rspo_jax.trainer import (
+    CheckpointConfig,
+    EvaluationConfig,
+    Stopped,
+    TrainerConfig,
+    WarmStartConfig,
+    check_learner,
+    restore_params,
+    train,
+)
+
+TIMINGS = {"step_seconds", "tokens_per_second"}
+DIGITS = "01234"
+
+
+class Digits:
+    """One id a digit, and a colon."""
+
+    pad_id, eos_id = 0, 1
+    vocabulary_size = 2 + len(DIGITS) + 1
+
+    def encode(self, text):
+        return [2 + (DIGITS + ":").index(character) for character in text]
+
+    def decode(self, ids):
+        return "".join((DIGITS + ":")[token - 2] for token in ids if token >= 2)
+
+
+class CopyTask:
+    """ "3:" is to be answered "3". It counts the prompts that it is asked for, by which the run can be timed."""
+
+    tokenizer = Digits()
+
+    def __init__(self, signal_at=None, number=signal.SIGTERM):
+        self.prompts, self.signal_at, self.number = 0, signal_at, number
+
+    def problems(self, split):
+        return {"train": DIGITS * 2, "validation": DIGITS, "test": DIGITS[::-1] + "00"}[split]
+
+    def prompt(self, problem):
+        self.prompts += 1
+        if self.prompts == self.signal_at:
+            os.kill(os.getpid(), self.number)
+        return f"{problem}:"
+
+    def solution(self, problem):
+        return problem
+
+    def reward(self, problem, response):
+        return float(response == problem)
+
+    def is_correct(self, problem, response):
+        return response == problem
+
+
+class GenerousTask(CopyTask):
+    def reward(self, problem, response):
+        return 0.25
+
+
+MODEL_CONFIG = models.TransformerConfig(
+    vocab_size=Digits.vocabulary_size,
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    num_experts=2,
+    num_experts_per_token=1,
+    expert_size=16,
+    normalize_expert_weights=False,
+)
+MODEL = models.Transformer(MODEL_CONFIG)
+LEARNER = LearnerConfig(experts_per_token=1)
+OPTIMIZER = OptimizerConfig(learning_rate=0.02, warmup_updates=2)
+CONFIG = TrainerConfig(
+    steps=4,
+    prompts=8,
+    group_size=4,
+    mini_batches=2,
+    epochs=1,
+    rollout_chunks=2,
+    seed=3,
+    sampler=SamplerConfig(max_new_tokens=3),
+    optimizer=OPTIMIZER,
+    warm_start=WarmStartConfig(steps=5, batch_size=6, optimizer=OPTIMIZER),
+    evaluation=EvaluationConfig(every=2, problems=4),
+    checkpoint=CheckpointConfig(every=3, keep=20),
+)
+
+
+def init_params(key):
+    return models.init_params(MODEL_CONFIG, key)
+
+
+@pytest.fixture(autouse=True)
+def promotion_as_optax_needs_it():
+    """Optax multiplies Python floats with int32 counts, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def run(run_dir, config=CONFIG, task=None, learner=LEARNER, resume=False, init=init_params):
+    """The final parameters on the host, and the rows without timings."""
+    params, seconds = train(MODEL, init, task or CopyTask(), learner, config, run_dir, resume)
+    assert seconds > 0
+    return bits(params), rows_of(run_dir)
+
+
+def rows_of(run_dir):
+    return [{name: row[name] for name in row if name not in TIMINGS} for row in read_metrics(run_dir)]
+
+
+def bits(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def checkpoints_in(run_dir):
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def change(config, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run: its folder, final parameters and rows."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    with jax.numpy_dtype_promotion("standard"):
+        return run_dir, *run(run_dir)
+
+
+# --- what a run leaves behind ---
+
+
+def test_rows_come_in_the_order_of_the_run(straight):
+    _, _, rows = straight
+    expected = [("warm_start", step) for step in range(1, 6)] + [("rl", step) for step in range(5)]
+    assert [(row["phase"], row["step"]) for row in rows] == expected
+
+
+def test_what_the_rows_hold(straight):
+    run_dir, _, _ = straight
+    rows = read_metrics(run_dir)
+    warm_start = {"phase", "step", "loss", "grad_norm", "skipped_updates", "learning_rate"} | TIMINGS
+    assert all(set(row) == warm_start for row in rows[:5])
+    evaluation = {f"eval_{mode}{bound}" for mode in ("greedy", "sampled") for bound in ("", "_low", "_high")}
+    test = {name.replace("eval", "test") for name in evaluation}
+    assert set(rows[5]) == {"phase", "step"} | evaluation | test
+    of_a_step = {"reward", "solve_rate", "loss", "grad_norm", "gamma_mean", "clip_fraction", "entropy", "sampler_kl"}
+    of_a_step |= {"informative_groups", "response_length", "truncated_fraction", "approx_kl"} | warm_start
+    for row in rows[6:]:
+        assert of_a_step <= set(row)
+        assert bool(evaluation & set(row)) == (row["step"] in (2, 4))
+        assert bool(test & set(row)) == (row["step"] == 4)
+        assert all(math.isfinite(value) for name, value in row.items() if name != "phase")
+        assert row["response_tokens"] == pytest.approx(row["response_length"] * 32)
+        assert row["step_seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(row["response_tokens"] / row["step_seconds"])
+        assert 1 <= row["response_length"] <= 3
+        assert 0 <= row["reward"] <= 1
+        assert 0 <= row["entropy"] <= math.log(Digits.vocabulary_size)
+        assert 0 < row["gamma_mean"] <= 1
+        # The sampler and the scoring pass are the same policy.
+        assert row["sampler_kl"] == pytest.approx(0, abs=1e-6)
+    for row in (rows[5], rows[9]):
+        for name in ("eval_greedy", "eval_sampled", "test_greedy", "test_sampled"):
+            assert 0 <= row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] <= 1
+            count = 4 if "eval" in name else 7
+            assert row[name] * count == pytest.approx(round(row[name] * count))
+
+
+def test_learning_rates_are_those_that_the_updates_used(straight):
+    _, _, rows = straight
+    cosine = [0.02 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]  # decays over the phase's 5 updates
+    assert [row["learning_rate"] for row in rows[:5]] == pytest.approx([0, 0.01, *cosine], abs=1e-8)
+    # Two updates a step: the first of each is reported.
+    assert [row["learning_rate"] for row in rows[6:]] == pytest.approx([0, 0.02, 0.02, 0.02], abs=1e-8)
+
+
+def test_checkpoints_are_where_they_were_asked_for(straight):
+    run_dir, params, _ = straight
+    # Every third step of either phase, and the end of each: 3, 5 of the warm start, then 5 + 3 and 5 + 4.
+    assert checkpoints_in(run_dir) == [3, 5, 8, 9]
+    assert list((run_dir / "tensorboard").rglob("events.out.tfevents.*"))
+    restored, step = restore_params(init_params, CONFIG, run_dir)
+    assert (bits(restored), step) == (params, 4)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    run(tmp_path, change(CONFIG, checkpoint=CheckpointConfig(every=1, keep=2)))
+    assert checkpoints_in(tmp_path) == [8, 9]
+
+
+def test_there_is_nothing_to_restore_from_a_folder_without_checkpoints(tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        restore_params(init_params, CONFIG, tmp_path)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(straight):
+    run_dir, _, rows = straight
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        run(run_dir)
+    assert rows_of(run_dir) == rows
+
+
+# --- learning ---
+
+
+def test_it_learns_to_copy(tmp_path):
+    """From random parameters, by rewards alone; guessing a digit and then stopping succeeds once in 64 times."""
+    config = change(
+        CONFIG,
+        steps=30,
+        prompts=20,
+        group_size=16,
+        warm_start=WarmStartConfig(steps=0),
+        evaluation=EvaluationConfig(30),
+    )
+    config = change(config, checkpoint=CheckpointConfig(every=30))
+    config = change(config, evaluation=EvaluationConfig(every=30, problems=5))
+    _, rows = run(tmp_path, config)
+    rewards = [row["reward"] for row in rows[1:]]
+    assert np.mean(rewards[:3]) < 0.15
+    assert np.mean(rewards[-3:]) > 0.6
+    assert rows[0]["test_sampled"] < 0.5 < rows[-1]["test_sampled"]
+
+
+def test_the_warm_start_imitates_the_solutions(tmp_path):
+    config = change(CONFIG, steps=1, warm_start=WarmStartConfig(steps=60, batch_size=6, optimizer=OPTIMIZER))
+    _, rows = run(tmp_path, config)
+    # A digit and the end of the sequence.
+    losses = [row["loss"] for row in rows[:60]]
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.3
+    assert rows[60]["test_greedy"] == 1
+
+
+def test_rewards_that_are_all_alike_teach_nothing(tmp_path):
+    """Not quite no matter what: a response that is cut off earns 0, so responses of one token are drawn here."""
+    start = init_params(jax.random.key(9))
+    start["head"] = start["head"].at[:, Digits.eos_id].set(0)
+
+    class AlwaysTheSame(CopyTask):
+        reward_given = 0.25
+
+        def reward(self, problem, response):
+            return self.reward_given
+
+    class CutOffIsTheSame(AlwaysTheSame):
+        reward_given = 0.0  # as a response that is cut off
+
+    config = change(CONFIG, warm_start=WarmStartConfig(steps=0), evaluation=EvaluationConfig(every=9, problems=1))
+    params, rows = run(tmp_path, config, CutOffIsTheSame(), init=lambda _: jax.tree.map(jnp.copy, start))
+    assert params == bits(start)
+    for row in rows[1:]:
+        assert row["informative_groups"] == row["loss"] == row["grad_norm"] == row["skipped_updates"] == 0
+
+
+def test_advantages_are_relative_to_the_group(tmp_path):
+    """A problem's own bonus, however large, changes nothing."""
+
+    class BonusTask(CopyTask):
+        def __init__(self, bonus):
+            super().__init__()
+            self.bonus = bonus
+
+        def reward(self, problem, response):
+            return float(response == problem) + self.bonus * DIGITS.index(problem)
+
+    class NeverCutOff(CopyTask):
+        pass
+
+    config = change(CONFIG, warm_start=change(CONFIG.warm_start, steps=5))
+    params, rows = run(tmp_path / "plain", config, BonusTask(0))
+    other_params, other_rows = run(tmp_path / "zero", config, NeverCutOff())
+    assert params == other_params
+    assert rows == other_rows
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_learned_groups_are_those_with_a_gradient(tmp_path, groups):
+    config = change(CONFIG, learned_groups=groups, mini_batches=1, steps=3, warm_start=WarmStartConfig(steps=0))
+    _, rows = run(tmp_path, config)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for row in rows[1:]:
+        informative = round(row["informative_groups"] * 8)
+        assert row["unlearned_informative_groups"] * 8 == max(0, informative - groups)
+        assert (row["grad_norm"] > 0) == (informative > 0)
+
+
+def test_an_update_that_is_skipped_shows_in_the_rows(tmp_path):
+    class Poison(CopyTask):
+        def reward(self, problem, response):
+            return math.nan
+
+    start = init_params(jax.random.key(9))
+    config = change(CONFIG, steps=2, warm_start=WarmStartConfig(steps=0))
+    params, rows = run(tmp_path, config, Poison(), init=lambda _: jax.tree.map(jnp.copy, start))
+    assert params == bits(start)
+    assert sum(row["skipped_updates"] for row in rows[1:]) > 0
+
+
+# --- a function of its seed ---
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(straight, tmp_path):
+    _, params, rows = straight
+    again_params, again_rows = run(tmp_path / "again")
+    assert again_rows == rows
+    assert again_params == params
+    other_params, other_rows = run(tmp_path / "other", change(CONFIG, seed=4))
+    assert other_params != params
+    assert all(other != row for other, row in zip(other_rows[:5] + other_rows[6:], rows[:5] + rows[6:], strict=True))
+
+
+# --- stopped and resumed ---
+
+ENCODED_FIRST = 10 + 5 + 7  # every prompt of every split, to find the longest
+EVALUATED_FIRST = 2 * (4 + 7)  # validation and test, greedy and sampled
+
+
+def prompts_before_warm_start_step(step):
+    return ENCODED_FIRST + (step - 1) * 6
+
+
+def prompts_before_step(step):
+    return ENCODED_FIRST + 5 * 6 + EVALUATED_FIRST + (step - 1) * 8 + (step - 1) // 2 * 2 * 4
+
+
+STOPS = {
+    "in the first step": (prompts_before_warm_start_step(1) + 1, 1),
+    "in the warm start": (prompts_before_warm_start_step(4) + 3, 4),
+    "in a step that is saved anyway": (prompts_before_warm_start_step(3) + 1, 3),
+    "in the last step of the warm start": (prompts_before_warm_start_step(5) + 6, 5),
+    "in the first evaluation": (prompts_before_step(1) - 1, 6),
+    "in the first step of RL": (prompts_before_step(1) + 1, 6),
+    "in a step with an evaluation": (prompts_before_step(2) + 1, 7),
+    "in an evaluation": (prompts_before_step(3) - 1, 7),
+    "in the last step but one": (prompts_before_step(3) + 2, 8),
+    "in the last step": (prompts_before_step(4) + 2, 9),
+}
+
+
+def stopped_run(run_dir, signal_at, index, config=CONFIG, number=signal.SIGTERM):
+    """Runs until the task sends itself a signal; the checkpoint says that it stopped where it was meant to."""
+    with pytest.raises(Stopped, match=number.name):
+        run(run_dir, config, CopyTask(signal_at, number))
+    assert checkpoints_in(run_dir)[-1] == index
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stopped_run_ends_like_one_that_was_not(straight, tmp_path, stop):
+    _, params, rows = straight
+    signal_at, index = STOPS[stop]
+    number = signal.SIGINT if index % 2 else signal.SIGTERM
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stopped_run(tmp_path, signal_at, index, number=number)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    # Row 0 of RL comes in between, so rows[: index + 1] is what is there in RL.
+    assert rows_of(tmp_path) == (rows[:index] if index <= 5 else rows[: index + 1])
+    resumed_params, resumed_rows = run(tmp_path, resume=True)
+    assert resumed_rows == rows
+    assert resumed_params == params
+
+
+def test_a_run_stopped_again_and_again(straight, tmp_path):
+    """Every process makes only one step."""
+    _, params, rows = straight
+    for _ in range(8):
+        # Beyond the prompts of all splits, the first prompt is one of a step or of the first evaluation.
+        with pytest.raises(Stopped):
+            run(tmp_path, task=CopyTask(ENCODED_FIRST + 1), resume=True)
+    assert checkpoints_in(tmp_path) == list(range(1, 9))
+    resumed_params, resumed_rows = run(tmp_path, resume=True)
+    assert resumed_rows == rows
+    assert resumed_params == params
+
+
+def test_resuming_says_where_it_goes_on(tmp_path, capsys):
+    stopped_run(tmp_path, *STOPS["in a step with an evaluation"])
+    capsys.readouterr()
+    run(tmp_path, resume=True)
+    assert "going on after 5 warm-start steps and 2 steps" in capsys.readouterr().out
+
+
+def test_resuming_before_the_first_checkpoint_starts_anew(straight, tmp_path):
+    _, params, rows = straight
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "warm_start", "step": 1, "loss": 7.0}\n{"phase": "warm_st')
+    assert run(tmp_path, resume=True) == (params, rows)
+
+
+def test_rows_and_checkpoints_of_a_killed_process_make_no_difference(straight, tmp_path):
+    """Rows later than the newest checkpoint are written again, as after a kill."""
+    _, params, rows = straight
+    stopped_run(tmp_path, *STOPS["in the warm start"])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "warm_start", "step": 5, "loss": 7.0}\n{"phase": "rl", "step": 0}\n{"phase": "rl", "st')
+    assert run(tmp_path, resume=True) == (params, rows)
+
+
+def test_resuming_a_finished_run_does_nothing_more(straight, tmp_path):
+    config = CONFIG
+    params, rows = run(tmp_path)
+    files = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    task = CopyTask()
+    assert run(tmp_path, config, task, resume=True) == (params, rows)
+    assert task.prompts == ENCODED_FIRST
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == files
+
+
+def test_resuming_with_more_steps_goes_on(straight, tmp_path):
+    _, params, rows = straight
+    longer_params, longer_rows = run(tmp_path / "longer", change(CONFIG, steps=6))
+    run(tmp_path / "extended")
+    extended_params, extended_rows = run(tmp_path / "extended", change(CONFIG, steps=6), resume=True)
+    assert extended_params == longer_params
+    assert [row["step"] for row in extended_rows[5:]] == list(range(7))
+    assert extended_rows[:10] == rows  # with an evaluation on the test split at step 4, which was the last then
+    assert extended_rows[10:] == longer_rows[10:]
+    assert "test_sampled" in extended_rows[-1]
+
+
+def test_resuming_with_fewer_steps_than_were_made_is_refused_or_done(straight, tmp_path):
+    """There is nothing left to do, and nothing made is lost."""
+    params, rows = run(tmp_path)
+    try:
+        assert run(tmp_path, change(CONFIG, steps=2), resume=True) == (params, rows)
+    except ValueError as error:
+        assert "steps" in str(error) and "4" in str(error) and "2" in str(error)
+    assert run(tmp_path, resume=True) == (params, rows)
+
+
+def test_resuming_with_another_model_is_refused(straight, tmp_path):
+    stopped_run(tmp_path, *STOPS["in a step with an evaluation"])
+    wider = dataclasses.replace(MODEL_CONFIG, hidden_size=24)
+    with pytest.raises(CheckpointMismatch, match="does not fit this run"):
+        run(tmp_path, resume=True, init=lambda key: models.init_params(wider, key))
+    assert checkpoints_in(tmp_path) == [3, 5, 7]
+
+
+def test_the_time_of_a_stopped_process_counts(tmp_path):
+    stopped_run(tmp_path, *STOPS["in the last step"])
+    before = sum(row["step_seconds"] for row in read_metrics(tmp_path) if "step_seconds" in row)
+    _, seconds = train(MODEL, init_params, CopyTask(), LEARNER, CONFIG, tmp_path, resume=True)
+    assert seconds > before
+
+
+# --- runs without one of the phases ---
+
+
+def test_a_run_without_a_warm_start(tmp_path):
+    config = change(CONFIG, steps=2, warm_start=WarmStartConfig(steps=0))
+    params, rows = run(tmp_path / "straight", config)
+    assert [(row["phase"], row["step"]) for row in rows] == [("rl", 0), ("rl", 1), ("rl", 2)]
+    first_step = ENCODED_FIRST + EVALUATED_FIRST + 1
+    stopped_run(tmp_path / "stopped", first_step, 1, config)
+    assert run(tmp_path / "stopped", config, resume=True) == (params, rows)
+
+
+def test_a_run_of_a_warm_start_alone(tmp_path):
+    config = change(CONFIG, steps=0)
+    _, rows = run(tmp_path, config)
+    assert [(row["phase"], row["step"]) for row in rows[:5]] == [("warm_start", step) for step in range(1, 6)]
+    assert [(row["phase"], row["step"]) for row in rows[5:]] == [("rl", 0)]
+    assert "test_sampled" in rows[5]
+    assert checkpoints_in(tmp_path)[-1] == 5
+
+
+def test_several_epochs_make_more_updates(tmp_path):
+    config = change(CONFIG, steps=2, epochs=2, warm_start=WarmStartConfig(steps=0), rollout_chunks=1)
+    params, rows = run(tmp_path / "two", config)
+    once_params, once_rows = run(tmp_path / "one", change(config, epochs=1))
+    assert params != once_params
+    # The optimizer's warmup takes two updates: at one epoch they are the first step.
+    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0, 0.02])
+    assert rows[1]["reward"] == once_rows[1]["reward"]
+    assert rows[2]["grad_norm"] != once_rows[2]["grad_norm"]
+
+
+# --- configs ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": 0}, "prompts must be at least 1, got 0"),
+        ({"group_size": 0}, "group_size must be at least 1, got 0"),
+        ({"mini_batches": 0}, "mini_batches must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"rollout_chunks": 0}, "rollout_chunks must be at least 1, got 0"),
+        ({"steps": -1}, "steps must be 0 or more, got -1"),
+        ({"group_size": 1}, "raise group_size to 2 or more, or switch scale_advantages off"),
+        ({"mini_batches": 3}, "32 responses to learn from do not divide into 3 mini_batches"),
+        ({"rollout_chunks": 3}, "a rollout of 32 responses does not divide into 3 rollout_chunks"),
+        ({"learned_groups": 0}, "learned_groups must lie between 1 and prompts, 8; got 0"),
+        ({"learned_groups": 9}, "learned_groups must lie between 1 and prompts, 8; got 9"),
+        ({"learned_groups": 1, "mini_batches": 8}, "4 responses to learn from do not divide into 8 mini_batches"),
+        ({"sampler": SamplerConfig(temperature=0.0)}, "temperature must be positive to train"),
+    ],
+)
+def test_trainer_configs_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        change(CONFIG, **changes)
+
+
+def test_a_group_of_one_is_allowed_without_scaling():
+    assert change(CONFIG, group_size=1, scale_advantages=False).learned_rows == 8
+
+
+@pytest.mark.parametrize(
+    ("config_type", "arguments", "message"),
+    [
+        (WarmStartConfig, {"steps": -1}, "a warm start needs 0 or more steps of 1 or more solutions, got -1, 256"),
+        (WarmStartConfig, {"batch_size": 0}, "0 or more steps of 1 or more solutions, got 300, 0"),
+        (EvaluationConfig, {"every": 0}, "evaluation needs every ≥ 1 and problems ≥ 1, got 0 and 500"),
+        (EvaluationConfig, {"problems": 0}, "evaluation needs every ≥ 1 and problems ≥ 1, got 25 and 0"),
+        (CheckpointConfig, {"every": 0}, "checkpoints need every ≥ 1 and keep ≥ 1, got 0 and 3"),
+        (CheckpointConfig, {"keep": 0}, "checkpoints need every ≥ 1 and keep ≥ 1, got 25 and 0"),
+    ],
+)
+def test_parts_of_a_config_that_are_refused(config_type, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        config_type(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("learner", "message"),
+    [
+        ({"micro_batches": 3}, "a mini-batch of 16 responses does not divide into 3 micro_batches"),
+        ({"micro_batches": 32}, "a mini-batch of 16 responses does not divide into 32 micro_batches"),
+        ({"temperature": 0.5}, "scores at temperature 0.5, but the sampler draws at 1.0: give both the same"),
+    ],
+)
+def test_learners_that_do_not_fit_the_trainer(tmp_path, learner, message):
+    learner = dataclasses.replace(LEARNER, **learner)
+    with pytest.raises(ValueError, match=message):
+        check_learner(CONFIG, learner)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", learner=learner)
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_what_is_learned_from_has_to_divide():
+    check_learner(change(CONFIG, learned_groups=3, mini_batches=2), dataclasses.replace(LEARNER, micro_batches=6))
+
+
+def test_solutions_that_do_not_fit_a_response_are_refused(tmp_path):
+    config = change(CONFIG, sampler=SamplerConfig(max_new_tokens=1))
+    with pytest.raises(ValueError, match="has 2 tokens, but sampler.max_new_tokens is 1: raise it to 2 or more"):
+        run(tmp_path, config)
+
+
+def test_the_decay_of_a_warm_start():
+    plain = WarmStartConfig(steps=7, optimizer=OptimizerConfig(warmup_updates=3))
+    assert plain.decaying_optimizer.decay_updates == 7
+    given = WarmStartConfig(steps=7, optimizer=OptimizerConfig(warmup_updates=3, decay_updates=5))
+    assert given.decaying_optimizer.decay_updates == 5
+    # A warmup that takes the whole phase leaves nothing to decay over.
+    short = WarmStartConfig(steps=3, optimizer=OptimizerConfig(warmup_updates=3))
+    assert short.decaying_optimizer.decay_updates is None
