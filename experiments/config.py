@@ -6,7 +6,6 @@ be wrong with a run is refused before the first compile.
 
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,8 +152,7 @@ def _from_dict(config_type: type[Config], values: dict[str, Any], where: str) ->
 
 def _from_value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, dict):
-        choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        return _from_dict(next(choice for choice in choices if dataclasses.is_dataclass(choice)), value, where)
+        return _from_dict(hint, value, where)
     return value
 
 

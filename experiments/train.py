@@ -140,7 +140,7 @@ def _check_same_shapes(saved: models.TransformerConfig, given: models.Transforme
     ]
     for before, after in itertools.zip_longest(*shapes):
         if before is None or after is None or before[0] != after[0] or before[1].shape != after[1].shape:
-            path, _ = before or after
+            path = (before or after)[0]  # pyright: ignore[reportOptionalSubscript]
             raise UserError(
                 f"the flags given now change the shape of parameter {jax.tree_util.keystr(path)} "
                 f"({'; '.join(differences(saved, given))}): leave them out, or start a new run folder"

@@ -184,7 +184,7 @@ def _scanned_layers(config: TransformerConfig) -> type[nn.Module]:
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),
+        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
         out_axes=0,
         length=config.num_layers,
     )

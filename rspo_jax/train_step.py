@@ -148,8 +148,9 @@ def score(
             "entropy": masked_mean(scores.entropy, part.mask),
             "sampler_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, part.mask),
         }
-        dense = scores.router_logits is None
-        route = None if dense else trace_router(scores.router_logits, config.experts_per_token)
+        route = None
+        if scores.router_logits is not None:
+            route = trace_router(scores.router_logits, config.experts_per_token)
         return scores.log_probs, route, statistics
 
     log_probs, route, statistics = jax.lax.map(score_part, split_rows(rollout, config.micro_batches))

@@ -406,7 +406,9 @@ def _learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecor
     """Rewards → advantages → scoring pass → mini-batches × epochs of updates."""
     config, learner = run.config, run.learner
     judged = judge(run.task, draws.problems, draws.chunks)  # chunk by chunk, while the device draws the next
-    advantages = group_advantages(judged.rewards.reshape(-1, config.group_size), scale=config.scale_advantages)
+    advantages = group_advantages(
+        jnp.asarray(judged.rewards).reshape(-1, config.group_size), scale=config.scale_advantages
+    )
     informative = np.any(np.asarray(advantages) != 0, axis=1)
     rollout = draws.rollout._replace(advantages=advantages.reshape(-1))
     if config.learned_groups is not None:
@@ -483,7 +485,7 @@ def _reduce_stacked(by_name: dict[str, list[Statistic]]) -> dict[str, Array]:
 
 
 def _learning_rate(optimizer: OptimizerConfig, updates: int) -> float:
-    return float(optimizer.schedule()(updates))
+    return float(np.asarray(optimizer.schedule()(updates)))
 
 
 def _speed(started: float, tokens: int) -> dict[str, float]:

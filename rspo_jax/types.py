@@ -35,8 +35,8 @@ class Policy(Protocol):
         positions: Array | None = None,
         segment_ids: Array | None = None,
         cache: Any = None,
-    ) -> ModelOutput:
-        """Runs the model.
+    ) -> Any:
+        """Runs the model and returns a `ModelOutput` (which Flax's `apply` does not declare).
 
         Args:
           variables: `{"params": params}`.

@@ -5,7 +5,6 @@ This file must never know a model or an objective.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from experiments.tasks.countdown.dataset import load_problems
 from experiments.tasks.countdown.problems import CountdownConfig, Problem
@@ -22,7 +21,7 @@ class CountdownTask:
     data_dir: str | None = None
     """The folder of the data set; TensorFlow Datasets' own when absent."""
 
-    @cached_property
+    @property
     def tokenizer(self) -> CharacterTokenizer:
         return CharacterTokenizer()
 

@@ -1,0 +1,510 @@
+"""`python -m experiments.train` as its user meets it: what a run leaves, what is refused and how, and that a run ends the
+same whether it was left alone, asked to stop or killed. Real runs are real processes, with a very small model; they
+share what they compiled. Mistakes are tried in this process, as none of them may get as far as compiling."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import models
+from experiments import train
+from experiments.config import CountdownRun, load_config, save_config
+from rspo_jax.metrics import read_metrics
+from rspo_jax.trainer import restore_params
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMINGS = {"step_seconds", "tokens_per_second"}
+SECONDS = 240  # after which a process is taken to hang
+WARM_START_STEPS, STEPS = 6, 8
+
+SMALL = {
+    "--task.train": 200,
+    "--task.validation": 20,
+    "--task.test": 20,
+    "--model.hidden-size": 16,
+    "--model.head-dim": 8,
+    "--model.num-heads": 2,
+    "--model.num-kv-heads": 1,
+    "--model.num-layers": 1,
+    "--model.expert-size": 16,
+    "--model.num-experts": 4,
+    "--model.num-experts-per-token": 2,
+    "--steps": STEPS,
+    "--prompts": 4,
+    "--group-size": 4,
+    "--mini-batches": 2,
+    "--epochs": 1,
+    "--rollout-chunks": 1,
+    "--learned-groups": "None",
+    "--sampler.max-new-tokens": 12,
+    "--warm-start.steps": WARM_START_STEPS,
+    "--warm-start.batch-size": 8,
+    "--warm-start.optimizer.warmup-updates": 2,
+    "--evaluation.every": 4,
+    "--evaluation.problems": 20,
+    "--checkpoint.every": 2,
+    "--checkpoint.keep": 3,
+}
+
+
+def flags(**changes):
+    """The flags of a small run; `warm_start__steps=1` changes `--warm-start.steps`."""
+    changed = {f"--{name.replace('__', '.').replace('_', '-')}": value for name, value in changes.items()}
+    return [str(part) for pair in (SMALL | changed).items() for part in pair]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One data set and one cache of compiled programs for all processes."""
+    folder = tmp_path_factory.mktemp("shared")
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TFDS_DATA_DIR": str(folder / "data"),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "experiments.train", "countdown", *map(str, arguments)]
+
+
+def call(environment, *arguments):
+    """A process that runs to its end."""
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+
+
+def call_until(environment, run_dir, moment, number):
+    """Starts a run, sends it a signal at a moment, and returns exit code and output."""
+    log = run_dir.with_name(f"{run_dir.name}.log")
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command("--run-dir", run_dir, *flags()), cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            deadline = time.monotonic() + SECONDS
+            while not moment(run_dir):
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.002)
+            process.send_signal(number)
+            code = process.wait(SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+    return code, log.read_text()
+
+
+def row_written(phase, step):
+    """The moment at which a step has a row."""
+    text = f'"phase": "{phase}", "step": {step},'
+
+    def moment(run_dir):
+        path = run_dir / "metrics.jsonl"
+        return path.exists() and text in path.read_text()
+
+    return moment
+
+
+def checkpoint_complete(index):
+    return lambda run_dir: (run_dir / "checkpoints" / str(index)).exists()
+
+
+def checkpoint_begun(index):
+    return lambda run_dir: any((run_dir / "checkpoints").glob(f"{index}*"))
+
+
+def folder_made(run_dir):
+    return (run_dir / "config.json").exists()
+
+
+def rows_of(run_dir):
+    """Without timings, and as text: rows with NaN are equal too."""
+    return [json.dumps({name: row[name] for name in row if name not in TIMINGS}) for row in read_metrics(run_dir)]
+
+
+def final_params(run_dir):
+    """The bits of the newest checkpoint's parameters; that it is the last one of the run."""
+    _, run = load_config(run_dir / "config.json")
+    with jax.numpy_dtype_promotion("standard"):
+        params, step = restore_params(functools.partial(models.init_params, run.model), run.trainer, run_dir)
+    assert step == run.trainer.steps
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+
+
+def summary_of(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary.pop("wall_seconds") > 0
+    return summary
+
+
+def assert_same_end(run_dir, other):
+    assert rows_of(run_dir) == rows_of(other)
+    assert final_params(run_dir) == final_params(other)
+    assert summary_of(run_dir) == summary_of(other)
+
+
+def resume_to_the_same_end(environment, run_dir, finished):
+    resumed = call(environment, "--run-dir", run_dir, "--resume")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_same_end(run_dir, finished)
+    return resumed.stdout
+
+
+@pytest.fixture(scope="module")
+def finished_process(environment, tmp_path_factory):
+    """An uninterrupted run: its folder and what the process gave."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    return run_dir, call(environment, "--run-dir", run_dir, *flags())
+
+
+@pytest.fixture(scope="module")
+def finished(finished_process):
+    run_dir, process = finished_process
+    assert process.returncode == 0, process.stdout + process.stderr
+    return run_dir
+
+
+# --- a run left alone ---
+
+
+def test_what_a_run_leaves(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "curves.png",
+        "checkpoints",
+        "tensorboard",
+    }
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (finished / "tensorboard").iterdir()} == {"warm_start", "rl"}
+    # 6 steps of warm start and 8 of RL, saved every second step; the newest three are kept.
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"10", "12", "14"}
+    name, run = load_config(finished / "config.json")
+    assert (name, run.trainer.steps, run.model.hidden_size, run.task.test) == ("countdown", STEPS, 16, 20)
+    rows = [(row["phase"], row["step"]) for row in read_metrics(finished)]
+    assert rows == [("warm_start", step) for step in range(1, 7)] + [("rl", step) for step in range(9)]
+
+
+def test_the_summary(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    rows = read_metrics(finished)
+    first, last = rows[WARM_START_STEPS], rows[-1]
+    assert (summary["objective"], summary["seed"], summary["steps"], summary["test_problems"]) == ("rspo", 0, STEPS, 20)
+    for suffix, mode in (("", "sampled"), ("_greedy", "greedy")):
+        for name, row in (("warm_start", first), ("final", last)):
+            assert summary[f"{name}_solve_rate{suffix}"] == row[f"test_{mode}"]
+            assert summary[f"{name}_interval{suffix}"] == [row[f"test_{mode}_low"], row[f"test_{mode}_high"]]
+        points = 100 * (last[f"test_{mode}"] - first[f"test_{mode}"])
+        assert summary[f"improvement_points{suffix}"] == pytest.approx(points)
+    assert summary["skipped_updates"] == 0
+    assert summary["wall_seconds"] > sum(row.get("step_seconds", 0) for row in rows[7:]) / 2
+
+
+def test_what_a_run_says(finished_process):
+    run_dir, process = finished_process
+    assert process.returncode == 0
+    for text in (
+        f"run folder: {run_dir}",
+        f"RL {STEPS}/{STEPS}",
+        "20 held-out problems",
+        str(run_dir / "curves.png"),
+        str(run_dir / "summary.json"),
+        f"-m experiments.evaluate {run_dir}",
+    ):
+        assert text in process.stdout
+    assert "Traceback" not in process.stderr
+    assert "Error" not in process.stderr
+
+
+def test_resuming_a_finished_run_changes_nothing(environment, finished, tmp_path):
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    resume_to_the_same_end(environment, run_dir, finished)
+    before, after = ((folder / "config.json").read_bytes() for folder in (finished, run_dir))
+    assert before == after
+
+
+# --- stopped ---
+
+
+def stop_and_resume(environment, finished, run_dir, moment, number):
+    code, output = call_until(environment, run_dir, moment, number)
+    assert code == 0, output
+    assert f"{number.name}: state saved" in output
+    assert not (run_dir / "summary.json").exists(), "the run was over before the signal came"
+    _, command_line = output.rstrip().rsplit("\n", 1)
+    assert command_line.strip() == f"{sys.executable} -m experiments.train countdown --run-dir {run_dir} --resume"
+    assert len(rows_of(run_dir)) < len(rows_of(finished))
+    assert "going on after" in resume_to_the_same_end(environment, run_dir, finished)
+
+
+def test_a_run_asked_to_stop_is_resumed_to_the_same_end(environment, finished, tmp_path):
+    stop_and_resume(environment, finished, tmp_path / "run", row_written("rl", 0), signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [(row_written("warm_start", 1), signal.SIGTERM), (row_written("rl", 2), signal.SIGINT)],
+    ids=["SIGTERM in the warm start", "SIGINT in RL"],
+)
+def test_stops_at_other_moments(environment, finished, tmp_path, moment, number):
+    stop_and_resume(environment, finished, tmp_path / "run", moment, number)
+
+
+# --- killed ---
+
+
+def kill_and_resume(environment, finished, run_dir, moment):
+    code, output = call_until(environment, run_dir, moment, signal.SIGKILL)
+    assert code == -signal.SIGKILL, output
+    assert not (run_dir / "summary.json").exists()
+    resume_to_the_same_end(environment, run_dir, finished)
+
+
+def test_a_killed_run_is_resumed_to_the_same_end(environment, finished, tmp_path):
+    kill_and_resume(environment, finished, tmp_path / "run", row_written("rl", 3))
+
+
+MOMENTS = {
+    "before anything": folder_made,
+    "in the warm start": row_written("warm_start", 3),
+    "while the first checkpoint is written": checkpoint_begun(2),
+    "right after a checkpoint": checkpoint_complete(4),
+    "at the hand-over": checkpoint_begun(WARM_START_STEPS),
+    "in the first evaluation": checkpoint_complete(WARM_START_STEPS),
+    "in the first step": row_written("rl", 0),
+    "while a checkpoint is written": checkpoint_begun(10),
+    "in the last step": row_written("rl", STEPS - 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kills_at_other_moments(environment, finished, tmp_path, moment):
+    kill_and_resume(environment, finished, tmp_path / "run", MOMENTS[moment])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(environment, finished, tmp_path):
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    newest = run_dir / "checkpoints" / "14"
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    output = resume_to_the_same_end(environment, run_dir, finished)
+    assert f"{newest} is damaged or incomplete" in output
+    assert f"{newest.with_name('12')} is used instead" in output
+    assert "going on after 6 warm-start steps and 6 steps" in output
+
+
+# --- refused ---
+
+
+def refusal(capsys, *arguments):
+    """The one sentence that a mistake gets."""
+    try:
+        code = train.main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert "Traceback" not in captured.out + captured.err
+    return captured.err
+
+
+def sentence(capsys, *arguments):
+    error = refusal(capsys, *arguments)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"group_size": 1}, "raise group_size to 2 or more, or switch scale_advantages off"),
+        ({"mini_batches": 3}, "16 responses to learn from do not divide into 3 mini_batches"),
+        ({"rollout_chunks": 3}, "16 responses does not divide into 3 rollout_chunks"),
+        ({"micro_batches": 3}, "a mini-batch of 8 responses does not divide into 3 micro_batches"),
+        ({"learned_groups": 5}, "learned_groups must lie between 1 and prompts, 4; got 5"),
+        ({"model__num_experts_per_token": 5}, "num_experts_per_token is 5, but a layer has only 4 experts"),
+        ({"model__num_kv_heads": 3}, "num_heads (2) must be a multiple of num_kv_heads (3)"),
+        ({"model__head_dim": 7}, "head_dim must be even"),
+        ({"model__dtype": "float16"}, "dtype must be one of ('float32', 'bfloat16'), got 'float16'"),
+        ({"model__vocab_size": 32}, "model.vocab_size is 32, but Countdown's tokenizer has 22 tokens"),
+        ({"objective": "ppo"}, "unknown objective 'ppo'; choose one of rspo, gmpo, gspo, gspo_rs, grpo, grpo_rs"),
+        ({"objective": "gmpo", "gamma_min": 0.8}, "gmpo has no option gamma_min; it has clip_high, clip_low"),
+        ({"objective": "rspo", "aggregation": "token_mean"}, "rspo has no option aggregation"),
+        ({"gamma_min": 2}, "gamma_min must lie in (0, 1], got 2.0; 1 switches the router shift off"),
+        ({"position": "before"}, "position must be one of"),
+        ({"layer_aggregation": "max"}, "layer_aggregation must be one of ('mean', 'sum'), got 'max'"),
+        ({"sampler__temperature": 0}, "sampler.temperature must be positive to train"),
+        ({"sampler__top_p": 0}, "top_p must lie in (0, 1], got 0.0"),
+        ({"optimizer__learning_rate": -1}, "learning_rate must be positive, got -1.0"),
+        ({"warm_start__optimizer__learning_rate": 0}, "learning_rate must be positive, got 0.0"),
+        ({"warm_start__steps": -1}, "a warm start needs 0 or more steps"),
+        ({"evaluation__problems": 21}, "evaluation.problems is 21, but the validation split has only 20"),
+        ({"checkpoint__every": 0}, "checkpoints need every ≥ 1 and keep ≥ 1, got 0 and 3"),
+        ({"task__low": 30}, "low (30) is above high (20); exchange them"),
+        ({"task__test": 0}, "test"),
+        ({"reward__format_reward": 1}, "format_reward is 1.0"),
+        ({"steps": -1}, "steps must be 0 or more, got -1"),
+    ],
+    ids=str,
+)
+def test_mistakes_get_one_sentence_and_no_folder(capsys, tmp_path, changes, words):
+    error = sentence(capsys, "countdown", "--run-dir", tmp_path / "run", *flags(**changes))
+    assert words in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        # Two numbers from 1 to 3 give too few different problems.
+        ({"task__numbers_min": 2, "task__numbers_max": 2, "task__high": 3}, "problems asked for in 'train' were found"),
+        ({"sampler__max_new_tokens": 3}, "max_new_tokens is 3: raise it to"),
+    ],
+    ids=str,
+)
+def test_mistakes_that_only_the_data_show(capsys, tmp_path, changes, words):
+    arguments = flags(**changes)
+    error = sentence(capsys, "countdown", "--run-dir", tmp_path / "run", "--data-dir", tmp_path / "data", *arguments)
+    assert words in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["chess"], "chess"),
+        (["countdown", "--speed", "3"], "--speed"),
+        (["countdown", "--steps", "many"], "many"),
+        (["countdown", "--steps"], "--steps"),
+        (["countdown", "stray"], "stray"),
+    ],
+)
+def test_flags_that_there_are_not(capsys, arguments, words):
+    assert words in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["countdown", "--help"]])
+def test_help(capsys, arguments):
+    with pytest.raises(SystemExit) as exit:
+        train.main(arguments)
+    assert exit.value.code == 0
+    output = capsys.readouterr().out
+    assert "countdown" in output
+    if "countdown" in arguments:
+        for flag in ("--steps", "--objective", "--run-dir", "--resume", "--model.hidden-size", "--gamma-min"):
+            assert flag in output
+
+
+# --- folders ---
+
+
+@pytest.fixture
+def small_run():
+    name, run, _ = train.parse(["countdown", *flags()])
+    assert name == "countdown"
+    return run
+
+
+@pytest.fixture
+def run_dir(tmp_path, small_run):
+    """A folder in which a run was started, and killed before its first checkpoint."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_config(folder / "config.json", "countdown", small_run)
+    return folder
+
+
+def test_a_folder_with_something_in_it_is_refused(capsys, run_dir):
+    before = (run_dir / "config.json").read_bytes()
+    error = sentence(capsys, "countdown", "--run-dir", run_dir, *flags(steps=9))
+    assert f"{run_dir} is not empty: add --resume to go on with it, or choose another --run-dir" in error
+    assert (run_dir / "config.json").read_bytes() == before
+
+
+def test_resuming_where_there_is_no_run(capsys, tmp_path, monkeypatch):
+    error = sentence(capsys, "countdown", "--run-dir", tmp_path / "run", "--resume")
+    assert f"there is no run to resume in {tmp_path / 'run'}; leave --resume out to start one there" in error
+    error = sentence(capsys, "countdown", f"--run-dir={tmp_path}", "--resume")
+    assert f"there is no run to resume in {tmp_path};" in error
+    monkeypatch.chdir(tmp_path)
+    error = sentence(capsys, "countdown", "--resume")
+    assert "there is no run of countdown in runs/ to resume; name its folder with --run-dir" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "change"),
+    [
+        ("--model.hidden-size", 24, "hidden_size: 16 -> 24"),
+        ("--model.num-layers", 2, "num_layers: 1 -> 2"),
+        ("--model.num-experts", 8, "num_experts: 4 -> 8"),
+        ("--model.tie-embeddings", None, "tie_embeddings: False -> True"),
+    ],
+)
+def test_resuming_with_another_shape_is_refused(capsys, run_dir, flag, value, change):
+    before = (run_dir / "config.json").read_bytes()
+    given = [flag] if value is None else [flag, value]
+    error = sentence(capsys, "countdown", "--run-dir", run_dir, "--resume", *given)
+    assert "change the shape of parameter" in error
+    assert change in error
+    assert "leave them out, or start a new run folder" in error
+    assert (run_dir / "config.json").read_bytes() == before
+
+
+def test_resuming_with_an_impossible_change_is_refused(capsys, run_dir):
+    before = (run_dir / "config.json").read_bytes()
+    error = sentence(capsys, "countdown", "--run-dir", run_dir, "--resume", "--mini-batches", 3)
+    assert "16 responses to learn from do not divide into 3 mini_batches" in error
+    assert (run_dir / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"task_name": "chess"}', '{"task_name": "countdown", "speed": 1}'])
+def test_resuming_with_a_broken_config_names_the_file(capsys, run_dir, text):
+    (run_dir / "config.json").write_text(text)
+    assert str(run_dir / "config.json") in sentence(capsys, "countdown", "--run-dir", run_dir, "--resume")
+
+
+def test_a_resumed_run_keeps_its_configuration_but_for_the_flags_given(run_dir, small_run, capsys):
+    name, run, folder = train.parse(["countdown", "--run-dir", str(run_dir), "--resume"])
+    assert (name, run, folder) == ("countdown", small_run, train.Folder(run_dir, True))
+    _, run, folder = train.parse(["countdown", "--resume", "--steps", "20", f"--run-dir={run_dir}"])
+    assert (run.trainer.steps, run.trainer.prompts, folder.run_dir) == (20, 4, run_dir)
+    assert train.prepare_folder("countdown", run, folder) == run_dir
+    assert f"changed since the run was started: trainer.steps: {STEPS} -> 20\n" == capsys.readouterr().out
+    assert load_config(run_dir / "config.json") == ("countdown", run)
+
+
+def test_resuming_without_a_folder_takes_the_newest(tmp_path, monkeypatch, small_run):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(["countdown-b", "countdown-c", "countdown-a", "chess-d"]):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        save_config(folder / "config.json", "countdown", small_run)
+        os.utime(folder / "config.json", (1e9 + age, 1e9 + age))
+    _, _, folder = train.parse(["countdown", "--resume"])
+    assert folder == train.Folder(Path("runs/countdown-a"), True)
+
+
+def test_a_new_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = CountdownRun()
+    run_dir = train.prepare_folder("countdown", run, train.Folder())
+    assert run_dir.parent == Path("runs")
+    assert run_dir.name.startswith("countdown-2")
+    assert load_config(run_dir / "config.json") == ("countdown", run)
