@@ -81,8 +81,9 @@ class CountdownRun:
         group_size=8,
         learned_groups=96,
         sampler=SamplerConfig(max_new_tokens=12),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-        warm_start=WarmStartConfig(steps=300, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3),
+        decay_learning_rate=True,
+        warm_start=WarmStartConfig(steps=150, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
     )
     data_dir: str | None = None
     """Where the data set is kept; TensorFlow Datasets' own folder when absent."""

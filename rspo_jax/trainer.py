@@ -62,15 +62,20 @@ class WarmStartConfig:
 
     @property
     def decaying_optimizer(self) -> OptimizerConfig:
-        if self.optimizer.decay_updates is not None or self.steps <= self.optimizer.warmup_updates:
-            return self.optimizer
-        return dataclasses.replace(self.optimizer, decay_updates=self.steps)
+        """The optimizer with its decay spelled out."""
+        return _decaying_over(self.optimizer, self.steps)
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1:
             raise ValueError(
                 f"a warm start needs 0 or more steps of 1 or more solutions, got {self.steps}, {self.batch_size}"
             )
+
+
+def _decaying_over(optimizer: OptimizerConfig, updates: int) -> OptimizerConfig:
+    if optimizer.decay_updates is not None or updates <= optimizer.warmup_updates:
+        return optimizer
+    return dataclasses.replace(optimizer, decay_updates=updates)
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,8 @@ class TrainerConfig:
     seed: int = 0
     sampler: SamplerConfig = SamplerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    decay_learning_rate: bool = False
+    """Let the learning rate fall to 0 (cosine) over all steps, unless the optimizer says over how many updates."""
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -152,6 +159,13 @@ class TrainerConfig:
             raise ValueError(f"a rollout of {rows} responses does not divide into {self.rollout_chunks} rollout_chunks")
         if not self.sampler.temperature > 0:
             raise ValueError("sampler.temperature must be positive to train: greedy responses are all alike")
+
+    @property
+    def decaying_optimizer(self) -> OptimizerConfig:
+        """The optimizer with its decay, if any, spelled out."""
+        if not self.decay_learning_rate:
+            return self.optimizer
+        return _decaying_over(self.optimizer, self.steps * self.epochs * self.mini_batches)
 
     @property
     def learned_rows(self) -> int:
@@ -206,12 +220,6 @@ class Recorder:
     def save(self, state: RunState) -> None:
         index = int(state.warm_start_step) + int(state.step)
         self.checkpoints.save(index, state, {"elapsed_seconds": self.elapsed})
-
-    def stop_if_asked(self, state: RunState) -> None:
-        if self.preemption.requested is not None:
-            self.save(state)
-            self.checkpoints.wait()
-            raise Stopped(self.preemption.requested)
 
 
 class Stopped(Exception):
@@ -296,7 +304,7 @@ def restore_params(init_params: Callable[[Array], Params], config: TrainerConfig
 
 def _fresh_state(init_params: Callable[[Array], Params], config: TrainerConfig) -> RunState:
     key, params_key = jax.random.split(jax.random.key(config.seed))
-    optimizer = config.warm_start.decaying_optimizer if config.warm_start.steps else config.optimizer
+    optimizer = config.warm_start.decaying_optimizer if config.warm_start.steps else config.decaying_optimizer
     zero = jnp.int32(0)
     return RunState(init_train_state(init_params(params_key), optimizer), jax.random.key_data(key), zero, zero, zero)
 
@@ -327,11 +335,13 @@ def _warm_start(run: Run, state: RunState, recorder: Recorder) -> RunState:
             recorder.log.write("warm_start", step, metrics)
             progress.update(step, metrics)
             if step == config.steps:
-                train_state = init_train_state(state.train.params, run.config.optimizer)
+                train_state = init_train_state(state.train.params, run.config.decaying_optimizer)
                 state = state._replace(train=train_state, cursor=jnp.int32(0))
-            if step == config.steps or step % run.config.checkpoint.every == 0:
+            stop = recorder.preemption.requested
+            if stop or step == config.steps or step % run.config.checkpoint.every == 0:
                 recorder.save(state)
-            recorder.stop_if_asked(state)
+            if stop:
+                raise Stopped(stop)
     return state
 
 
@@ -359,31 +369,28 @@ def _reinforce(run: Run, state: RunState, recorder: Recorder) -> RunState:
     config, done = run.config, int(state.step)
     with Progress("rl", config.steps, completed=done) as progress:
 
-        def write(record: StepRecord | None, evaluation: dict[str, float] | None = None) -> None:
-            if record is not None:
-                metrics = _to_host(record.statistics) | record.metrics | (evaluation or {})
-                metrics |= _speed(record.started, int(record.metrics["response_tokens"]))
-                recorder.log.write("rl", record.step, metrics)
-                progress.update(record.step, metrics)
+        def write(step: int, metrics: dict[str, float]) -> None:
+            recorder.log.write("rl", step, metrics)
+            progress.update(step, metrics)
 
         if done == 0:
-            baseline = _evaluate(run, state, final=True)
-            recorder.log.write("rl", 0, baseline)
-            progress.update(0, baseline)
+            write(0, _evaluate(run, state, final=True))
         previous: StepRecord | None = None
         for step in range(done + 1, config.steps + 1):
             draws, state = _start_rollout(run, state)
-            write(previous)  # the host has time: the device is drawing
+            if previous is not None:  # the host has time: the device is drawing
+                write(previous.step, _finish(previous))
             state, previous = _learn(run, state, draws)
-            last = step == config.steps
-            if last or step % config.evaluation.every == 0:
-                write(previous, _evaluate(run, state, final=last))
-                previous = None
-            if last or step % config.checkpoint.every == 0 or recorder.preemption.requested:
-                write(previous)
-                previous = None
+            last, stop = step == config.steps, recorder.preemption.requested
+            evaluating = last or step % config.evaluation.every == 0
+            saving = last or stop or step % config.checkpoint.every == 0
+            if evaluating or saving:
+                metrics, previous = _finish(previous), None
+                write(step, metrics | (_evaluate(run, state, final=last) if evaluating else {}))
+            if saving:
                 recorder.save(state)
-            recorder.stop_if_asked(state)
+            if stop and not last:
+                raise Stopped(stop)
     return state
 
 
@@ -416,13 +423,13 @@ def _learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecor
     old_log_probs, old_route, statistics = score(run.policy, state.train.params, rollout, learner)
     batch = ScoredBatch(rollout, old_log_probs, old_route)
     key, shuffle_key = jax.random.split(jax.random.wrap_key_data(state.key))
-    train_state, updates = state.train, []
-    learning_rate = _learning_rate(config.optimizer, int(train_state.updates))
+    optimizer, train_state, updates = config.decaying_optimizer, state.train, []
+    learning_rate = _learning_rate(optimizer, int(train_state.updates))
     for epoch in range(config.epochs):
         order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), config.learned_rows)
         for rows in jnp.split(order, config.mini_batches):
             train_state, update_statistics = update(
-                run.policy, config.optimizer, train_state, _take_rows(batch, rows), learner
+                run.policy, optimizer, train_state, _take_rows(batch, rows), learner
             )
             updates.append(update_statistics)
     state = state._replace(train=train_state, key=jax.random.key_data(key), step=state.step + 1)
@@ -468,6 +475,12 @@ def _evaluate(run: Run, state: RunState, final: bool) -> dict[str, float]:
             name = f"{split}_{mode}"
             metrics |= {name: float(judged.correct.mean()), f"{name}_low": low, f"{name}_high": high}
     return metrics
+
+
+def _finish(record: StepRecord) -> dict[str, float]:
+    """Waits for a step's statistics and joins them with what the host knew."""
+    metrics = _to_host(record.statistics) | record.metrics
+    return metrics | _speed(record.started, int(record.metrics["response_tokens"]))
 
 
 def _to_host(statistics: list[dict[str, Statistic]]) -> dict[str, float]:
