@@ -183,7 +183,7 @@ def summarize(run_dir: Path, run: CountdownRun, seconds: float) -> dict[str, Any
     """What `summary.json` holds: solve rates on the test split before and after, with 95 % intervals."""
     rows = [row for row in read_metrics(run_dir) if "test_sampled" in row]
     first, last = rows[0], rows[-1]
-    skipped = sum(row.get("skipped_updates", 0) for row in read_metrics(run_dir))
+    skipped = int(sum(row.get("skipped_updates", 0) for row in read_metrics(run_dir)))
     summary: dict[str, Any] = {"objective": run.objective.objective, "seed": run.trainer.seed, "steps": last["step"]}
     summary["test_problems"] = run.task.test
     for mode, suffix in (("sampled", ""), ("greedy", "_greedy")):
@@ -204,7 +204,7 @@ def report(summary: dict[str, Any]) -> str:
             for name in ("warm_start", "final")
         )
         lines.append(f"  {mode:8} {before}  ->  {after}  ({summary[f'improvement_points{suffix}']:+.1f} points)")
-    lines.append(f"  {summary['wall_seconds']:.0f} s of training, {summary['skipped_updates']:.0f} updates skipped")
+    lines.append(f"  {summary['wall_seconds']:.0f} s of training, {summary['skipped_updates']} updates skipped")
     return "\n".join(lines)
 
 

@@ -216,12 +216,14 @@ def _apply_gradient(
 
     def accumulate(gradient: Params, part: Any) -> tuple[Params, tuple[Mean, dict[str, Statistic]]]:
         part_gradient, auxiliary = jax.grad(total, has_aux=True)(state.params, part)
-        return jax.tree.map(jnp.add, gradient, part_gradient), auxiliary
+        return jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), gradient, part_gradient), auxiliary
 
-    gradient, (loss, statistics) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), parts)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params)
+    gradient, (loss, statistics) = jax.lax.scan(accumulate, zeros, parts)
     weight = jnp.maximum(jnp.sum(loss.weight), 1)
-    gradient = jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), gradient)
+    gradient = jax.tree.map(lambda leaf: leaf / weight, gradient)
     gradient_norm = optax.tree.norm(gradient)
+    gradient = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradient, state.params)
     finite = jnp.isfinite(loss.reduce()) & jnp.isfinite(gradient_norm)
     changes, opt_state = optimizer.build().update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, changes)

@@ -41,7 +41,7 @@ SMALL = {
     "--model.num-experts": 4,
     "--model.num-experts-per-token": 2,
     "--steps": STEPS,
-    "--prompts": 4,
+    "--prompts": 5,  # as many responses as problems to evaluate, so that one shape is compiled
     "--group-size": 4,
     "--mini-batches": 2,
     "--epochs": 1,
@@ -88,12 +88,12 @@ def call(environment, *arguments):
     )
 
 
-def call_until(environment, run_dir, moment, number):
-    """Starts a run, sends it a signal at a moment, and returns exit code and output."""
+def call_until(environment, run_dir, moment, number, *arguments):
+    """Starts or resumes a run, sends it a signal at a moment, and returns exit code and output."""
     log = run_dir.with_name(f"{run_dir.name}.log")
     with open(log, "w") as file:
         process = subprocess.Popen(
-            command("--run-dir", run_dir, *flags()), cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            command("--run-dir", run_dir, *arguments), cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
         try:
             deadline = time.monotonic() + SECONDS
@@ -105,6 +105,7 @@ def call_until(environment, run_dir, moment, number):
         finally:
             process.kill()
             process.wait()
+    assert not (run_dir / "summary.json").exists(), "the run was over before the signal came"
     return code, log.read_text()
 
 
@@ -231,6 +232,7 @@ def test_what_a_run_says(finished_process):
     assert "Error" not in process.stderr
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(environment, finished, tmp_path):
     run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
     resume_to_the_same_end(environment, run_dir, finished)
@@ -238,22 +240,28 @@ def test_resuming_a_finished_run_changes_nothing(environment, finished, tmp_path
     assert before == after
 
 
-# --- stopped ---
+# --- stopped and killed ---
 
 
-def stop_and_resume(environment, finished, run_dir, moment, number):
-    code, output = call_until(environment, run_dir, moment, number)
+def stop(environment, run_dir, moment, number, *arguments):
+    code, output = call_until(environment, run_dir, moment, number, *arguments)
     assert code == 0, output
     assert f"{number.name}: state saved" in output
-    assert not (run_dir / "summary.json").exists(), "the run was over before the signal came"
     _, command_line = output.rstrip().rsplit("\n", 1)
     assert command_line.strip() == f"{sys.executable} -m experiments.train countdown --run-dir {run_dir} --resume"
+
+
+def kill(environment, run_dir, moment, *arguments):
+    code, output = call_until(environment, run_dir, moment, signal.SIGKILL, *arguments)
+    assert code == -signal.SIGKILL, output
+
+
+def test_a_run_killed_and_then_asked_to_stop_ends_the_same(environment, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    kill(environment, run_dir, row_written("warm_start", 5), *flags())
+    stop(environment, run_dir, row_written("rl", 1), signal.SIGTERM, "--resume")
     assert len(rows_of(run_dir)) < len(rows_of(finished))
-    assert "going on after" in resume_to_the_same_end(environment, run_dir, finished)
-
-
-def test_a_run_asked_to_stop_is_resumed_to_the_same_end(environment, finished, tmp_path):
-    stop_and_resume(environment, finished, tmp_path / "run", row_written("rl", 0), signal.SIGTERM)
+    assert "going on after 6 warm-start steps" in resume_to_the_same_end(environment, run_dir, finished)
 
 
 @pytest.mark.slow
@@ -263,21 +271,8 @@ def test_a_run_asked_to_stop_is_resumed_to_the_same_end(environment, finished, t
     ids=["SIGTERM in the warm start", "SIGINT in RL"],
 )
 def test_stops_at_other_moments(environment, finished, tmp_path, moment, number):
-    stop_and_resume(environment, finished, tmp_path / "run", moment, number)
-
-
-# --- killed ---
-
-
-def kill_and_resume(environment, finished, run_dir, moment):
-    code, output = call_until(environment, run_dir, moment, signal.SIGKILL)
-    assert code == -signal.SIGKILL, output
-    assert not (run_dir / "summary.json").exists()
-    resume_to_the_same_end(environment, run_dir, finished)
-
-
-def test_a_killed_run_is_resumed_to_the_same_end(environment, finished, tmp_path):
-    kill_and_resume(environment, finished, tmp_path / "run", row_written("rl", 3))
+    stop(environment, tmp_path / "run", moment, number, *flags())
+    resume_to_the_same_end(environment, tmp_path / "run", finished)
 
 
 MOMENTS = {
@@ -296,7 +291,8 @@ MOMENTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kills_at_other_moments(environment, finished, tmp_path, moment):
-    kill_and_resume(environment, finished, tmp_path / "run", MOMENTS[moment])
+    kill(environment, tmp_path / "run", MOMENTS[moment], *flags())
+    resume_to_the_same_end(environment, tmp_path / "run", finished)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(environment, finished, tmp_path):
@@ -339,10 +335,10 @@ def sentence(capsys, *arguments):
     ("changes", "words"),
     [
         ({"group_size": 1}, "raise group_size to 2 or more, or switch scale_advantages off"),
-        ({"mini_batches": 3}, "16 responses to learn from do not divide into 3 mini_batches"),
-        ({"rollout_chunks": 3}, "16 responses does not divide into 3 rollout_chunks"),
-        ({"micro_batches": 3}, "a mini-batch of 8 responses does not divide into 3 micro_batches"),
-        ({"learned_groups": 5}, "learned_groups must lie between 1 and prompts, 4; got 5"),
+        ({"mini_batches": 3}, "20 responses to learn from do not divide into 3 mini_batches"),
+        ({"rollout_chunks": 3}, "20 responses does not divide into 3 rollout_chunks"),
+        ({"micro_batches": 3}, "a mini-batch of 10 responses does not divide into 3 micro_batches"),
+        ({"learned_groups": 6}, "learned_groups must lie between 1 and prompts, 5; got 6"),
         ({"model__num_experts_per_token": 5}, "num_experts_per_token is 5, but a layer has only 4 experts"),
         ({"model__num_kv_heads": 3}, "num_heads (2) must be a multiple of num_kv_heads (3)"),
         ({"model__head_dim": 7}, "head_dim must be even"),
@@ -476,7 +472,7 @@ def test_resuming_with_another_shape_is_refused(capsys, run_dir, flag, value, ch
 def test_resuming_with_an_impossible_change_is_refused(capsys, run_dir):
     before = (run_dir / "config.json").read_bytes()
     error = sentence(capsys, "countdown", "--run-dir", run_dir, "--resume", "--mini-batches", 3)
-    assert "16 responses to learn from do not divide into 3 mini_batches" in error
+    assert "20 responses to learn from do not divide into 3 mini_batches" in error
     assert (run_dir / "config.json").read_bytes() == before
 
 
@@ -490,7 +486,7 @@ def test_a_resumed_run_keeps_its_configuration_but_for_the_flags_given(run_dir, 
     name, run, folder = train.parse(["countdown", "--run-dir", str(run_dir), "--resume"])
     assert (name, run, folder) == ("countdown", small_run, train.Folder(run_dir, True))
     _, run, folder = train.parse(["countdown", "--resume", "--steps", "20", f"--run-dir={run_dir}"])
-    assert (run.trainer.steps, run.trainer.prompts, folder.run_dir) == (20, 4, run_dir)
+    assert (run.trainer.steps, run.trainer.prompts, folder.run_dir) == (20, 5, run_dir)
     assert train.prepare_folder("countdown", run, folder) == run_dir
     assert f"changed since the run was started: trainer.steps: {STEPS} -> 20\n" == capsys.readouterr().out
     assert load_config(run_dir / "config.json") == ("countdown", run)

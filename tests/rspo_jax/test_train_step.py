@@ -1,6 +1,6 @@
 """The two programs of a training step against gradients and metrics in float64 NumPy, with a policy that is a table:
 logits and router logits depend on the last token alone, so that all that is computed of it can be written down. Only
-the tests of padding and of an unmoved router use a real model. Knows no trainer."""
+the test of an unmoved router uses a real model. Knows no trainer."""
 
 import math
 
@@ -46,7 +46,17 @@ class TablePolicy:
         return jnp.zeros((batch_size, length))
 
 
-TABLE = TablePolicy()
+class ContextPolicy(TablePolicy):
+    """Every earlier token counts as well, unless it is padding."""
+
+    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None):
+        params, seen = variables["params"], (segment_ids > 0)[..., None]
+        logits = jnp.cumsum(jnp.where(seen, params["logits"][tokens], 0), axis=1)
+        router_logits = jnp.cumsum(jnp.where(seen[None], params["router"][:, tokens], 0), axis=2)
+        return ModelOutput(logits, router_logits, cache)
+
+
+TABLE, CONTEXT = TablePolicy(), ContextPolicy()
 MODEL_CONFIG = models.TransformerConfig(
     vocab_size=VOCABULARY,
     hidden_size=16,
@@ -121,8 +131,8 @@ def as_arrays(tree):
     return jax.tree.map(jnp.array, tree)
 
 
-def scored(rollout, old_params, learner):
-    old_log_probs, old_route, _ = score(TABLE, old_params, rollout, learner)
+def scored(rollout, old_params):
+    old_log_probs, old_route, _ = score(TABLE, old_params, rollout, LearnerConfig())
     return ScoredBatch(rollout, old_log_probs, old_route)
 
 
@@ -179,46 +189,35 @@ def test_scores_do_not_depend_on_micro_batches(micro_batches):
         assert as_floats(parts[2])[name] == pytest.approx(value, rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def model_params():
-    return models.init_params(MODEL_CONFIG, jax.random.key(3))
+def test_scores_are_those_of_the_function_of_the_loss():
+    rollout, params = as_arrays(make_rollout()), as_arrays(table_params(0))
+    log_probs, route, _ = score(CONTEXT, params, rollout, LearnerConfig())
+    direct = score_tokens(CONTEXT, params, rollout, 1.0)
+    np.testing.assert_allclose(log_probs, direct.log_probs, rtol=0, atol=1e-5)
+    assert direct.router_logits.shape == (LAYERS, ROWS, WIDTH, EXPERTS)
+    np.testing.assert_allclose(router_shift(direct.router_logits, route), 1, rtol=0, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def model_scores(model_params):
-    with jax.numpy_dtype_promotion("standard"):
-        return score(MODEL, model_params, as_arrays(make_rollout()), LearnerConfig())
+def with_other_padding(tokens, segment_ids):
+    other = np.where(segment_ids == 0, VOCABULARY - 1, tokens).astype(np.int32)
+    assert not np.array_equal(other, tokens)
+    return other
 
 
-def test_a_model_is_scored_by_the_function_of_the_loss(model_params, model_scores):
-    rollout = as_arrays(make_rollout())
-    direct = score_tokens(MODEL, model_params, rollout, 1.0)
-    np.testing.assert_allclose(
-        np.where(rollout.mask, model_scores[0], 0), np.where(rollout.mask, direct.log_probs, 0), rtol=0, atol=1e-5
-    )
-    assert direct.router_logits.shape == (2, ROWS, WIDTH, 4)
-    gamma = router_shift(direct.router_logits, model_scores[1])
-    assert np.all(np.asarray(gamma)[np.asarray(rollout.mask)] >= 1 - 1e-5)
-
-
-def test_what_padding_holds_has_no_effect_on_a_model(model_params, model_scores):
-    rollout = make_rollout()
-    tokens = np.where(rollout.segment_ids == 0, VOCABULARY - 1, rollout.tokens).astype(np.int32)
-    assert not np.array_equal(tokens, rollout.tokens)
-    log_probs, route, statistics = score(
-        MODEL, model_params, as_arrays(rollout._replace(tokens=tokens)), LearnerConfig()
-    )
-    np.testing.assert_array_equal(np.asarray(log_probs)[rollout.mask], np.asarray(model_scores[0])[rollout.mask])
-    for actual, expected in zip(route, model_scores[1], strict=True):
+def test_what_padding_holds_does_not_change_a_score():
+    rollout, params = make_rollout(), table_params(0)
+    other = rollout._replace(tokens=with_other_padding(rollout.tokens, rollout.segment_ids))
+    scores, other_scores = (score(CONTEXT, params, batch, LearnerConfig()) for batch in (rollout, other))
+    for actual, expected in zip(jax.tree.leaves(other_scores[:2]), jax.tree.leaves(scores[:2]), strict=True):
         np.testing.assert_array_equal(np.asarray(actual)[rollout.mask], np.asarray(expected)[rollout.mask])
-    assert as_floats(statistics) == as_floats(model_scores[2])
+    assert as_floats(other_scores[2]) == as_floats(scores[2])
 
 
-def test_an_update_on_policy_sees_an_unmoved_router(model_params, model_scores):
-    old_log_probs, old_route, _ = model_scores
-    batch = ScoredBatch(as_arrays(make_rollout()), old_log_probs, old_route)
-    state = init_train_state(as_arrays(model_params), BARE)
-    _, statistics = update(MODEL, BARE, state, batch, LearnerConfig())
+def test_an_update_of_a_model_on_policy_sees_an_unmoved_router():
+    rollout, params = as_arrays(make_rollout()), models.init_params(MODEL_CONFIG, jax.random.key(3))
+    old_log_probs, old_route, _ = score(MODEL, params, rollout, LearnerConfig())
+    state = init_train_state(params, BARE)
+    _, statistics = update(MODEL, BARE, state, ScoredBatch(rollout, old_log_probs, old_route), LearnerConfig())
     metrics = as_floats(statistics)
     for name in ("gamma_mean", "gamma_min", "gamma_p10"):
         assert 1 - 1e-5 <= metrics[name] <= 1
@@ -231,7 +230,7 @@ def test_an_update_on_policy_sees_an_unmoved_router(model_params, model_scores):
 def test_a_table_on_policy_has_a_gamma_of_exactly_one():
     learner = LearnerConfig(micro_batches=2)
     params = table_params(0)
-    _, metrics, _ = run_update(scored(make_rollout(), params, learner), params, learner)
+    _, metrics, _ = run_update(scored(make_rollout(), params), params, learner)
     assert metrics["gamma_mean"] == metrics["gamma_min"] == metrics["gamma_p10"] == 1
     assert metrics["ratio_max"] == 1
 
@@ -258,7 +257,7 @@ OBJECTIVES = {
 def test_the_gradient_against_float64(name):
     learner, changes = OBJECTIVES[name]
     rollout, old_params, params = make_rollout(), table_params(0), table_params(0, drift=0.15)
-    gradient, metrics, next_state = run_update(scored(rollout, old_params, learner), params, learner)
+    gradient, metrics, next_state = run_update(scored(rollout, old_params), params, learner)
     batch = in_float64(rollout, params, old_params)
     assert 0.1 < np.mean(batch.router_shift[batch.mask] < 0.8) < 0.9  # the floor decides for some, not for all
     expected = chain_to_table(rollout, params, oracles.gradient(learner.objective, batch, **changes))
@@ -277,7 +276,7 @@ def test_the_gradient_against_float64(name):
 def test_layers_may_be_summed():
     learner = LearnerConfig(layer_aggregation="sum")
     rollout, old_params, params = make_rollout(), table_params(0), table_params(0, drift=0.15)
-    _, metrics, _ = run_update(scored(rollout, old_params, learner), params, learner)
+    _, metrics, _ = run_update(scored(rollout, old_params), params, learner)
     inputs = rollout.tokens[:, :-1]
     gamma = oracles.router_shift(params["router"][:, inputs], old_params["router"][:, inputs], K, "sum")
     assert metrics["gamma_mean"] == pytest.approx(gamma[rollout.mask].mean(), rel=1e-5)
@@ -288,7 +287,7 @@ def test_neither_micro_batches_nor_the_order_of_rows_matter(name):
     """Responses differ in length, one is empty, and every mean has one denominator for the whole batch."""
     learner, _ = OBJECTIVES[name]
     rollout, old_params, params = make_rollout(), table_params(0), table_params(0, drift=0.15)
-    batch = scored(rollout, old_params, learner)
+    batch = scored(rollout, old_params)
     gradient, metrics, _ = run_update(batch, params, learner)
     assert np.abs(gradient["logits"]).max() > 0.02
     order = np.random.default_rng(5).permutation(ROWS)
@@ -308,11 +307,10 @@ def test_parameters_move_the_same_whatever_the_micro_batches():
     ends = []
     for micro_batches in (1, 2, 4):
         learner = LearnerConfig(micro_batches=micro_batches)
-        batch = as_arrays(scored(rollout, old_params, learner))
-        optimizer = OptimizerConfig(learning_rate=0.01, warmup_updates=1)
-        state = init_train_state(as_arrays(old_params), optimizer)
+        batch = as_arrays(scored(rollout, old_params))
+        state = init_train_state(as_arrays(old_params), BARE)
         for _ in range(3):
-            state, _ = update(TABLE, optimizer, state, batch, learner)
+            state, _ = update(TABLE, BARE, state, batch, learner)
         ends.append(state.params)
     assert np.abs(np.asarray(ends[0]["logits"]) - old_params["logits"]).max() > 0.005
     assert_close(ends[1], ends[0])
@@ -322,24 +320,22 @@ def test_parameters_move_the_same_whatever_the_micro_batches():
 def test_a_dense_policy():
     rollout = make_rollout()
     old_params, params = table_params(0, dense=True), table_params(0, drift=0.15, dense=True)
-    for micro_batches in (1, 4):
-        learner = LearnerConfig(micro_batches=micro_batches)
-        old_log_probs, old_route, statistics = score(TABLE, old_params, rollout, learner)
-        assert old_route is None
-        assert old_log_probs.shape == (ROWS, WIDTH)
-        assert as_floats(statistics)["entropy"] > 0
-        gradient, metrics, _ = run_update(ScoredBatch(rollout, old_log_probs, old_route), params, learner)
-        assert not [name for name in metrics if name.startswith("gamma")]
-        batch = in_float64(rollout, params, old_params)
-        # Without a router, RSPO is GMPO.
-        expected = chain_to_table(rollout, params, oracles.gradient("gmpo", batch))
-        np.testing.assert_allclose(gradient["logits"], expected, rtol=0, atol=1e-6)
+    learner = LearnerConfig(micro_batches=4)
+    old_log_probs, old_route, statistics = score(TABLE, old_params, rollout, learner)
+    assert old_route is None
+    assert old_log_probs.shape == (ROWS, WIDTH)
+    assert as_floats(statistics)["entropy"] > 0
+    gradient, metrics, _ = run_update(ScoredBatch(rollout, old_log_probs, old_route), params, learner)
+    assert not [name for name in metrics if name.startswith("gamma")]
+    # Without a router, RSPO is GMPO.
+    expected = chain_to_table(rollout, params, oracles.gradient("gmpo", in_float64(rollout, params, old_params)))
+    np.testing.assert_allclose(gradient["logits"], expected, rtol=0, atol=1e-6)
 
 
 def test_what_stands_outside_the_mask_has_no_effect():
     learner = LearnerConfig()
     rollout, old_params, params = make_rollout(), table_params(0), table_params(0, drift=0.15)
-    batch = scored(rollout, old_params, learner)
+    batch = scored(rollout, old_params)
     polluted = batch._replace(
         old_log_probs=jnp.where(rollout.mask, batch.old_log_probs, jnp.nan),
         rollout=rollout._replace(sampler_log_probs=np.where(rollout.mask, 0, np.nan).astype(np.float32)),
@@ -357,7 +353,7 @@ def test_what_stands_outside_the_mask_has_no_effect():
 def test_a_batch_without_a_single_response_token_changes_nothing():
     rollout, params, learner = make_rollout(), table_params(0), LearnerConfig()
     empty = rollout._replace(mask=np.zeros_like(rollout.mask))
-    gradient, metrics, next_state = run_update(scored(empty, params, learner), params, learner)
+    gradient, metrics, next_state = run_update(scored(empty, params), params, learner)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0
     assert all(math.isfinite(value) for value in metrics.values())
     assert bits(next_state.params) == bits(as_arrays(params))
@@ -373,7 +369,7 @@ def test_the_first_steps_of_adamw_by_hand():
         learning_rate=0.1, warmup_updates=2, weight_decay=0.05, beta1=0.8, beta2=0.9, max_gradient_norm=0.05
     )
     learner, rollout, params = LearnerConfig(), make_rollout(), table_params(0)
-    batch = as_arrays(scored(rollout, params, learner))
+    batch = as_arrays(scored(rollout, params))
     state = init_train_state(as_arrays(params), optimizer)
     expected = {name: leaf.astype(np.float64) for name, leaf in params.items()}
     first = second = np.zeros_like(expected["logits"])
@@ -394,11 +390,11 @@ def test_the_first_steps_of_adamw_by_hand():
     assert int(state.updates) == 3
 
 
-@pytest.mark.parametrize("bound", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("bound", [0.05, 10.0])
 def test_the_gradient_norm_is_bounded(bound):
     optimizer = OptimizerConfig(learning_rate=0.01, warmup_updates=1, beta1=0.0, max_gradient_norm=bound)
     learner, params = LearnerConfig(), table_params(0)
-    batch = scored(make_rollout(), params, learner)
+    batch = scored(make_rollout(), params)
     whole, metrics, _ = run_update(batch, params, learner)
     clipped, clipped_metrics, _ = run_update(batch, params, learner, optimizer)
     assert 0.1 < metrics["grad_norm"] < 10
@@ -443,9 +439,9 @@ def infinite_advantage(batch):
 @pytest.mark.parametrize("spoil", [nan_advantage, infinite_advantage])
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_an_update_that_is_not_finite_is_skipped(spoil, micro_batches):
-    optimizer = OptimizerConfig(learning_rate=0.1, warmup_updates=1, weight_decay=0.1)
+    optimizer = BARE
     learner, params = LearnerConfig(micro_batches=micro_batches), table_params(0)
-    good = scored(make_rollout(), params, learner)
+    good = scored(make_rollout(), params)
     state = init_train_state(as_arrays(params), optimizer)
     for _ in range(2):
         state, _ = update(TABLE, optimizer, state, as_arrays(good), learner)
@@ -521,14 +517,12 @@ def test_supervised_updates_lower_the_loss_to_the_entropy_of_the_data():
     assert floor <= losses[-1] < floor + 0.05 < losses[0] - 0.5
 
 
-def test_a_supervised_update_ignores_padding(model_params):
+def test_a_supervised_update_ignores_padding():
     batch = token_batch()
-    tokens = np.where(batch.segment_ids == 0, VOCABULARY - 1, batch.tokens).astype(np.int32)
-    assert not np.array_equal(tokens, batch.tokens)
     ends = []
-    for variant in (batch, batch._replace(tokens=tokens)):
-        state = init_train_state(as_arrays(model_params), BARE)
-        next_state, statistics = supervised_update(MODEL, BARE, state, as_arrays(variant))
+    for variant in (batch, batch._replace(tokens=with_other_padding(batch.tokens, batch.segment_ids))):
+        state = init_train_state(as_arrays(table_params(0)), BARE)
+        next_state, statistics = supervised_update(CONTEXT, BARE, state, as_arrays(variant))
         ends.append((next_state.opt_state[1][0].mu, as_floats(statistics)["loss"]))
     assert ends[0][1] == pytest.approx(ends[1][1], abs=1e-6)
     assert_close(ends[0][0], ends[1][0])
@@ -592,7 +586,7 @@ def test_learner_configs_that_are_refused(changes, message):
 
 def test_the_config_of_another_objective_is_refused():
     learner, params = LearnerConfig("rspo", GSPOConfig()), table_params(0)
-    batch = scored(make_rollout(), params, learner)
+    batch = scored(make_rollout(), params)
     with pytest.raises(TypeError, match="rspo takes a RSPOConfig, got a GSPOConfig"):
         run_update(batch, params, learner)
 
@@ -604,7 +598,7 @@ def test_more_experts_a_token_than_there_are_is_refused():
 
 def test_the_route_of_another_batch_is_refused():
     learner, params = LearnerConfig(), table_params(0)
-    batch = scored(make_rollout(), params, learner)
+    batch = scored(make_rollout(), params)
     fewer_tokens = trace_router(jnp.zeros((LAYERS, ROWS, WIDTH - 1, EXPERTS)), K)
     with pytest.raises(ValueError, match="trace the same batch and the same layers"):
         run_update(batch._replace(old_route=fewer_tokens), params, learner)

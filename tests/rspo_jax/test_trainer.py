@@ -1,6 +1,6 @@
-"""The training loop in this process, on a task of copying a digit: what a run leaves behind, that it learns, that it is
-a function of its seed, and that a run stopped by a signal at any point ends, once resumed, like one that was not.
-Knows of a model only its shape, and reads checkpoints by the trainer alone."""
+"""The training loop in this process, with a policy of two small experts and the task of translating a digit: what a run
+leaves behind, that it learns, that it is a function of its seed, and that a run stopped by a signal at any point ends,
+once resumed, like one that was not. Knows no real model, and reads checkpoints by the trainer alone."""
 
 import dataclasses
 import math
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models
 from rspo_jax.checkpoint import CheckpointMismatch
 from rspo_jax.metrics import read_metrics
 from rspo_jax.sampler import SamplerConfig
@@ -27,28 +26,29 @@ from rspo_jax.trainer import (
     restore_params,
     train,
 )
+from rspo_jax.types import ModelOutput
 
 TIMINGS = {"step_seconds", "tokens_per_second"}
-DIGITS = "01234"
+DIGITS, LETTERS = "01234", "abcde"
 
 
-class Digits:
-    """One id a digit, and a colon."""
+class Characters:
+    """One id a digit, and one a letter."""
 
     pad_id, eos_id = 0, 1
-    vocabulary_size = 2 + len(DIGITS) + 1
+    vocabulary_size = 2 + len(DIGITS + LETTERS)
 
     def encode(self, text):
-        return [2 + (DIGITS + ":").index(character) for character in text]
+        return [2 + (DIGITS + LETTERS).index(character) for character in text]
 
     def decode(self, ids):
-        return "".join((DIGITS + ":")[token - 2] for token in ids if token >= 2)
+        return "".join((DIGITS + LETTERS)[token - 2] for token in ids if token >= 2)
 
 
-class CopyTask:
-    """ "3:" is to be answered "3". It counts the prompts that it is asked for, by which the run can be timed."""
+class TranslationTask:
+    """ "3" is to be answered "d". It counts the prompts that it is asked for, so that a run can be stopped anywhere."""
 
-    tokenizer = Digits()
+    tokenizer = Characters()
 
     def __init__(self, signal_at=None, number=signal.SIGTERM):
         self.prompts, self.signal_at, self.number = 0, signal_at, number
@@ -60,34 +60,46 @@ class CopyTask:
         self.prompts += 1
         if self.prompts == self.signal_at:
             os.kill(os.getpid(), self.number)
-        return f"{problem}:"
-
-    def solution(self, problem):
         return problem
 
+    def solution(self, problem):
+        return LETTERS[DIGITS.index(problem)]
+
     def reward(self, problem, response):
-        return float(response == problem)
+        return float(response == self.solution(problem))
 
     def is_correct(self, problem, response):
-        return response == problem
+        return response == self.solution(problem)
 
 
-MODEL_CONFIG = models.TransformerConfig(
-    vocab_size=Digits.vocabulary_size,
-    hidden_size=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    num_experts=2,
-    num_experts_per_token=1,
-    expert_size=16,
-    normalize_expert_weights=False,
-)
-MODEL = models.Transformer(MODEL_CONFIG)
+class TwoExperts:
+    """A mixture of two tables of next-token logits, [E, V, V], with a router [1, V, E]; it compiles quickly."""
+
+    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None):
+        params = variables["params"]
+        router_logits = params["router"][:, tokens]
+        weights = jax.nn.softmax(router_logits[0], axis=-1)
+        return ModelOutput(jnp.einsum("bte,ebtv->btv", weights, params["experts"][:, tokens]), router_logits, cache)
+
+    def init_cache(self, batch_size, length):
+        return jnp.zeros((batch_size, length))
+
+
+POLICY = TwoExperts()
+
+
+def init_params(key, experts=2):
+    keys, size = jax.random.split(key), Characters.vocabulary_size
+    return {
+        "experts": 0.1 * jax.random.normal(keys[0], (experts, size, size)),
+        "router": jax.random.normal(keys[1], (1, size, experts)),
+    }
+
+
 # One shape for rollouts and evaluations, so that little is compiled: 8 × 4 responses in 2 chunks, and 16 problems.
 LEARNER = LearnerConfig(experts_per_token=1)
-OPTIMIZER = OptimizerConfig(learning_rate=0.02, warmup_updates=2)
+PEAK = 0.3
+OPTIMIZER = OptimizerConfig(learning_rate=PEAK, warmup_updates=2)
 CONFIG = TrainerConfig(
     steps=4,
     prompts=8,
@@ -104,10 +116,6 @@ CONFIG = TrainerConfig(
 )
 
 
-def init_params(key):
-    return models.init_params(MODEL_CONFIG, key)
-
-
 @pytest.fixture(autouse=True)
 def promotion_as_optax_needs_it():
     """Optax multiplies Python floats with int32 counts, which strict promotion refuses."""
@@ -117,7 +125,7 @@ def promotion_as_optax_needs_it():
 
 def run(run_dir, config=CONFIG, task=None, learner=LEARNER, resume=False, init=init_params):
     """The final parameters on the host, and the rows without timings."""
-    params, seconds = train(MODEL, init, task or CopyTask(), learner, config, run_dir, resume)
+    params, seconds = train(POLICY, init, task or TranslationTask(), learner, config, run_dir, resume)
     assert seconds > 0
     return bits(params), rows_of(run_dir)
 
@@ -176,7 +184,7 @@ def test_what_the_rows_hold(straight):
         assert row["tokens_per_second"] == pytest.approx(row["response_tokens"] / row["step_seconds"])
         assert 1 <= row["response_length"] <= 3
         assert 0 <= row["reward"] <= 1
-        assert 0 <= row["entropy"] <= math.log(Digits.vocabulary_size)
+        assert 0 <= row["entropy"] <= math.log(Characters.vocabulary_size)
         assert 0 < row["gamma_mean"] <= 1
         # The sampler and the scoring pass are the same policy.
         assert row["sampler_kl"] == pytest.approx(0, abs=1e-6)
@@ -188,10 +196,22 @@ def test_what_the_rows_hold(straight):
 
 def test_learning_rates_are_those_that_the_updates_used(straight):
     _, _, rows = straight
-    cosine = [0.02 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]  # decays over the phase's 5 updates
-    assert [row["learning_rate"] for row in rows[:5]] == pytest.approx([0, 0.01, *cosine], abs=1e-8)
+    cosine = [PEAK * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]  # decays over the phase's 5 updates
+    assert [row["learning_rate"] for row in rows[:5]] == pytest.approx([0, PEAK / 2, *cosine], abs=1e-7)
     # Two updates a step: the first of each is reported.
-    assert [row["learning_rate"] for row in rows[6:]] == pytest.approx([0, 0.02, 0.02, 0.02], abs=1e-8)
+    assert [row["learning_rate"] for row in rows[6:]] == pytest.approx([0, PEAK, PEAK, PEAK], abs=1e-7)
+
+
+def test_learning_rates_that_decay_over_the_whole_run(tmp_path):
+    config = change(CONFIG, decay_learning_rate=True)
+    assert config.decaying_optimizer.decay_updates == 8
+    assert change(config, epochs=3).decaying_optimizer.decay_updates == 24
+    _, rows = run(tmp_path, config)
+    cosine = [PEAK * (1 + math.cos(math.pi * update / 6)) / 2 for update in (0, 2, 4)]
+    assert [row["learning_rate"] for row in rows[6:]] == pytest.approx([0, *cosine], abs=1e-7)
+    given = OptimizerConfig(decay_updates=100)
+    assert change(config, optimizer=given).decaying_optimizer == given
+    assert change(config, optimizer=given, decay_learning_rate=False).decaying_optimizer == given
 
 
 def test_checkpoints_are_where_they_were_asked_for(straight):
@@ -223,14 +243,14 @@ def test_a_folder_with_a_run_is_not_overwritten(straight):
 # --- learning ---
 
 
-def test_it_learns_to_copy(tmp_path):
-    """By rewards: the few supervised steps only make some of the first responses right."""
+def test_it_learns_to_translate(tmp_path):
+    """By rewards: the few supervised steps leave most responses wrong."""
     config = change(CONFIG, steps=30, evaluation=EvaluationConfig(every=30, problems=16))
     _, rows = run(tmp_path, change(config, checkpoint=CheckpointConfig(every=30)))
     rewards = [row["reward"] for row in rows[6:]]
     assert len(rewards) == 30
-    assert np.mean(rewards[:3]) < 0.3
-    assert np.mean(rewards[-3:]) > 0.7
+    assert 0 < np.mean(rewards[:3]) < 0.1
+    assert np.mean(rewards[-3:]) > 0.9
     assert rows[5]["test_sampled_high"] < rows[-1]["test_sampled_low"]
 
 
@@ -257,7 +277,7 @@ RL_ONLY = change(CONFIG, steps=2, warm_start=WarmStartConfig(steps=0))
 
 
 def test_rewards_that_are_all_alike_teach_nothing(tmp_path, start):
-    class Hopeless(CopyTask):
+    class Hopeless(TranslationTask):
         def reward(self, problem, response):
             return 0.0
 
@@ -270,13 +290,13 @@ def test_rewards_that_are_all_alike_teach_nothing(tmp_path, start):
 def test_rewards_count_relative_to_their_group(tmp_path, start):
     """What a right answer to a problem is worth makes no difference, unless scaling is switched off."""
 
-    class Inflation(CopyTask):
+    class Inflation(TranslationTask):
         def reward(self, problem, response):
-            return (1.0 + (response == problem)) * 4.0 ** DIGITS.index(problem)
+            return (1.0 + self.is_correct(problem, response)) * 4.0 ** DIGITS.index(problem)
 
-    class Level(CopyTask):
+    class Level(TranslationTask):
         def reward(self, problem, response):
-            return 1.0 + (response == problem)
+            return 1.0 + self.is_correct(problem, response)
 
     def first_step(name, task, scale):
         _, rows = run(tmp_path / name, change(RL_ONLY, scale_advantages=scale), task, init=copies_of(start))
@@ -292,7 +312,7 @@ def test_rewards_count_relative_to_their_group(tmp_path, start):
 def test_learned_groups_are_those_with_a_gradient(tmp_path, start):
     """Responses that are cut off earn nothing, so that the groups of rewarded problems differ, and no others."""
 
-    class SomeProblems(CopyTask):
+    class SomeProblems(TranslationTask):
         def reward(self, problem, response):
             return float(problem in self.rewarded)
 
@@ -310,7 +330,7 @@ def test_learned_groups_are_those_with_a_gradient(tmp_path, start):
 
 
 def test_updates_that_are_skipped_show_in_the_rows(tmp_path, start):
-    class Poison(CopyTask):
+    class Poison(TranslationTask):
         def reward(self, problem, response):
             return math.nan
 
@@ -354,16 +374,15 @@ STOPS = {
     "in the first evaluation": (prompts_before_step(1) - 1, 6),
     "in the first step of RL": (prompts_before_step(1) + 1, 6),
     "in a step with an evaluation": (prompts_before_step(2) + 1, 7),
-    "in an evaluation": (prompts_before_step(3) - 1, 7),
+    "in an evaluation": (prompts_before_step(3) - 1, 8),  # the step before it is not saved a second time
     "in the last step but one": (prompts_before_step(3) + 2, 8),
-    "in the last step": (prompts_before_step(4) + 2, 9),
 }
 
 
 def stopped_run(run_dir, signal_at, index, config=CONFIG, number=signal.SIGTERM):
     """Runs until the task sends itself a signal; the checkpoint says that it stopped where it was meant to."""
     with pytest.raises(Stopped, match=number.name):
-        run(run_dir, config, CopyTask(signal_at, number))
+        run(run_dir, config, TranslationTask(signal_at, number))
     assert checkpoints_in(run_dir)[-1] == index
 
 
@@ -382,13 +401,20 @@ def test_a_stopped_run_ends_like_one_that_was_not(straight, tmp_path, stop):
     assert resumed_params == params
 
 
+@pytest.mark.parametrize("signal_at", [prompts_before_step(4) + 2, prompts_before_step(4) + 30])
+def test_a_signal_in_the_last_step_lets_the_run_finish(straight, tmp_path, signal_at):
+    _, params, rows = straight
+    assert run(tmp_path, task=TranslationTask(signal_at)) == (params, rows)
+    assert checkpoints_in(tmp_path) == [3, 5, 8, 9]
+
+
 def test_a_run_stopped_again_and_again(straight, tmp_path):
-    """Every process makes only one step."""
+    """Every process makes only one step, the last one too."""
     _, params, rows = straight
     for _ in range(8):
         # Beyond the prompts of all splits, the first prompt is one of a step or of the first evaluation.
         with pytest.raises(Stopped):
-            run(tmp_path, task=CopyTask(ENCODED_FIRST + 1), resume=True)
+            run(tmp_path, task=TranslationTask(ENCODED_FIRST + 1), resume=True)
     assert checkpoints_in(tmp_path) == list(range(1, 9))
     resumed_params, resumed_rows = run(tmp_path, resume=True)
     assert resumed_rows == rows
@@ -420,7 +446,7 @@ def test_rows_and_checkpoints_of_a_killed_process_make_no_difference(straight, t
 def test_resuming_a_finished_run_does_nothing_more(tmp_path):
     params, rows = run(tmp_path)
     files = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
-    task = CopyTask()
+    task = TranslationTask()
     assert run(tmp_path, task=task, resume=True) == (params, rows)
     assert task.prompts == ENCODED_FIRST
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == files
@@ -450,16 +476,15 @@ def test_resuming_with_fewer_steps_than_were_made_is_refused_or_done(tmp_path):
 
 def test_resuming_with_another_model_is_refused(tmp_path):
     stopped_run(tmp_path, *STOPS["in a step with an evaluation"])
-    wider = dataclasses.replace(MODEL_CONFIG, hidden_size=24)
     with pytest.raises(CheckpointMismatch, match="does not fit this run"):
-        run(tmp_path, resume=True, init=lambda key: models.init_params(wider, key))
+        run(tmp_path, resume=True, init=lambda key: init_params(key, experts=3))
     assert checkpoints_in(tmp_path) == [3, 5, 7]
 
 
 def test_the_time_of_a_stopped_process_counts(tmp_path):
-    stopped_run(tmp_path, *STOPS["in the last step"])
+    stopped_run(tmp_path, *STOPS["in the last step but one"])
     before = sum(row["step_seconds"] for row in read_metrics(tmp_path) if "step_seconds" in row)
-    _, seconds = train(MODEL, init_params, CopyTask(), LEARNER, CONFIG, tmp_path, resume=True)
+    _, seconds = train(POLICY, init_params, TranslationTask(), LEARNER, CONFIG, tmp_path, resume=True)
     assert seconds > before
 
 
@@ -490,7 +515,7 @@ def test_several_epochs_make_more_updates(tmp_path):
     once_params, once_rows = run(tmp_path / "one", change(config, epochs=1))
     assert params != once_params
     # The optimizer's warmup takes two updates: at one epoch they are the first step.
-    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0, 0.02])
+    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0, PEAK])
     assert rows[1]["reward"] == once_rows[1]["reward"]
     assert rows[2]["grad_norm"] != once_rows[2]["grad_norm"]
 
