@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 import models
-from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig, CountdownReward
+from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownConfig, CountdownReward
 from experiments.tasks.countdown.task import CountdownTask
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.sampler import SamplerConfig
@@ -91,6 +91,11 @@ class CountdownRun:
     def __post_init__(self) -> None:
         self.task.check()
         self.reward.check()
+        for split in SPLITS:
+            if getattr(self.task, split) < 1:
+                raise ValueError(
+                    f"a run needs problems of every split, but task.{split} is {getattr(self.task, split)}"
+                )
         if self.model.vocab_size != CharacterTokenizer.vocabulary_size:
             raise ValueError(
                 f"model.vocab_size is {self.model.vocab_size}, but Countdown's tokenizer has "
@@ -136,8 +141,11 @@ def load_config(path: Path) -> tuple[str, CountdownRun]:
     """
     if not path.exists():
         raise ValueError(f"{path.parent} is not the folder of a run: it has no {path.name}")
-    values = json.loads(path.read_text())
-    name = values.pop("task_name", None)
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    name = values.pop("task_name", None) if isinstance(values, dict) else None
     if name not in RUNS:
         raise ValueError(f"{path} is for the unknown task {name!r}; known: {', '.join(RUNS)}")
     return name, _from_dict(RUNS[name], values, str(path))

@@ -54,9 +54,13 @@ class OptimizerConfig:
 
     def schedule(self) -> optax.Schedule:
         """Learning rate by update."""
+        after = optax.constant_schedule(self.learning_rate)
         if self.decay_updates is not None:
-            return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, self.warmup_updates, self.decay_updates)
-        return optax.warmup_constant_schedule(0.0, self.learning_rate, self.warmup_updates)
+            after = optax.cosine_decay_schedule(self.learning_rate, self.decay_updates - self.warmup_updates)
+        if self.warmup_updates == 0:  # Optax takes a ramp of no steps for a learning rate of 0 that never rises
+            return after
+        ramp = optax.linear_schedule(0.0, self.learning_rate, self.warmup_updates)
+        return optax.join_schedules([ramp, after], [self.warmup_updates])
 
     def build(self) -> optax.GradientTransformation:
         """The Optax chain: clip by global norm, then AdamW."""

@@ -367,7 +367,9 @@ class StepRecord(NamedTuple):
 def _reinforce(run: Run, state: RunState, recorder: Recorder) -> RunState:
     """Learns from its own responses, `config.steps` rollouts of them."""
     config, done = run.config, int(state.step)
-    with Progress("rl", config.steps, completed=done) as progress:
+    if done and done >= config.steps:
+        return state
+    with Progress("rl", max(config.steps, 1), completed=done) as progress:
 
         def write(step: int, metrics: dict[str, float]) -> None:
             recorder.log.write("rl", step, metrics)

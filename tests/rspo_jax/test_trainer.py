@@ -52,12 +52,14 @@ class TranslationTask:
 
     def __init__(self, signal_at=None, number=signal.SIGTERM):
         self.prompts, self.signal_at, self.number = 0, signal_at, number
+        self.seen = []
 
     def problems(self, split):
         return {"train": DIGITS * 2, "validation": DIGITS * 4, "test": DIGITS[::-1] * 3 + "0"}[split]
 
     def prompt(self, problem):
         self.prompts += 1
+        self.seen.append(problem)
         if self.prompts == self.signal_at:
             os.kill(os.getpid(), self.number)
         return problem
@@ -384,6 +386,17 @@ def stopped_run(run_dir, signal_at, index, config=CONFIG, number=signal.SIGTERM)
     with pytest.raises(Stopped, match=number.name):
         run(run_dir, config, TranslationTask(signal_at, number))
     assert checkpoints_in(run_dir)[-1] == index
+
+
+def test_each_phase_goes_through_all_problems_in_epochs(tmp_path):
+    """The training split has each digit twice, so that ten prompts in a row are a permutation of it."""
+    task = TranslationTask()
+    run(tmp_path, change(CONFIG, evaluation=EvaluationConfig(every=9, problems=16)), task)
+    warm_start = task.seen[ENCODED_FIRST : ENCODED_FIRST + 30]
+    reinforcement = task.seen[prompts_before_step(1) : prompts_before_step(1) + 30]
+    epochs = [phase[start : start + 10] for phase in (warm_start, reinforcement) for start in (0, 10, 20)]
+    assert all(sorted(epoch) == sorted(DIGITS * 2) for epoch in epochs)
+    assert len({"".join(epoch) for epoch in epochs}) == 6
 
 
 @pytest.mark.parametrize("stop", STOPS)
