@@ -18,8 +18,10 @@ import tyro
 import models
 from experiments.config import RUNS, CountdownRun, differences, load_config, save_config
 from experiments.plots import draw_curves
+from experiments.tasks.countdown import SPLITS
 from rspo_jax.checkpoint import CheckpointError, CheckpointMismatch
 from rspo_jax.metrics import read_metrics, write_json
+from rspo_jax.rollout import check_solutions
 from rspo_jax.trainer import Stopped, train
 
 RUNS_FOLDER = Path("runs")
@@ -44,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 after training or a stop that saved, 2 for something that the user can mend."""
     try:
         name, run, folder = parse(sys.argv[1:] if arguments is None else arguments)
+        check_data(run)
         run_dir = prepare_folder(name, run, folder)
         return train_in(run_dir, run, folder.resume)
     except (UserError, CheckpointError, CheckpointMismatch) as error:
@@ -109,6 +112,21 @@ def _resumed_folder(name: str, run_dir: Path | None) -> Path:
     if not candidates:
         raise ValueError(f"there is no run of {name} in {RUNS_FOLDER}/ to resume; name its folder with --run-dir")
     return candidates[-1].parent
+
+
+def check_data(run: CountdownRun) -> None:
+    """Finds what is wrong with a run that only its problems show, before anything is written or compiled.
+
+    Raises:
+      UserError: if there are too few problems, or a worked solution does not fit a response.
+    """
+    task = run.build_task()
+    try:
+        problems = {split: task.problems(split) for split in SPLITS}
+        if run.trainer.warm_start.steps:
+            check_solutions(task, problems["train"], run.trainer.sampler.max_new_tokens)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def prepare_folder(name: str, run: CountdownRun, folder: Folder) -> Path:

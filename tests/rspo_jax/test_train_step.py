@@ -227,12 +227,19 @@ def test_an_update_of_a_model_on_policy_sees_an_unmoved_router():
     assert metrics["grad_norm"] > 0.01
 
 
-def test_a_table_on_policy_has_a_gamma_of_exactly_one():
-    learner = LearnerConfig(micro_batches=2)
-    params = table_params(0)
-    _, metrics, _ = run_update(scored(make_rollout(), params), params, learner)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_table_on_policy_has_ratios_of_exactly_one(temperature):
+    learner = LearnerConfig(temperature=temperature)
+    rollout, params = make_rollout(), table_params(0)
+    old_log_probs, old_route, _ = score(TABLE, params, rollout, learner)
+    gradient, metrics, _ = run_update(ScoredBatch(rollout, old_log_probs, old_route), params, learner)
     assert metrics["gamma_mean"] == metrics["gamma_min"] == metrics["gamma_p10"] == 1
-    assert metrics["ratio_max"] == 1
+    assert metrics["ratio_mean"] == metrics["ratio_max"] == 1
+    # d log_probs / d logits has the temperature once more.
+    tempered = {"logits": params["logits"] / temperature, "router": params["router"]}
+    by_log_probs = oracles.gradient("rspo", in_float64(rollout, tempered, tempered))
+    expected = chain_to_table(rollout, tempered, by_log_probs) / temperature
+    np.testing.assert_allclose(gradient["logits"], expected, rtol=0, atol=1e-6)
 
 
 # --- the gradient ---

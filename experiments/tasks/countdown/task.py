@@ -3,6 +3,7 @@
 This file must never know a model or an objective.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from experiments.tasks.countdown.dataset import load_problems
 from experiments.tasks.countdown.problems import CountdownConfig, Problem
 from experiments.tasks.countdown.text import CharacterTokenizer, prompt_text
 from experiments.tasks.countdown.verifier import CountdownReward, verify
+
+_load_once = functools.lru_cache(maxsize=6)(load_problems)
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class CountdownTask:
         return CharacterTokenizer()
 
     def problems(self, split: str) -> Sequence[Problem]:
-        return load_problems(self.config, split, self.data_dir)
+        return _load_once(self.config, split, self.data_dir)
 
     def prompt(self, problem: Problem) -> str:
         return prompt_text(problem)
