@@ -146,9 +146,11 @@ def _within_bounds(value: Array, advantages: Array, low: float, high: float) -> 
     """Where the one-sided clip leaves `value` alone, and the bound that replaces it elsewhere.
 
     A good response (A ≥ 0) is held back from above, a bad one (A < 0) from below; `advantages` broadcasts to `value`.
+    NaN is left alone, so that it reaches the loss instead of passing for a clipped ratio.
     """
     good = advantages >= 0
-    return jnp.where(good, value <= high, value >= low), jnp.where(good, high, low).astype(value.dtype)
+    cut = jnp.where(good, value > high, value < low)
+    return ~cut, jnp.where(good, high, low).astype(value.dtype)
 
 
 def _clip_log_ratio(batch: _Responses, log_ratio: Array, config: GMPOConfig | RSPOConfig) -> tuple[Array, Array]:

@@ -389,7 +389,8 @@ def _reinforce(run: Run, state: RunState, recorder: Recorder) -> RunState:
             if evaluating or saving:
                 metrics, previous = _finish(previous), None
                 write(step, metrics | (_evaluate(run, state, final=last) if evaluating else {}))
-            if saving:
+                stop = recorder.preemption.requested  # once more: an evaluation takes its time
+            if saving or stop:
                 recorder.save(state)
             if stop and not last:
                 raise Stopped(stop)
