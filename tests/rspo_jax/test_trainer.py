@@ -376,7 +376,7 @@ STOPS = {
     "in the first evaluation": (prompts_before_step(1) - 1, 6),
     "in the first step of RL": (prompts_before_step(1) + 1, 6),
     "in a step with an evaluation": (prompts_before_step(2) + 1, 7),
-    "in an evaluation": (prompts_before_step(3) - 1, 8),  # the step before it is not saved a second time
+    "in an evaluation": (prompts_before_step(3) - 1, 7),  # at its end, not a step later
     "in the last step but one": (prompts_before_step(3) + 2, 8),
 }
 
