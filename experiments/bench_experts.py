@@ -35,19 +35,21 @@ class Benchmark:
     seed: int = 0
 
 
+def route(router: Array, x: Array, experts_per_token: int) -> tuple[Array, Array]:
+    """Combine weights and ids of the chosen experts: [N, D] -> [N, K], [N, K]."""
+    weights, expert_ids = jax.lax.top_k(jax.nn.softmax(x @ router, axis=-1), experts_per_token)
+    return weights / jnp.sum(weights, axis=-1, keepdims=True), expert_ids
+
+
 def expert_block(parameters: dict[str, Array], x: Array, experts_per_token: int) -> Array:
     """Router, top-K and the chosen experts: [N, D] -> [N, D]."""
-    probs = jax.nn.softmax(x @ parameters["router"], axis=-1)
-    weights, expert_ids = jax.lax.top_k(probs, experts_per_token)
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    weights, expert_ids = route(parameters["router"], x, experts_per_token)
     return run_experts(x, weights, expert_ids, parameters["gate_up"], parameters["down"])
 
 
 def ragged_block(parameters: dict[str, Array], x: Array, experts_per_token: int) -> Array:
     """The same by `jax.lax.ragged_dot`, for comparison."""
-    probs = jax.nn.softmax(x @ parameters["router"], axis=-1)
-    weights, expert_ids = jax.lax.top_k(probs, experts_per_token)
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    weights, expert_ids = route(parameters["router"], x, experts_per_token)
     num_experts, hidden_size, _, expert_size = parameters["gate_up"].shape
     order = jnp.argsort(expert_ids.reshape(-1))
     sizes = jnp.bincount(expert_ids.reshape(-1), length=num_experts).astype(jnp.int32)
