@@ -41,6 +41,10 @@ class ObjectiveOptions:
     """Of the router shift over layers: mean or sum."""
     micro_batches: int = 1
     """Parts that a mini-batch is cut into to save memory."""
+    row_length: int | None = None
+    """Tokens of a row that responses are packed into; by default as many as the longest possible sequence has."""
+    route_on_host: bool = False
+    """Keep the old route in the host's memory between scoring and update."""
 
     def __post_init__(self) -> None:
         self.config()
@@ -113,9 +117,10 @@ class CountdownRun:
             objective=self.objective.objective,
             objective_config=self.objective.config(),
             layer_aggregation=self.objective.layer_aggregation,
-            experts_per_token=self.model.num_experts_per_token,
             temperature=self.trainer.sampler.temperature,
             micro_batches=self.objective.micro_batches,
+            row_length=self.objective.row_length,
+            route_on_host=self.objective.route_on_host,
         )
 
     def build_task(self) -> CountdownTask:

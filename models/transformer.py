@@ -4,54 +4,88 @@ Parameters are a plain nested dict with the layers stacked on a leading axis, th
 and comes out, and the router logits of all layers are an output like any other: nothing is sown, nothing is mutable.
 This file must never know a loss, a sampler or a task.
 
-Letters: B rows, T tokens, S cache slots, D hidden size, N heads, K key/value heads, H head size, E experts.
+Letters: B rows, T tokens, S cache slots, L layers, D hidden size, N heads, K key/value heads, H head size, E experts.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from models.attention import attend, attend_newest
 from models.config import TransformerConfig
-from models.experts import run_experts
-from rspo_jax.types import ModelOutput
+from models.experts import run_experts, run_experts_of_layer
+from rspo_jax.sharding import over_rows
+from rspo_jax.types import ModelOutput, RouterReader, RouterReading
 
 Array = jax.Array
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, or of all layers when stacked on a leading axis."""
+    """Keys and values of all layers."""
 
     keys: Array
-    """[B, S, K, H], rotated."""
+    """[L, B, K, S, H], rotated."""
     values: Array
-    """[B, S, K, H]."""
+    """[L, B, K, S, H]."""
 
 
 class Cache(NamedTuple):
-    """What decoding remembers of the tokens so far."""
+    """What decoding remembers: a ring of S slots, in which the newest tokens replace the oldest."""
 
     layers: LayerCache
-    """Stacked: [L, B, S, K, H]."""
     segment_ids: Array
     """int32 [B, S]; 0 on padding and on slots that are still empty."""
     length: Array
-    """int32 scalar: slots in use."""
+    """int32 scalar: tokens written so far; the next one goes to slot `length % S`."""
 
 
-class AttentionInputs(NamedTuple):
+class ExpertStack(NamedTuple):
+    """The experts' projections of all layers, in the dtype of the parameters."""
+
+    gate_up: Array
+    """[L, E, D, 2, F]."""
+    down: Array
+    """[L, E, F, D]."""
+
+
+class SharedInputs(NamedTuple):
     """What every layer needs besides its own input."""
 
     cosine: Array
     """float32 [B, T, 1, H/2]."""
     sine: Array
     """float32 [B, T, 1, H/2]."""
-    mask: Array
-    """bool [B, 1, T, S]: which slots a token may look at."""
-    offset: Array
-    """int32 scalar: the slot of the first token."""
+    segment_ids: Array
+    """int32 [B, T]."""
+    slot_segment_ids: Array
+    """int32 [B, S] of the cache with these tokens in it; without a cache the same as `segment_ids`."""
+    first_slot: Array | None
+    """int32 scalar: where the cache takes these tokens. None without a cache."""
+    experts: ExpertStack | None = None
+    """The projections of all layers, which decoding reads in place. None without a cache."""
+
+
+class LayerCarry(NamedTuple):
+    """What goes from layer to layer."""
+
+    x: Array
+    """[B, T, D]."""
+    cache: LayerCache | None
+    """Carried, not sliced, so that a step writes its own tokens and nothing else."""
+    reading: Any
+    """Of the router reader."""
+
+
+class LayerInputs(NamedTuple):
+    """What one layer is given of arrays that lead with L."""
+
+    index: Array
+    """int32 scalar."""
+    read_router: Callable[..., tuple[Any, Any]] | None
 
 
 class RMSNorm(nn.Module):
@@ -100,7 +134,9 @@ class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array, inputs: AttentionInputs, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
+    def __call__(
+        self, x: Array, index: Array, cache: LayerCache | None, inputs: SharedInputs
+    ) -> tuple[Array, LayerCache | None]:
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
 
@@ -117,15 +153,34 @@ class Attention(nn.Module):
         keys = RMSNorm(c.rms_norm_epsilon, c.param_dtype, name="key_norm")(keys)
         queries = rotate(queries, inputs.cosine, inputs.sine)
         keys = rotate(keys, inputs.cosine, inputs.sine)
-        if cache is not None:
-            start = (0, inputs.offset, 0, 0)
-            keys = jax.lax.dynamic_update_slice(cache.keys, keys.astype(cache.keys.dtype), start)
-            values = jax.lax.dynamic_update_slice(cache.values, values.astype(cache.values.dtype), start)
-            cache = LayerCache(keys, values)
-        with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 to float32 inside
-            attended = jax.nn.dot_product_attention(queries, keys, values, mask=inputs.mask)
+        if cache is None:
+            attended = over_rows(attend, (True,) * 5)(
+                queries, keys, values, inputs.segment_ids, inputs.slot_segment_ids
+            )
+        else:
+            cache, keys, values = _through_cache(cache, index, inputs.first_slot, keys, values)
+            segments = (inputs.segment_ids, inputs.slot_segment_ids)
+            if x.shape[1] == 1:  # it sees all slots of its segment: the ring holds nothing later
+                attended = attend_newest(queries, keys, values, *segments)
+            else:
+                keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
+                attended = attend(queries, keys, values, *segments, inputs.first_slot)
         kernel = self.param("output", _fan_in_normal(0, 1), (c.num_heads, c.head_dim, c.hidden_size), param_dtype)
         return jnp.einsum("btnh,nhd->btd", attended, kernel.astype(dtype)), cache
+
+
+def _through_cache(
+    cache: LayerCache, layer: Array, first_slot: Array | None, keys: Array, values: Array
+) -> tuple[LayerCache, Array, Array]:
+    """Writes the keys and values of one layer, [B, T, K, H], and gives back all that the layer has, [B, K, S, H]."""
+
+    def write(stack: Array, new: Array) -> Array:
+        heads_first = jnp.swapaxes(new, 1, 2)[None].astype(stack.dtype)
+        return jax.lax.dynamic_update_slice(stack, heads_first, (layer, 0, 0, first_slot, 0))
+
+    cache = LayerCache(write(cache.keys, keys), write(cache.values, values))
+    own = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
+    return cache, own(cache.keys), own(cache.values)
 
 
 class MixtureOfExperts(nn.Module):
@@ -134,7 +189,9 @@ class MixtureOfExperts(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> tuple[Array, Array]:
+    def __call__(
+        self, x: Array, layer: Array | None = None, stack: ExpertStack | None = None
+    ) -> tuple[Array, Array, Array]:
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
         router = self.param("router", _fan_in_normal(0), (c.hidden_size, c.num_experts), param_dtype)
@@ -146,15 +203,20 @@ class MixtureOfExperts(nn.Module):
         weights, expert_ids = jax.lax.top_k(jax.nn.softmax(router_logits, axis=-1), c.num_experts_per_token)
         if c.normalize_expert_weights:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        rows = x.shape[0] * x.shape[1]
-        mixed = run_experts(
-            x.reshape(rows, c.hidden_size),
-            weights.reshape(rows, -1).astype(dtype),
-            expert_ids.reshape(rows, -1),
-            gate_up.astype(dtype),
-            down.astype(dtype),
-        )
-        return mixed.reshape(x.shape), router_logits
+        arguments = (x, weights.astype(dtype), expert_ids)
+        if stack is None:
+            mix, parameters = functools.partial(_mix_experts, run_experts), (gate_up.astype(dtype), down.astype(dtype))
+        else:
+            mix, parameters = functools.partial(_mix_experts, run_experts_of_layer), (*stack, layer)
+        mixed = over_rows(mix, (True, True, True, *(False for _ in parameters)))(*arguments, *parameters)
+        return mixed, router_logits, expert_ids
+
+
+def _mix_experts(run: Callable[..., Array], x: Array, weights: Array, expert_ids: Array, *parameters: Array) -> Array:
+    """`run_experts` or `run_experts_of_layer` on [B, T, D], with weights and ids [B, T, K]."""
+    tokens = x.shape[0] * x.shape[1]
+    flat = run(x.reshape(tokens, -1), weights.reshape(tokens, -1), expert_ids.reshape(tokens, -1), *parameters)
+    return flat.reshape(x.shape)
 
 
 class Layer(nn.Module):
@@ -164,15 +226,19 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cache: LayerCache | None, inputs: AttentionInputs
-    ) -> tuple[Array, tuple[Array, LayerCache | None]]:
+        self, carry: LayerCarry, layer: LayerInputs, inputs: SharedInputs
+    ) -> tuple[LayerCarry, tuple[Array, Any]]:
         c = self.config
+        x, cache, reading = carry
         normed = RMSNorm(c.rms_norm_epsilon, c.param_dtype, name="attention_norm")(x)
-        attended, cache = Attention(c, name="attention")(normed, inputs, cache)
+        attended, cache = Attention(c, name="attention")(normed, layer.index, cache, inputs)
         x = x + attended
         normed = RMSNorm(c.rms_norm_epsilon, c.param_dtype, name="moe_norm")(x)
-        mixed, router_logits = MixtureOfExperts(c, name="moe")(normed)
-        return x + mixed, (router_logits, cache)
+        mixed, router_logits, expert_ids = MixtureOfExperts(c, name="moe")(normed, layer.index, inputs.experts)
+        layer_reading = None
+        if layer.read_router is not None:
+            reading, layer_reading = layer.read_router(reading, router_logits, expert_ids)
+        return LayerCarry(x + mixed, cache, reading), (router_logits, layer_reading)
 
 
 def _scanned_layers(config: TransformerConfig) -> type[nn.Module]:
@@ -202,6 +268,7 @@ class Transformer(nn.Module):
         positions: Array | None = None,
         segment_ids: Array | None = None,
         cache: Cache | None = None,
+        router_reader: RouterReader | None = None,
     ) -> ModelOutput:
         """Scores the next token at every position.
 
@@ -209,19 +276,25 @@ class Transformer(nn.Module):
           tokens: int32 [B, T], each in [0, V).
           positions: int32 [B, T]; counted within each segment when absent.
           segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment, 0 is padding. All 1 when absent.
-          cache: from `init_cache` or an earlier call; the tokens take its next T slots.
+          cache: from `init_cache` or an earlier call; the tokens take its next T slots. A single token may take the
+            slot of the oldest; several must not run over the end of the ring, which cannot be checked in a traced
+            length.
+          router_reader: sees the router logits and the chosen experts of each layer.
 
         Returns:
-          `logits` float32 [B, T, V], `router_logits` float32 [L, B, T, E], and the cache if one was given.
+          `logits` float32 [B, T, V], `router_logits` float32 [L, B, T, E], `hidden` and `head`, and the cache and the
+          reading where asked for.
 
         Raises:
-          ValueError: if the shapes do not fit. Tokens beyond the end of the cache are the caller's mistake: a traced
-            length cannot be checked.
+          ValueError: if the shapes do not fit.
         """
         c = self.config
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         _check_inputs(tokens, positions, segment_ids, cache)
-        inputs, cache_segment_ids = self._attention_inputs(positions, segment_ids, cache)
+        inputs = self._shared_inputs(positions, segment_ids, cache)
+        if tokens.shape[1] == 1 and cache is not None and not self.is_initializing():
+            moe = self.variables["params"]["layers"]["moe"]
+            inputs = inputs._replace(experts=ExpertStack(moe["gate_up"], moe["down"]))
         embedding = self.param(
             "embedding",
             nn.initializers.normal(c.hidden_size**-0.5),
@@ -229,38 +302,42 @@ class Transformer(nn.Module):
             jnp.dtype(c.param_dtype),
         )
         x = embedding.astype(jnp.dtype(c.dtype))[tokens]
-        layers = None if cache is None else cache.layers
-        x, (router_logits, layers) = _scanned_layers(c)(c, name="layers")(x, layers, inputs)
-        x = RMSNorm(c.rms_norm_epsilon, c.param_dtype, name="final_norm")(x)
+        reader = RouterReader(None) if router_reader is None else router_reader  # pyright: ignore[reportArgumentType]
+        carry = LayerCarry(x, None if cache is None else cache.layers, reader.carry)
+        layers = LayerInputs(jnp.arange(c.num_layers, dtype=jnp.int32), reader.read)
+        carry, (router_logits, readings) = _scanned_layers(c)(c, name="layers")(carry, layers, inputs)
+        hidden = RMSNorm(c.rms_norm_epsilon, c.param_dtype, name="final_norm")(carry.x)
         if c.tie_embeddings:
             head = embedding.T
         else:
             head = self.param("head", _fan_in_normal(0), (c.hidden_size, c.vocab_size), jnp.dtype(c.param_dtype))
-        logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        head = head.astype(hidden.dtype)
+        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
         if cache is not None:
-            cache = Cache(layers, cache_segment_ids, cache.length + tokens.shape[1])
-        return ModelOutput(logits, router_logits, cache)
+            assert carry.cache is not None
+            cache = Cache(carry.cache, inputs.slot_segment_ids, cache.length + tokens.shape[1])
+        reading = None if router_reader is None else RouterReading(carry.reading, readings)
+        return ModelOutput(logits, router_logits, cache, hidden, head, reading)
 
-    def _attention_inputs(
-        self, positions: Array | None, segment_ids: Array, cache: Cache | None
-    ) -> tuple[AttentionInputs, Array]:
-        offset = jnp.int32(0) if cache is None else cache.length
-        slot_segment_ids = segment_ids
+    def _shared_inputs(self, positions: Array | None, segment_ids: Array, cache: Cache | None) -> SharedInputs:
+        first_slot, slot_segment_ids = None, segment_ids
         if cache is not None:
-            slot_segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, offset))
-        token_slots = offset + jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-        earlier = jnp.arange(slot_segment_ids.shape[1], dtype=jnp.int32)[None, :] <= token_slots[:, None]  # [T, S]
-        same = segment_ids[:, :, None] == slot_segment_ids[:, None, :]  # [B, T, S]
-        mask = same & earlier[None] & (segment_ids > 0)[:, :, None]
+            first_slot = cache.length % cache.segment_ids.shape[1]
+            slot_segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, first_slot))
         if positions is None:  # a token's place in its segment is the number of tokens that it sees before itself
-            positions = jnp.maximum(jnp.sum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
+            same = segment_ids[:, :, None] == slot_segment_ids[:, None, :]  # [B, T, S], summed as it is made
+            if segment_ids.shape[1] > 1:
+                slots = jnp.arange(slot_segment_ids.shape[1], dtype=jnp.int32)
+                own = jnp.arange(segment_ids.shape[1], dtype=jnp.int32) + (0 if first_slot is None else first_slot)
+                same = same & (slots[None, :] <= own[:, None])[None]
+            positions = jnp.sum(same, axis=-1, dtype=jnp.int32) - 1
         cosine, sine = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        return AttentionInputs(cosine, sine, mask[:, None], offset), slot_segment_ids
+        return SharedInputs(cosine, sine, segment_ids, slot_segment_ids, first_slot)
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for `batch_size` rows of at most `length` tokens, in the dtype of the activations."""
         c = self.config
-        shape = (c.num_layers, batch_size, length, c.num_kv_heads, c.head_dim)
+        shape = (c.num_layers, batch_size, c.num_kv_heads, length, c.head_dim)
         zeros = jnp.zeros(shape, jnp.dtype(c.dtype))
         return Cache(LayerCache(zeros, zeros), jnp.zeros((batch_size, length), jnp.int32), jnp.int32(0))
 

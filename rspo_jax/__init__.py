@@ -5,6 +5,7 @@ The names here are functions of arrays and cost one import of JAX. The trainer a
 """
 
 from rspo_jax.advantages import group_advantages
+from rspo_jax.head_log_probs import TokenScores, head_log_probs
 from rspo_jax.log_probs import token_entropy, token_log_probs
 from rspo_jax.objectives import (
     OBJECTIVES,
@@ -34,7 +35,9 @@ __all__ = [
     "RSPOConfig",
     "RolloutBatch",
     "RouterTrace",
+    "TokenScores",
     "group_advantages",
+    "head_log_probs",
     "router_shift",
     "rspo_loss",
     "token_entropy",

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rspo_jax.packing import balanced_parts, pack_rollout, padding_fraction, plan_packing
 from rspo_jax.sampler import SamplerConfig, generate, pad_prompts
-from rspo_jax.types import Array, Params, Policy, RolloutBatch, Samples, Task, TokenBatch, Tokenizer
+from rspo_jax.types import Array, PackedBatch, Params, Policy, RolloutBatch, Samples, Task, Tokenizer
 
 
 class Prompts(NamedTuple):
@@ -63,8 +64,8 @@ def check_solutions(task: Task, problems: Sequence[Any], response_width: int) ->
         )
 
 
-def encode_solutions(task: Task, problems: Sequence[Any], width: int, response_width: int) -> TokenBatch:
-    """Prompt and worked solution of each problem, in the layout of a rollout."""
+def encode_solutions(task: Task, problems: Sequence[Any], width: int, response_width: int) -> RolloutBatch:
+    """Prompt and worked solution of each problem, as a rollout that nobody drew."""
     tokenizer = task.tokenizer
     prompts = [tokenizer.encode(task.prompt(problem)) for problem in problems]
     prompt_tokens, prompt_mask = pad_prompts(prompts, width, tokenizer.pad_id)
@@ -74,11 +75,40 @@ def encode_solutions(task: Task, problems: Sequence[Any], width: int, response_w
         solution = [*tokenizer.encode(task.solution(problem)), tokenizer.eos_id]
         tokens[row, : len(solution)] = solution
         mask[row, : len(solution)] = True
-    return TokenBatch(
-        tokens=jnp.asarray(np.concatenate([prompt_tokens, tokens], axis=1)),
-        segment_ids=jnp.asarray(np.concatenate([prompt_mask, mask], axis=1).astype(np.int32)),
-        mask=jnp.asarray(np.concatenate([np.zeros_like(prompt_mask[:, 1:]), mask], axis=1)),
-    )
+    samples = Samples(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(mask.shape))
+    return assemble(Prompts(jnp.asarray(prompt_tokens), jnp.asarray(prompt_mask)), [samples])
+
+
+class Packing(NamedTuple):
+    """How a rollout is cut into updates and packed into rows."""
+
+    mini_batches: int = 1
+    micro_batches: int = 1
+    row_length: int | None = None
+
+
+def pack(
+    rollout: RolloutBatch, response_width: int, order: np.ndarray, packing: Packing
+) -> tuple[PackedBatch, dict[str, float]]:
+    """Cuts a rollout into parts and packs the responses of each into rows.
+
+    Args:
+      rollout: B responses.
+      response_width: how many of its last columns are for responses.
+      order: int [B], a permutation, which makes the cut random; see `balanced_parts`.
+      packing: how many parts, and rows of which length.
+
+    Returns:
+      The parts, [mini_batches · micro_batches, ...], those of a mini-batch one after the other, and the metric
+      `padding_fraction`, the share of the places in all rows that hold no token.
+    """
+    used = np.asarray(rollout.segment_ids) > 0
+    prompt_width = used.shape[1] - response_width
+    prompt_lengths, response_lengths = used[:, :prompt_width].sum(axis=1), used[:, prompt_width:].sum(axis=1)
+    parts = packing.mini_batches * packing.micro_batches
+    responses = balanced_parts(prompt_lengths + response_lengths, order, parts)
+    plan = plan_packing(prompt_lengths, response_lengths, prompt_width, response_width, responses, packing.row_length)
+    return pack_rollout(rollout, plan), {"padding_fraction": padding_fraction(plan)}
 
 
 def sample_in_chunks(

@@ -4,7 +4,15 @@
     Δ   = (1/L) Σ_l d_l                                  γ = exp(−Δ) ∈ (0, 1]
 
 (Router-Shift Policy Optimization, arXiv 2510.23027). r is the softmax over all experts in float32, also where the
-model renormalises over the chosen ones. Both means are inside the exponential. This file alone knows what a
+model renormalises over the chosen ones. Both means are inside the exponential.
+
+The old policy is remembered by the ids of its experts and by their log-probabilities on a grid of 1/1024 nat, and the
+current log-probabilities are rounded to the same grid before the two are compared. Rounding both keeps a policy's shift
+against itself at exactly 0 and leaves the mean of many differences right, however small they are (to 1e-5 nat, the
+tolerance below). A slot is off by at most one step of the grid, hence γ by less than 1e-3.
+
+Both directions exist twice: on router logits of all layers together (`trace_router`, `router_shift`), and as readers
+that go along with the model's scan over its layers (`trace_reader`, `drift_reader`). This file alone knows what a
 `RouterTrace` holds; it must never know a model or a loss.
 """
 
@@ -13,9 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from rspo_jax.precision import at_least_float32
-from rspo_jax.types import Array, RouterTrace
+from rspo_jax.types import Array, RouterReader, RouterReading, RouterTrace
 
 LAYER_AGGREGATIONS = ("mean", "sum")
+STEPS_PER_NAT = 1024
+"""Of the grid. 16 bits reach down to −64 nats; what is less likely is kept as that."""
+ROUNDING_TOLERANCE = 0.01
+"""In steps. Programs that are compiled apart differ in the last bits, and a log-probability beside the middle between
+two grid points must not jump to the next for that."""
 
 
 def trace_router(router_logits: Array, k: int) -> RouterTrace:
@@ -35,9 +48,18 @@ def trace_router(router_logits: Array, k: int) -> RouterTrace:
     num_experts = _check_router_logits(router_logits)
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be between 1 and the number of experts, {num_experts}; got {k}")
-    log_probs, expert_ids = jax.lax.top_k(_log_router_probs(router_logits), k)
-    expert_ids = expert_ids.astype(jnp.uint8 if num_experts <= 256 else jnp.uint16)
-    return RouterTrace(jnp.moveaxis(expert_ids, 0, 2), jnp.moveaxis(log_probs, 0, 2))
+    _, expert_ids = jax.lax.top_k(at_least_float32(router_logits), k)
+    return _rows_first(jax.vmap(_trace_layer)(router_logits, expert_ids))
+
+
+def trace_reader() -> RouterReader:
+    """Reads what `trace_router` keeps, from the experts that the model itself chose; see `trace_of`."""
+    return RouterReader(jax.tree_util.Partial(_read_trace))
+
+
+def trace_of(reading: RouterReading) -> RouterTrace:
+    """The trace from a reading of `trace_reader`."""
+    return _rows_first(reading.layers)
 
 
 def router_shift(router_logits: Array, trace: RouterTrace, layer_aggregation: str = "mean") -> Array:
@@ -49,35 +71,115 @@ def router_shift(router_logits: Array, trace: RouterTrace, layer_aggregation: st
       layer_aggregation: "mean" over the layers (the paper's geometric mean) or "sum" (a plain product).
 
     Returns:
-      float32 [B, T] in [0, 1]; exactly 1 where the router did not move. It is differentiable: the losses stop
-      the gradient themselves.
+      float32 [B, T] in [0, 1]; exactly 1 where the router did not move. It is differentiable, the rounding to the grid
+      counting as none: the losses stop the gradient themselves.
 
     Raises:
       ValueError: if the shapes do not fit, or the aggregation is unknown.
     """
     _check_router_logits(router_logits)
-    if layer_aggregation not in LAYER_AGGREGATIONS:
-        raise ValueError(f"layer_aggregation must be one of {LAYER_AGGREGATIONS}, got {layer_aggregation!r}")
-    chex.assert_equal_shape([trace.expert_ids, trace.log_probs])
-    expert_ids = jnp.moveaxis(trace.expert_ids, 2, 0).astype(jnp.int32)  # [L, B, T, K]
-    if expert_ids.shape[-1] > router_logits.shape[-1]:
+    _check_aggregation(layer_aggregation)
+    expert_ids, log_probs = layers = _layers_first(trace)
+    chex.assert_equal_shape([expert_ids, log_probs])
+    num_layers, rows, k, tokens = expert_ids.shape
+    if k > router_logits.shape[-1]:
         raise ValueError(
-            f"the trace keeps {expert_ids.shape[-1]} experts a token, but the router logits have only "
-            f"{router_logits.shape[-1]}: trace the same model"
+            f"the trace keeps {k} experts a token, but the router logits have only {router_logits.shape[-1]}: "
+            "trace the same model"
         )
-    if expert_ids.shape[:-1] != router_logits.shape[:-1]:
+    if (num_layers, rows, tokens) != router_logits.shape[:-1]:
         raise ValueError(
-            f"the trace covers [L, B, T] = {expert_ids.shape[:-1]}, the router logits {router_logits.shape[:-1]}: "
+            f"the trace covers [L, B, T] = {(num_layers, rows, tokens)}, the router logits {router_logits.shape[:-1]}: "
             "trace the same batch and the same layers"
         )
-    log_probs = jnp.take_along_axis(_log_router_probs(router_logits), expert_ids, axis=-1)
-    layer_drift = jnp.mean(jnp.abs(log_probs - jnp.moveaxis(trace.log_probs, 2, 0)), axis=-1)  # [L, B, T]
-    drift = jnp.mean(layer_drift, axis=0) if layer_aggregation == "mean" else jnp.sum(layer_drift, axis=0)
-    return jnp.exp(-drift)
+    return _gamma(jnp.sum(jax.vmap(_layer_drift)(router_logits, layers), axis=0), num_layers, layer_aggregation)
 
 
-def _log_router_probs(router_logits: Array) -> Array:
-    return jax.nn.log_softmax(at_least_float32(router_logits), axis=-1)
+def drift_reader(trace: RouterTrace) -> RouterReader:
+    """Adds up the drift Σ_l d_l of the current policy against `trace`, without gradient; see `gamma_of`."""
+    rows, _, _, tokens = trace.expert_ids.shape
+    start = jnp.zeros((rows, tokens), jnp.float32)
+    return RouterReader(jax.tree_util.Partial(_read_drift, _layers_first(trace)), start)
+
+
+def gamma_of(reading: RouterReading, trace: RouterTrace, layer_aggregation: str = "mean") -> Array:
+    """γ, float32 [B, T], from a reading of `drift_reader(trace)`; the value of `router_shift`.
+
+    Raises:
+      ValueError: if the aggregation is unknown.
+    """
+    _check_aggregation(layer_aggregation)
+    return _gamma(reading.carry, trace.expert_ids.shape[1], layer_aggregation)
+
+
+def _read_trace(carry: None, router_logits: Array, expert_ids: Array) -> tuple[None, RouterTrace]:
+    return carry, _trace_layer(router_logits, expert_ids)
+
+
+def _read_drift(layer: RouterTrace, drift: Array, router_logits: Array, expert_ids: Array) -> tuple[Array, None]:
+    del expert_ids  # those that the old policy activated count
+    return drift + _layer_drift(jax.lax.stop_gradient(router_logits), layer).astype(drift.dtype), None
+
+
+def _trace_layer(router_logits: Array, expert_ids: Array) -> RouterTrace:
+    """[B, T, E], [B, T, K] -> the trace of one layer, [B, K, T]."""
+    log_probs = _log_probs_at(router_logits, expert_ids)
+    steps = jnp.clip(jnp.round(-log_probs * STEPS_PER_NAT), 0, jnp.iinfo(jnp.uint16).max)
+    id_dtype = jnp.uint8 if router_logits.shape[-1] <= 256 else jnp.uint16
+    return RouterTrace(
+        jnp.swapaxes(expert_ids.astype(id_dtype), -1, -2), jnp.swapaxes(steps.astype(jnp.uint16), -1, -2)
+    )
+
+
+def _layer_drift(router_logits: Array, trace: RouterTrace) -> Array:
+    """d_l of one layer: [B, T, E], [B, K, T] -> [B, T]."""
+    expert_ids = jnp.swapaxes(trace.expert_ids, -1, -2).astype(jnp.int32)
+    current = _log_probs_at(router_logits, expert_ids)  # [B, T, K]
+    old_steps = jnp.swapaxes(trace.log_probs, -1, -2).astype(current.dtype)
+    steps = jnp.minimum(-current * STEPS_PER_NAT, jnp.iinfo(jnp.uint16).max) - old_steps
+    moved = jnp.sign(steps) * jnp.round(jnp.maximum(jnp.abs(steps) - ROUNDING_TOLERANCE, 0))
+    moved = jax.lax.stop_gradient(moved)
+    # The value is that of the grid, the derivative that of |log r − log r_old|.
+    straight_through = -jnp.sign(moved) * (current - jax.lax.stop_gradient(current))
+    return jnp.mean(jnp.abs(moved) / STEPS_PER_NAT + straight_through, axis=-1)
+
+
+def _gamma(drift: Array, num_layers: int, layer_aggregation: str) -> Array:
+    return jnp.exp(-(drift / num_layers if layer_aggregation == "mean" else drift))
+
+
+def _rows_first(layers: RouterTrace) -> RouterTrace:
+    """[L, B, K, T] -> [B, L, K, T]."""
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), layers)
+
+
+def _layers_first(trace: RouterTrace) -> RouterTrace:
+    """[B, L, K, T] -> [L, B, K, T]."""
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), trace)
+
+
+def _log_probs_at(router_logits: Array, expert_ids: Array) -> Array:
+    """The log-softmax over E at K of its entries: [..., E], [..., K] -> [..., K]; all E are never written down."""
+    logits = at_least_float32(router_logits)
+    chosen = jax.lax.platform_dependent(logits, expert_ids, tpu=_pick_by_comparing, default=_pick_by_gathering)
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return (chosen - peak) - jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True))
+
+
+def _pick_by_gathering(logits: Array, expert_ids: Array) -> Array:
+    return jnp.take_along_axis(logits, expert_ids, axis=-1, mode="promise_in_bounds")
+
+
+def _pick_by_comparing(logits: Array, expert_ids: Array) -> Array:
+    """One sum over E a slot: a gather along the last axis is slow on a TPU, and this fuses. It does not on the CPU."""
+    shape = (*expert_ids.shape, logits.shape[-1])
+    chosen = expert_ids[..., None] == jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    return jnp.sum(jnp.where(chosen, logits[..., None, :], 0), axis=-1)
+
+
+def _check_aggregation(layer_aggregation: str) -> None:
+    if layer_aggregation not in LAYER_AGGREGATIONS:
+        raise ValueError(f"layer_aggregation must be one of {LAYER_AGGREGATIONS}, got {layer_aggregation!r}")
 
 
 def _check_router_logits(router_logits: Array) -> int:

@@ -1,6 +1,9 @@
-"""Draws responses from a policy: one prefill, then cached decoding until the last row has stopped.
+"""Draws responses from a policy: one prefill, then cached decoding until the last response has stopped.
 
-Pure and jitted; deterministic in the key, row by row. This file must never know a task, a reward or a concrete model.
+Rows are decoded in slots. A slot whose response has ended takes the next waiting prompt, fed token by token beside the
+decoding of the others, so that one long response does not keep the rest of the batch waiting. One program without
+recompilation; deterministic in the key, response by response, whatever slot it is drawn in. This file must never know
+a task, a reward or a concrete model.
 """
 
 import functools
@@ -25,12 +28,18 @@ class SamplerConfig:
     """Draw among the k likeliest tokens only."""
     top_p: float = 1.0
     """Draw among the fewest likeliest tokens that hold this much probability (after `top_k`)."""
+    slots: int | None = None
+    """Responses that are drawn at once, with a cache for so many; as many as there are prompts when absent. Fewer pay
+    when most responses are much shorter than the longest: feeding a prompt takes its length in steps, so about where
+    mean response + mean prompt < max_new_tokens."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if self.slots is not None and self.slots < 1:
+            raise ValueError(f"slots must be at least 1, got {self.slots}; leave it out to draw all responses at once")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; leave it out to draw among all tokens")
         if not 0 < self.top_p <= 1:
@@ -56,11 +65,31 @@ def pad_prompts(prompts: list[list[int]], width: int, pad_id: int) -> tuple[np.n
     return tokens, mask
 
 
+class _Requests(NamedTuple):
+    """What is asked for; the rows of everything else point here."""
+
+    prompts: Array  # int32 [B, P], left-padded
+    prompt_lengths: Array  # int32 [B]
+    keys: Array  # PRNG keys [B]
+
+
+class _Slots(NamedTuple):
+    """What each slot is doing, all [slots]."""
+
+    request: Array  # int32: which response it draws
+    active: Array  # bool
+    segment: Array  # int32: tells the tokens of this response from those of earlier ones in the cache
+    fed: Array  # int32: prompt tokens in the cache
+    drawn: Array  # int32: response tokens drawn
+    last_token: Array  # int32
+
+
 class _DecodeState(NamedTuple):
-    step: Array  # int32 scalar: tokens drawn so far
-    samples: Samples
-    finished: Array  # bool [B]
-    last_tokens: Array  # int32 [B]
+    slots: _Slots
+    waiting: Array  # int32 scalar: the first request that no slot has taken
+    tokens: Array  # int32 [B, R]
+    log_probs: Array  # float32 [B, R]
+    lengths: Array  # int32 [B]
     cache: object
 
 
@@ -96,55 +125,97 @@ def generate(
     if prompts.ndim != 2 or prompt_mask.shape != prompts.shape:
         raise ValueError(f"prompts and prompt_mask must both be [B, P], got {prompts.shape} and {prompt_mask.shape}")
     batch_size, width = prompts.shape
-    row_keys = jax.random.split(key, batch_size)
-    cache = policy.init_cache(batch_size, width + config.max_new_tokens)
-    output = policy.apply({"params": params}, prompts, segment_ids=prompt_mask.astype(jnp.int32), cache=cache)
-    empty = jnp.zeros((batch_size, config.max_new_tokens))
+    num_slots = min(config.slots or batch_size, batch_size)
+    requests = _Requests(prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), jax.random.split(key, batch_size))
+    # A ring of this many slots holds the longest sequence, whatever was in it before.
+    cache = policy.init_cache(num_slots, width + config.max_new_tokens)
+    segment_ids = prompt_mask[:num_slots].astype(jnp.int32)
+    output = policy.apply({"params": params}, prompts[:num_slots], segment_ids=segment_ids, cache=cache)
     start = _DecodeState(
-        step=jnp.int32(0),
-        samples=Samples(jnp.full(empty.shape, pad_id, jnp.int32), empty.astype(bool), empty),
-        finished=jnp.zeros(batch_size, bool),
-        last_tokens=prompts[:, -1],
+        slots=_first_slots(requests, num_slots),
+        waiting=jnp.int32(num_slots),
+        tokens=jnp.full((batch_size, config.max_new_tokens), pad_id, jnp.int32),
+        log_probs=jnp.zeros((batch_size, config.max_new_tokens), jnp.float32),
+        lengths=jnp.zeros(batch_size, jnp.int32),
         cache=output.cache,
     )
-
-    def draw(state: _DecodeState, logits: Array, cache: object) -> _DecodeState:
-        tokens, log_probs = _draw_tokens(logits, row_keys, state.step, config)
-        tokens = jnp.where(state.finished, pad_id, tokens)
-        samples = Samples(
-            state.samples.tokens.at[:, state.step].set(tokens),
-            state.samples.mask.at[:, state.step].set(~state.finished),
-            state.samples.log_probs.at[:, state.step].set(jnp.where(state.finished, 0, log_probs)),
-        )
-        stopped = (
-            jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros_like(state.finished)
-        )
-        return _DecodeState(state.step + 1, samples, state.finished | stopped, tokens, cache)
+    take_in = functools.partial(_take_in, requests=requests, config=config, stop_tokens=stop_tokens)
 
     def decode(state: _DecodeState) -> _DecodeState:
-        output = policy.apply(
-            {"params": params},
-            state.last_tokens[:, None],
-            segment_ids=(~state.finished).astype(jnp.int32)[:, None],
-            cache=state.cache,
-        )
-        return draw(state, output.logits[:, -1], output.cache)
+        slots, inputs = _next_inputs(state.slots, requests)
+        segment_ids = jnp.where(slots.active, slots.segment, 0)[:, None]
+        inputs = jnp.where(slots.active, inputs, pad_id)
+        output = policy.apply({"params": params}, inputs[:, None], segment_ids=segment_ids, cache=state.cache)
+        return take_in(state._replace(slots=slots, cache=output.cache), output.logits[:, -1])
 
-    def unfinished(state: _DecodeState) -> Array:
-        return (state.step < config.max_new_tokens) & ~jnp.all(state.finished)
-
-    first = draw(start, output.logits[:, -1], output.cache)
-    return jax.lax.while_loop(unfinished, decode, first).samples
+    first = take_in(start, output.logits[:, -1])
+    end = jax.lax.while_loop(lambda state: jnp.any(state.slots.active), decode, first)
+    mask = jnp.arange(config.max_new_tokens, dtype=jnp.int32)[None, :] < end.lengths[:, None]
+    return Samples(end.tokens, mask, end.log_probs)
 
 
-def _draw_tokens(logits: Array, row_keys: Array, step: Array, config: SamplerConfig) -> tuple[Array, Array]:
-    """One token a row and its log-probability: [B, V] -> int32 [B], float32 [B]."""
+def _first_slots(requests: _Requests, num_slots: int) -> _Slots:
+    """The slots after a prefill of the first prompts."""
+    ones, zeros = jnp.ones(num_slots, jnp.int32), jnp.zeros(num_slots, jnp.int32)
+    return _Slots(
+        request=jnp.arange(num_slots, dtype=jnp.int32),
+        active=ones.astype(bool),
+        segment=ones,
+        fed=requests.prompt_lengths[:num_slots],
+        drawn=zeros,
+        last_token=zeros,
+    )
+
+
+def _next_inputs(slots: _Slots, requests: _Requests) -> tuple[_Slots, Array]:
+    """The token that each slot reads next: the rest of its prompt first, then what it drew last."""
+    prompt_length = requests.prompt_lengths[slots.request]
+    feeding = slots.fed < prompt_length
+    column = jnp.minimum(requests.prompts.shape[1] - prompt_length + slots.fed, requests.prompts.shape[1] - 1)
+    inputs = jnp.where(feeding, requests.prompts[slots.request, column], slots.last_token)
+    return slots._replace(fed=slots.fed + feeding.astype(jnp.int32)), inputs
+
+
+def _take_in(
+    state: _DecodeState, logits: Array, requests: _Requests, config: SamplerConfig, stop_tokens: tuple[int, ...]
+) -> _DecodeState:
+    """Draws a token in every slot that has read its prompt, and gives the slots that are done the next requests."""
+    slots, num_requests = state.slots, requests.prompts.shape[0]
+    drawing = slots.active & (slots.fed >= requests.prompt_lengths[slots.request])
+    tokens, log_probs = _draw_tokens(logits, requests.keys[slots.request], slots.drawn, config)
+    row = jnp.where(drawing, slots.request, num_requests)  # out of bounds is dropped
+    drawn = slots.drawn + drawing.astype(jnp.int32)
+    stops = jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros_like(drawing)
+    done = drawing & (stops | (drawn == config.max_new_tokens))
+    next_request = state.waiting + jnp.cumsum(done, dtype=jnp.int32) - 1
+    refilled = done & (next_request < num_requests)
+    return _DecodeState(
+        slots=_Slots(
+            request=jnp.where(refilled, next_request, slots.request),
+            active=slots.active & (~done | refilled),
+            segment=slots.segment + refilled.astype(jnp.int32),
+            fed=jnp.where(refilled, 0, slots.fed),
+            drawn=jnp.where(refilled, 0, drawn),
+            last_token=tokens,
+        ),
+        waiting=state.waiting + jnp.sum(done, dtype=jnp.int32),
+        tokens=state.tokens.at[row, slots.drawn].set(tokens, mode="drop"),
+        log_probs=state.log_probs.at[row, slots.drawn].set(log_probs, mode="drop"),
+        lengths=state.lengths.at[row].set(drawn, mode="drop"),
+        cache=state.cache,
+    )
+
+
+def _draw_tokens(logits: Array, keys: Array, index: Array, config: SamplerConfig) -> tuple[Array, Array]:
+    """One token a row, the `index`-th of its response, and its log-probability: [B, V] -> int32 [B], float32 [B]."""
     logits = logits.astype(jnp.float32)
     if config.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1)
     else:
         logits = truncate_logits(logits / config.temperature, config.top_k, config.top_p)
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:]))(row_keys)
+        noise = jax.vmap(
+            lambda key, token: jax.random.gumbel(jax.random.fold_in(key, token), logits.shape[1:], jnp.float32)
+        )(keys, index)
         tokens = jnp.argmax(logits + noise, axis=-1)
     log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), log_probs

@@ -5,7 +5,8 @@ Its arrays may have any leading axes (of a `lax.scan` over micro-batches, say), 
 them at once, so that stacking is all the merging there is. This file must never know what is being measured.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -91,25 +92,47 @@ def masked_quantile(values: Array, mask: Array, percent: Array) -> Array:
     Returns:
       float32 scalar; 0 where the mask holds nowhere.
     """
-    bits = jax.lax.bitcast_convert_type(jnp.where(mask, values, 0).astype(jnp.float32), jnp.int32)
-    count = jnp.sum(mask, dtype=jnp.int32)
+    infinity_bits, never = jnp.int32(0x7F800000), jnp.int32(0x7FFFFFFF)
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+    keys = _split_last_axis(jnp.where(mask, jnp.minimum(bits, never - 1), never), never)
+    count = _count(keys < never)
     hundreds, rest = jnp.divmod(jnp.maximum(count - 1, 0), 100)
     rank = hundreds * percent + rest * percent // 100
     between_ranks = (rest * percent % 100).astype(jnp.float32) / 100
 
-    def count_up_to(bound: Array) -> Array:
-        return jnp.sum(mask & (bits <= bound), dtype=jnp.int32)
-
     def bisect(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # the answer lies in [low, high]
         middle = low + (high - low) // 2
-        enough = count_up_to(middle) > rank
+        enough = _count(keys <= middle) > rank
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-    infinity_bits = jnp.int32(0x7F800000)
     below, _ = jax.lax.fori_loop(0, 31, bisect, (jnp.int32(0), infinity_bits))
-    next_above = jnp.min(jnp.where(mask & (bits > below), bits, infinity_bits))
+    next_above = jnp.minimum(_reduce_parts(jnp.min, jnp.where(keys > below, keys, never)), infinity_bits)
     has_next = rank + 1 < count
-    above = jnp.where(has_next & (count_up_to(below) <= rank + 1), next_above, below)
+    above = jnp.where(has_next & (_count(keys <= below) <= rank + 1), next_above, below)
     low, high = (jax.lax.bitcast_convert_type(b, jnp.float32) for b in (below, above))
     return jnp.where(count > 0, low + (high - low) * between_ranks, 0)
+
+
+_PART = 32
+
+
+def _split_last_axis(array: Array, fill: Array) -> Array:
+    """[..., T] -> [..., 32, T / 32], padded; a scalar counts as one value.
+
+    XLA on the CPU takes a reduction over more than 32 entries apart into windows, and writes down what it reduces.
+    Over 32 it compares and adds in one vectorised loop.
+    """
+    array = jnp.atleast_1d(array)
+    length = -(-array.shape[-1] // _PART)
+    padding = [(0, 0)] * (array.ndim - 1) + [(0, _PART * length - array.shape[-1])]
+    return jnp.pad(array, padding, constant_values=fill).reshape(*array.shape[:-1], _PART, length)
+
+
+def _reduce_parts(reduction: Callable[..., Array], parts: Array) -> Array:
+    """Over 32 entries, then over the rest. Without the barrier XLA would make one reduction of the two."""
+    return reduction(jax.lax.optimization_barrier(reduction(parts, axis=-2)))
+
+
+def _count(condition: Array) -> Array:
+    return _reduce_parts(functools.partial(jnp.sum, dtype=jnp.int32), condition)

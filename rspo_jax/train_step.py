@@ -15,11 +15,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rspo_jax.head_log_probs import TokenScores, head_log_probs
 from rspo_jax.log_probs import token_entropy, token_log_probs
 from rspo_jax.objectives import OBJECTIVES
-from rspo_jax.router import LAYER_AGGREGATIONS, router_shift, trace_router
+from rspo_jax.packing import unpack
+from rspo_jax.router import LAYER_AGGREGATIONS, drift_reader, gamma_of, trace_of, trace_reader
 from rspo_jax.statistics import Mean, Statistic, Sum, masked_mean
-from rspo_jax.types import Array, Params, Policy, RolloutBatch, RouterTrace, ScoredBatch, TokenBatch
+from rspo_jax.types import (
+    Array,
+    PackedBatch,
+    PackedRows,
+    Params,
+    Policy,
+    RouterReader,
+    RouterReading,
+    RouterTrace,
+    ScoredBatch,
+)
 
 
 @dataclass(frozen=True)
@@ -78,12 +90,14 @@ class LearnerConfig:
     objective_config: Any = None
     """A config of the objective's own type; its defaults when absent."""
     layer_aggregation: str = "mean"
-    experts_per_token: int = 2
-    """K of the model: how many experts of the old route are kept."""
     temperature: float = 1.0
     """The sampler's, so that the policy trained is the policy sampled."""
     micro_batches: int = 1
-    """Parts that a batch is cut into, one after the other, to save memory."""
+    """Parts that a mini-batch is cut into, one after the other, to save memory."""
+    row_length: int | None = None
+    """Places of a row that responses are packed into; by default as many as the longest possible sequence has."""
+    route_on_host: bool = False
+    """Keep the old route in the host's memory between scoring and update, if it is too much for the device."""
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -92,6 +106,8 @@ class LearnerConfig:
             raise ValueError(f"layer_aggregation must be one of {LAYER_AGGREGATIONS}, got {self.layer_aggregation!r}")
         if self.micro_batches < 1:
             raise ValueError(f"micro_batches must be at least 1, got {self.micro_batches}")
+        if self.row_length is not None and self.row_length < 1:
+            raise ValueError(f"row_length must be at least 1, got {self.row_length}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive to train, got {self.temperature}")
 
@@ -112,54 +128,69 @@ def init_train_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
     return TrainState(params, optimizer.build().init(params), jnp.int32(0), jnp.int32(0))
 
 
-class TokenScores(NamedTuple):
-    """What one forward pass says of the response tokens of a batch."""
-
-    log_probs: Array  # [B, T]
-    entropy: Array  # [B, T]
-    router_logits: Array | None  # [L, B, T, E]
-
-
-def score_tokens(policy: Policy, params: Params, rollout: RolloutBatch, temperature: float) -> TokenScores:
-    """Log-probability of each target, entropy of its distribution, and the router at the input that scores it."""
-    output = policy.apply({"params": params}, rollout.tokens[:, :-1], segment_ids=rollout.segment_ids[:, :-1])
-    log_probs = token_log_probs(output.logits, rollout.tokens[:, 1:], temperature)
-    return TokenScores(
-        log_probs, token_entropy(jax.lax.stop_gradient(output.logits), temperature), output.router_logits
-    )
+def score_rows(
+    policy: Policy, params: Params, rows: PackedRows, temperature: float, router_reader: RouterReader | None = None
+) -> tuple[TokenScores, RouterReading | None]:
+    """What one forward pass says of the targets of packed rows: log-probability and entropy, [N, T], and what the
+    reader saw of the router at the inputs that score them."""
+    output = policy.apply({"params": params}, rows.inputs, segment_ids=rows.segment_ids, router_reader=router_reader)
+    if output.hidden is not None and output.head is not None:
+        return head_log_probs(output.hidden, output.head, rows.targets, temperature), output.reading
+    log_probs = token_log_probs(output.logits, rows.targets, temperature)
+    return TokenScores(log_probs, token_entropy(jax.lax.stop_gradient(output.logits), temperature)), output.reading
 
 
-def split_rows(tree: Any, parts: int) -> Any:
-    """[B, ...] -> [parts, B / parts, ...] on every leaf."""
-    return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), tree)
+def to_host(batch: ScoredBatch) -> ScoredBatch:
+    """Moves the old route to the host's memory."""
+    return batch._replace(old_route=jax.device_put(batch.old_route, jax.memory.Space.Host))
+
+
+def to_device(batch: ScoredBatch) -> ScoredBatch:
+    """Moves the old route back."""
+    return batch._replace(old_route=jax.device_put(batch.old_route, jax.memory.Space.Device))
+
+
+@functools.partial(jax.jit, static_argnames=("pieces",))
+def split_parts(batch: Any, pieces: int) -> list[Any]:
+    """Splits a batch of parts, [parts, ...] on every leaf, into equal pieces, such as the mini-batches of a rollout."""
+
+    def piece(index: int) -> Any:
+        return jax.tree.map(
+            lambda leaf: leaf[index * (len(leaf) // pieces) : (index + 1) * (len(leaf) // pieces)], batch
+        )
+
+    return [piece(index) for index in range(pieces)]
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "config"))
 def score(
-    policy: Policy, params: Params, rollout: RolloutBatch, config: LearnerConfig
-) -> tuple[Array, RouterTrace | None, dict[str, Statistic]]:
+    policy: Policy, params: Params, batch: PackedBatch, config: LearnerConfig
+) -> tuple[ScoredBatch, dict[str, Statistic]]:
     """The scoring pass: what the policy that generated a rollout says of it, in the trainer's own numerics.
 
+    Args:
+      policy: the model.
+      params: those that the responses were drawn with.
+      batch: parts of a rollout, one after the other, [parts, ...].
+      config: scoring.
+
     Returns:
-      `old_log_probs` float32 [B, T], the old route, and statistics: the entropy of the policy in nats, and
+      The batch with old log-probabilities and old route, and statistics: the entropy of the policy in nats, and
       `sampler_kl`, an estimate of KL(sampler ‖ trainer) from the sampler's log-probabilities.
     """
 
-    def score_part(part: RolloutBatch) -> tuple[Array, RouterTrace | None, dict[str, Statistic]]:
-        scores = score_tokens(policy, params, part, config.temperature)
-        log_ratio = jnp.where(part.mask, scores.log_probs - part.sampler_log_probs, 0)
+    def score_part(part: PackedBatch) -> tuple[Array, RouterTrace | None, dict[str, Statistic]]:
+        scores, reading = score_rows(policy, params, part.rows, config.temperature, trace_reader())
+        log_probs, entropy = (unpack(per_token, part.places) for per_token in scores)
+        log_ratio = jnp.where(part.mask, log_probs - part.sampler_log_probs, 0)
         statistics: dict[str, Statistic] = {
-            "entropy": masked_mean(scores.entropy, part.mask),
+            "entropy": masked_mean(entropy, part.mask),
             "sampler_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, part.mask),
         }
-        route = None
-        if scores.router_logits is not None:
-            route = trace_router(scores.router_logits, config.experts_per_token)
-        return scores.log_probs, route, statistics
+        return log_probs, None if reading is None else trace_of(reading), statistics
 
-    log_probs, route, statistics = jax.lax.map(score_part, split_rows(rollout, config.micro_batches))
-    merge = functools.partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
-    return merge(log_probs), merge(route), statistics
+    log_probs, route, statistics = jax.lax.map(score_part, batch)
+    return ScoredBatch(batch, log_probs, route), statistics
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "optimizer", "config"), donate_argnames=("state",))
@@ -172,7 +203,7 @@ def update(
       policy: the model.
       optimizer: the Optax chain's config.
       state: donated.
-      batch: B rows, divisible by `config.micro_batches`.
+      batch: the micro-batches of a mini-batch, one after the other, [parts, ...].
       config: objective and scoring.
 
     Returns:
@@ -181,29 +212,43 @@ def update(
     objective = OBJECTIVES[config.objective]
 
     def terms(params: Params, part: ScoredBatch) -> tuple[Mean, dict[str, Statistic]]:
-        rollout = part.rollout
-        scores = score_tokens(policy, params, rollout, config.temperature)
+        batch, route = part.batch, part.old_route
+        _check_route(batch.rows, route)
+        reader = None if route is None else drift_reader(route)
+        scores, reading = score_rows(policy, params, batch.rows, config.temperature, reader)
         gamma = None
-        if scores.router_logits is not None and part.old_route is not None:
-            gamma = router_shift(jax.lax.stop_gradient(scores.router_logits), part.old_route, config.layer_aggregation)
+        if route is not None and reading is not None:
+            gamma = unpack(gamma_of(reading, route, config.layer_aggregation), batch.places)
+        log_probs = unpack(scores.log_probs, batch.places)
         return objective.terms(
-            scores.log_probs, part.old_log_probs, rollout.advantages, rollout.mask, gamma, config.objective_config
+            log_probs, part.old_log_probs, batch.advantages, batch.mask, gamma, config.objective_config
         )
 
-    return _apply_gradient(optimizer, state, terms, split_rows(batch, config.micro_batches))
+    return _apply_gradient(optimizer, state, terms, batch)
+
+
+def _check_route(rows: PackedRows, route: RouterTrace | None) -> None:
+    if route is None:
+        return
+    covered = (route.expert_ids.shape[0], route.expert_ids.shape[-1])
+    if covered != rows.inputs.shape:
+        raise ValueError(f"the old route covers [N, T] = {covered}, the rows {rows.inputs.shape}: score the same batch")
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "optimizer"), donate_argnames=("state",))
 def supervised_update(
-    policy: Policy, optimizer: OptimizerConfig, state: TrainState, batch: TokenBatch
+    policy: Policy, optimizer: OptimizerConfig, state: TrainState, batch: PackedBatch
 ) -> tuple[TrainState, dict[str, Statistic]]:
-    """One optimizer update of the mean negative log-likelihood of the masked tokens, for the warm start."""
+    """One optimizer update of the mean negative log-likelihood of the response tokens, for the warm start.
 
-    def terms(params: Params, part: TokenBatch) -> tuple[Mean, dict[str, Statistic]]:
-        output = policy.apply({"params": params}, part.tokens[:, :-1], segment_ids=part.segment_ids[:, :-1])
-        return masked_mean(-token_log_probs(output.logits, part.tokens[:, 1:]), part.mask), {}
+    Args: as for `update`; of the batch, rows, places and mask count.
+    """
 
-    return _apply_gradient(optimizer, state, terms, split_rows(batch, 1))
+    def terms(params: Params, part: PackedBatch) -> tuple[Mean, dict[str, Statistic]]:
+        scores, _ = score_rows(policy, params, part.rows, temperature=1.0)
+        return masked_mean(-unpack(scores.log_probs, part.places), part.mask), {}
+
+    return _apply_gradient(optimizer, state, terms, batch)
 
 
 def _apply_gradient(

@@ -24,11 +24,13 @@ from rspo_jax.metrics import MetricsLog, Progress, wilson_interval
 from rspo_jax.preemption import Preemption
 from rspo_jax.rollout import (
     Judged,
+    Packing,
     assemble,
     check_solutions,
     encode_prompts,
     encode_solutions,
     judge,
+    pack,
     prompt_width,
     sample_in_chunks,
     solve,
@@ -41,10 +43,13 @@ from rspo_jax.train_step import (
     TrainState,
     init_train_state,
     score,
+    split_parts,
     supervised_update,
+    to_device,
+    to_host,
     update,
 )
-from rspo_jax.types import Array, Params, Policy, RolloutBatch, ScoredBatch, Task
+from rspo_jax.types import Array, Params, Policy, RolloutBatch, Task
 
 Batch = TypeVar("Batch")
 
@@ -118,7 +123,7 @@ class TrainerConfig:
     mini_batches: int = 4
     """Updates that a rollout is cut into: all but the first are off-policy."""
     epochs: int = 1
-    """Passes over a rollout, each with its own cut."""
+    """Passes over a rollout, each over the same mini-batches in an order of its own."""
     rollout_chunks: int = 2
     """Parts of a rollout: the host judges one while the device draws the next."""
     learned_groups: int | None = None
@@ -326,12 +331,14 @@ def _warm_start(run: Run, state: RunState, recorder: Recorder) -> RunState:
             started = time.monotonic()
             rows = take(len(run.train_problems), (run.config.seed, 0), int(state.cursor), config.batch_size)
             problems = [run.train_problems[row] for row in rows]
-            batch = encode_solutions(run.task, problems, run.width, response_width)
+            solutions = encode_solutions(run.task, problems, run.width, response_width)
+            packing = Packing(row_length=run.learner.row_length)
+            batch, packing_metrics = pack(solutions, response_width, np.arange(len(rows)), packing)
             train_state, statistics = supervised_update(run.policy, optimizer, state.train, batch)
             cursor = state.cursor + config.batch_size
             state = state._replace(train=train_state, cursor=cursor, warm_start_step=jnp.int32(step))
-            metrics = _to_host([statistics]) | {"learning_rate": _learning_rate(optimizer, step - 1)}
-            metrics |= _speed(started, int(np.sum(batch.mask)))
+            metrics = _to_host([statistics]) | packing_metrics | {"learning_rate": _learning_rate(optimizer, step - 1)}
+            metrics |= _speed(started, int(np.sum(solutions.mask)))
             recorder.log.write("warm_start", step, metrics)
             progress.update(step, metrics)
             if step == config.steps:
@@ -423,21 +430,25 @@ def _learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecor
     rollout = draws.rollout._replace(advantages=advantages.reshape(-1))
     if config.learned_groups is not None:
         rollout = _take_rows(rollout, _rows_of_groups(informative, config))
-    old_log_probs, old_route, statistics = score(run.policy, state.train.params, rollout, learner)
-    batch = ScoredBatch(rollout, old_log_probs, old_route)
     key, shuffle_key = jax.random.split(jax.random.wrap_key_data(state.key))
-    optimizer, train_state, updates = config.decaying_optimizer, state.train, []
+    order = np.asarray(jax.random.permutation(shuffle_key, config.learned_rows))
+    packing = Packing(config.mini_batches, learner.micro_batches, learner.row_length)
+    batch, packing_metrics = pack(rollout, config.sampler.max_new_tokens, order, packing)
+    scored, statistics = [], []
+    for mini_batch in split_parts(batch, config.mini_batches):
+        old, score_statistics = score(run.policy, state.train.params, mini_batch, learner)
+        scored.append(to_host(old) if learner.route_on_host else old)
+        statistics.append(score_statistics)
+    optimizer, train_state = config.decaying_optimizer, state.train
     learning_rate = _learning_rate(optimizer, int(train_state.updates))
     for epoch in range(config.epochs):
-        order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), config.learned_rows)
-        for rows in jnp.split(order, config.mini_batches):
-            train_state, update_statistics = update(
-                run.policy, optimizer, train_state, _take_rows(batch, rows), learner
-            )
-            updates.append(update_statistics)
+        for index in np.asarray(jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), config.mini_batches)):
+            mini_batch = to_device(scored[index]) if learner.route_on_host else scored[index]
+            train_state, update_statistics = update(run.policy, optimizer, train_state, mini_batch, learner)
+            statistics.append(update_statistics)
     state = state._replace(train=train_state, key=jax.random.key_data(key), step=state.step + 1)
-    metrics = _rollout_metrics(judged, informative, draws, config) | {"learning_rate": learning_rate}
-    return state, StepRecord(int(state.step), [statistics, *updates], metrics, draws.started)
+    metrics = _rollout_metrics(judged, informative, draws, config) | packing_metrics | {"learning_rate": learning_rate}
+    return state, StepRecord(int(state.step), statistics, metrics, draws.started)
 
 
 def _rows_of_groups(informative: np.ndarray, config: TrainerConfig) -> np.ndarray:

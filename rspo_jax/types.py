@@ -5,7 +5,7 @@ E experts of a layer, K experts that a token activates, V entries of the vocabul
 This file must never know a concrete model, task or training framework.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,14 +15,44 @@ Params = Any  # a pytree of arrays, a plain nested dict for the models of this r
 
 
 class ModelOutput(NamedTuple):
-    """What a forward pass returns."""
+    """What a forward pass returns.
+
+    Inside `jax.jit`, what nobody reads is neither computed nor stored: a loss that takes `hidden` and `head` never
+    makes logits, and one that takes a reading never stacks router logits.
+    """
 
     logits: Array
-    """float [B, T, V]; position t scores token t + 1."""
+    """float [B, T, V], `hidden @ head`; position t scores token t + 1."""
     router_logits: Array | None
     """float32 [L, B, T, E], before any softmax; L counts MoE layers only. None for a dense model."""
     cache: Any = None
     """The updated cache where one was given, else None."""
+    hidden: Array | None = None
+    """[B, T, D], what the output head multiplies. None from a policy that gives logits only."""
+    head: Array | None = None
+    """[D, V] in the dtype of `hidden`."""
+    reading: "RouterReading | None" = None
+    """What the router reader saw, where one was given."""
+
+
+class RouterReader(NamedTuple):
+    """What a caller wants to know of the routers, computed layer by layer while the model runs through its layers, so
+    that the router logits of all layers never exist together. A pytree."""
+
+    read: Callable[[Any, Array, Array], tuple[Any, Any]]
+    """(carry, router_logits float32 [B, T, E], expert_ids int32 [B, T, K]) -> (carry, reading of this layer). A
+    `jax.tree_util.Partial`; arrays bound to it lead with L, and each layer is given its own slice."""
+    carry: Any = None
+    """What the first layer is given."""
+
+
+class RouterReading(NamedTuple):
+    """What came of a `RouterReader`."""
+
+    carry: Any
+    """From the last layer."""
+    layers: Any
+    """The reading of each layer, stacked on a leading axis L."""
 
 
 class Policy(Protocol):
@@ -35,6 +65,7 @@ class Policy(Protocol):
         positions: Array | None = None,
         segment_ids: Array | None = None,
         cache: Any = None,
+        router_reader: RouterReader | None = None,
     ) -> Any:
         """Runs the model and returns a `ModelOutput` (which Flax's `apply` does not declare).
 
@@ -42,8 +73,10 @@ class Policy(Protocol):
           variables: `{"params": params}`.
           tokens: int32 [B, T].
           positions: int32 [B, T] rotary positions; counted within each segment when absent.
-          segment_ids: int32 [B, T]; tokens attend within their own segment, 0 is padding. All 1 when absent.
+          segment_ids: int32 [B, T]; tokens attend within their own segment; 0 is padding. All 1 when absent.
           cache: keys and values of the tokens so far, from `init_cache` or an earlier call.
+          router_reader: called with the router logits and the chosen experts of each MoE layer. A dense model leaves
+            `reading` None.
         """
         ...
 
@@ -53,13 +86,16 @@ class Policy(Protocol):
 
 
 class RouterTrace(NamedTuple):
-    """Which experts the old policy activated, and how sure it was. Opaque outside `router.py`, except that its arrays
-    lead with the rows, so that a batch and its trace are cut alike."""
+    """Which experts the old policy activated, and how sure it was: 3 bytes a slot with up to 256 experts, 4 with more.
+
+    Opaque outside `router.py`, except that its arrays lead with the rows, so that a batch and its trace are cut and
+    sharded alike. The tokens come last because a TPU pads the last axis to a multiple of 128, and K is about 8.
+    """
 
     expert_ids: Array
-    """unsigned [B, T, L, K]."""
+    """uint8 or uint16 [B, L, K, T]."""
     log_probs: Array
-    """float32 [B, T, L, K], log-softmax over all E experts, at `expert_ids`."""
+    """uint16 [B, L, K, T], log-softmax over all E experts at `expert_ids`, on a grid."""
 
 
 class Samples(NamedTuple):
@@ -88,25 +124,39 @@ class RolloutBatch(NamedTuple):
     """float32 [B]."""
 
 
-class ScoredBatch(NamedTuple):
-    """A rollout together with what the old policy, as the trainer computes it, says of it."""
+class PackedRows(NamedTuple):
+    """Sequences side by side in N rows: what a model reads and is scored on."""
 
-    rollout: RolloutBatch
+    inputs: Array
+    """int32 [N, T]; 0 on padding."""
+    targets: Array
+    """int32 [N, T]: the token after each input; 0 on padding."""
+    segment_ids: Array
+    """int32 [N, T]: 1, 2, … within a row; tokens attend within their own segment. 0 on padding."""
+
+
+class PackedBatch(NamedTuple):
+    """Responses to learn from: B of them, in N rows. Arrays may lead with the parts of a rollout, [parts, ...]."""
+
+    rows: PackedRows
+    places: Array
+    """int32 [B, T]: where the rows score each response token, a flat index into [N, T of the rows]."""
+    mask: Array
+    """bool [B, T]: True on response tokens; T counts them from the first."""
+    sampler_log_probs: Array
+    """float32 [B, T]; 0 where the mask is False."""
+    advantages: Array
+    """float32 [B]."""
+
+
+class ScoredBatch(NamedTuple):
+    """Responses together with what the old policy, as the trainer computes it, says of them."""
+
+    batch: PackedBatch
     old_log_probs: Array
     """float32 [B, T]."""
     old_route: RouterTrace | None
-    """None for a dense model."""
-
-
-class TokenBatch(NamedTuple):
-    """Token sequences to imitate, in the layout of a rollout."""
-
-    tokens: Array
-    """int32 [B, T + 1]."""
-    segment_ids: Array
-    """int32 [B, T + 1]."""
-    mask: Array
-    """bool [B, T], aligned with the targets `tokens[:, 1:]`: True on tokens to learn."""
+    """Of the rows, [N, L, K, T of the rows]; None for a dense model."""
 
 
 class Tokenizer(Protocol):

@@ -246,6 +246,24 @@ def router_shift(router_logits, old_router_logits, k: int, layer_aggregation: st
     return result
 
 
+def grid_router_shift(router_logits, old_router_logits, k: int, layer_aggregation: str = "mean"):
+    """The same with both log-probabilities on a grid of 1/1024 nat down to -64, [B, T]: the old one is rounded, and
+    the distance to it counts in whole steps, half a step and a hundredth being none yet. And how far, in steps, each
+    token's slots stay from any rounding that could have gone the other way."""
+    new, old = log_softmax(router_logits), log_softmax(old_router_logits)
+    drift, clearance = np.zeros(new.shape[1:3]), np.full(new.shape[1:3], np.inf)
+    for layer, row, token in np.ndindex(new.shape[:3]):
+        slots = []
+        for expert in np.argsort(-old[layer, row, token], kind="stable")[:k]:
+            old_exact = min(-old[layer, row, token, expert] * 1024, 65535)
+            distance = abs(min(-new[layer, row, token, expert] * 1024, 65535) - np.rint(old_exact)) - 0.01
+            slots.append(np.rint(max(distance, 0)) / 1024)
+            margins = [abs(x % 1 - 0.5) for x in (old_exact, distance)]
+            clearance[row, token] = min(clearance[row, token], *margins)
+        drift[row, token] += np.mean(slots)
+    return np.exp(-drift / new.shape[0]) if layer_aggregation == "mean" else np.exp(-drift), clearance
+
+
 def group_advantages(rewards, scale: bool = True) -> np.ndarray:
     """(R - mean) / (unbiased standard deviation + 1e-6) of each group, float64 [prompts, group]."""
     result = []

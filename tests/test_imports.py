@@ -18,7 +18,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("rspo_jax", "models", "experiments")
 
 # Pure functions of arrays, and the types they speak: nothing that they import may lead to RUNNERS.
-PURE = ("advantages", "log_probs", "objectives", "router", "statistics", "types")
+PURE = (
+    "advantages",
+    "head_log_probs",
+    "log_probs",
+    "objectives",
+    "packing",
+    "router",
+    "sharding",
+    "statistics",
+    "types",
+)
 RUNNERS = ("checkpoint", "rollout", "sampler", "train_step", "trainer")
 
 FORBIDDEN_IN = {
@@ -26,9 +36,10 @@ FORBIDDEN_IN = {
     "models": ("experiments",),
     "experiments": ("flax",),
 }
+RIVALS = ("torch", "transformers", "tunix")
+"""What benchmarks measure against. They are optional, so nothing else may need them."""
 FORBIDDEN_ANYWHERE = (
     "tensorflow",
-    "torch",
     "jax.experimental.pjit",
     "jax.experimental.shard_map",
 )
@@ -85,7 +96,13 @@ def violations(path: str, source: str) -> list[str]:
     """What one file uses against the rules; a sentence each."""
     package = path.split("/")[0]
     names = sorted(used_names(path, source))
-    return [f"{path} must not use {name}" for name in names if not may_use(package, name)]
+    rivals = () if is_benchmark(path) else RIVALS
+    return [f"{path} must not use {name}" for name in names if not may_use(package, name) or is_inside(name, rivals)]
+
+
+def is_benchmark(path: str) -> bool:
+    """Whether a file is of a benchmark, or the test of one."""
+    return path.startswith(("experiments/bench/", "experiments/bench_", "tests/experiments/test_bench_"))
 
 
 def impure_paths(sources: Mapping[str, str]) -> list[str]:
@@ -165,6 +182,8 @@ def test_the_modules_that_the_rules_name_exist(name: str) -> None:
         ("models/attention.py", "from experiments.tasks import countdown"),
         ("experiments/train.py", "from flax import linen"),
         ("experiments/train.py", "import torch"),
+        ("experiments/evaluate.py", "from transformers import AutoModel"),
+        ("experiments/benchmark.py", "import tunix.rl"),
         ("experiments/train.py", "__import__('tensorflow')"),
         ("tests/models/test_attention.py", "import torch.nn as nn"),
         ("rspo_jax/sharding.py", "from jax.experimental.shard_map import shard_map"),
@@ -183,6 +202,8 @@ def test_a_broken_rule_is_found(path: str, source: str) -> None:
         ("rspo_jax/router.py", "import jax\nfrom . import types\nfrom .types import RouterTrace"),
         ("rspo_jax/router.py", "import modelscope, flaxen, torchlike"),
         ("rspo_jax/sharding.py", "import jax\nf = jax.shard_map(f)\ng = jax.experimental.layout"),
+        ("experiments/bench_loss.py", "import torch, tunix"),
+        ("experiments/bench/torch_losses.py", "import torch"),
         ("models/attention.py", "import flax.linen as nn\nfrom rspo_jax import sharding, types"),
         ("models/attention.py", "from rspo_jax.types import ModelOutput\nimport rspo_jax.sharding"),
         ("experiments/train.py", "import rspo_jax, models, tensorflow_datasets as tfds"),

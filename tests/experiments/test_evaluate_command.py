@@ -14,8 +14,9 @@ from experiments import evaluate
 from experiments.config import CountdownRun, save_config
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
 from rspo_jax.checkpoint import Checkpoints
-from rspo_jax.sampler import SamplerConfig, pad_prompts
-from rspo_jax.train_step import OptimizerConfig, TokenBatch, init_train_state, supervised_update
+from rspo_jax.rollout import Packing, encode_solutions, pack, prompt_width
+from rspo_jax.sampler import SamplerConfig
+from rspo_jax.train_step import OptimizerConfig, init_train_state, supervised_update
 from rspo_jax.trainer import EvaluationConfig, RunState, TrainerConfig
 
 RESPONSE = 6
@@ -51,20 +52,10 @@ def make_run(data_dir):
 
 def memorise(run, problems):
     """Parameters that answer each problem with its own solution."""
-    tokenizer = CharacterTokenizer()
     task = run.build_task()
-    prompts = [tokenizer.encode(task.prompt(problem)) for problem in problems]
-    prompt_tokens, prompt_mask = pad_prompts(prompts, max(map(len, prompts)), tokenizer.pad_id)
-    tokens = np.zeros((len(problems), RESPONSE), np.int32)
-    mask = np.zeros((len(problems), RESPONSE), bool)
-    for row, problem in enumerate(problems):
-        solution = [*tokenizer.encode(task.solution(problem)), tokenizer.eos_id]
-        tokens[row, : len(solution)], mask[row, : len(solution)] = solution, True
-    batch = TokenBatch(
-        np.concatenate([prompt_tokens, tokens], axis=1),
-        np.concatenate([prompt_mask, mask], axis=1).astype(np.int32),
-        np.concatenate([np.zeros_like(prompt_mask[:, 1:]), mask], axis=1),
-    )
+    width = prompt_width(task, problems)
+    solutions = encode_solutions(task, problems, width, RESPONSE)
+    batch, _ = pack(solutions, RESPONSE, np.arange(len(problems)), Packing())
     state = init_train_state(models.init_params(run.model, jax.random.key(0)), OPTIMIZER)
     with jax.numpy_dtype_promotion("standard"):  # Optax needs it
         for _ in range(150):

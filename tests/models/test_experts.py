@@ -1,5 +1,10 @@
-"""The grouped experts against a dense mixture in float64: every expert on every token, combined by the weights, with
+"""The chosen experts against a dense mixture in float64: every expert on every token, combined by the weights, with
 the gradients written out by hand. Knows no router and no model."""
+
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +73,7 @@ def value_and_gradients(x, weights, expert_ids, gate_up, down, cotangent):
 
 
 compiled_value_and_gradients = jax.jit(value_and_gradients)
-compiled_layout = jax.jit(experts.block_layout, static_argnames=("num_experts", "block_size"))
+compiled_sort = jax.jit(experts.sort_assignments, static_argnames="num_experts")
 
 
 def assert_near(actual, expected, tolerance=1e-5):
@@ -104,6 +109,13 @@ def test_oracle_gradients_agree_with_differences():
 def test_value_and_gradients_match_the_dense_mixture(n, k, e):
     inputs = random_inputs(n, k, e)
     assert_matches_oracle(compiled_value_and_gradients(*inputs), inputs)
+
+
+@pytest.mark.parametrize(("n", "k", "e"), [(1, 2, 4), (7, 3, 3), (150, 2, 5)], ids=str)
+def test_the_sorted_path_matches_the_dense_mixture(monkeypatch, n, k, e):
+    inputs = random_inputs(n, k, e)
+    monkeypatch.setattr(experts, "run_experts", experts.run_experts_sorted)
+    assert_matches_oracle(jax.jit(lambda *inputs: value_and_gradients(*inputs))(*inputs), inputs)
 
 
 @pytest.mark.parametrize("expert", [0, 1, 2])
@@ -203,28 +215,15 @@ def random_routes(n, k, e):
     return [route.astype(np.int32) for route in (uniform, crowded, first, last)]
 
 
-@pytest.mark.parametrize(("n", "k", "e", "block_size"), [(5, 2, 4, 1), (61, 3, 7, 4), (9, 4, 4, 64)], ids=str)
-def test_block_layout(n, k, e, block_size):
+@pytest.mark.parametrize(("n", "k", "e"), [(5, 2, 4), (61, 3, 7), (9, 4, 4)], ids=str)
+def test_assignments_are_sorted_by_expert(n, k, e):
     for expert_ids in random_routes(n, k, e):
-        layout = jax.tree.map(np.asarray, compiled_layout(expert_ids, e, block_size))
-        assert all(array.dtype == np.int32 for array in layout)
-        blocks = len(layout.expert_of_block)
-        assert layout.assignment_of_row.shape == (blocks, block_size)
-        assert layout.row_of_assignment.shape == (n * k,)
-
-        rows = layout.assignment_of_row.reshape(-1)
-        filled = rows < n * k
-        np.testing.assert_array_equal(np.sort(rows[filled]), np.arange(n * k))  # each assignment has one row
-        assert np.all(rows[~filled] == n * k)
-        np.testing.assert_array_equal(rows[layout.row_of_assignment], np.arange(n * k))
-
-        block_of_assignment = layout.row_of_assignment // block_size
-        np.testing.assert_array_equal(layout.expert_of_block[block_of_assignment], expert_ids.reshape(-1))
-        assert np.all((layout.expert_of_block >= 0) & (layout.expert_of_block < e))
-
+        route = jax.tree.map(np.asarray, compiled_sort(expert_ids, e))
+        assert all(array.dtype == np.int32 for array in route)
+        np.testing.assert_array_equal(route.assignment_of_row, np.argsort(expert_ids.reshape(-1), kind="stable"))
+        np.testing.assert_array_equal(route.assignment_of_row[route.row_of_assignment], np.arange(n * k))
         counts = np.bincount(expert_ids.reshape(-1), minlength=e)
-        assert layout.num_used == sum(-(-count // block_size) for count in counts) <= blocks
-        assert np.all(np.unique(block_of_assignment) == np.arange(layout.num_used))
+        np.testing.assert_array_equal(route.group_bounds, np.concatenate([[0], np.cumsum(counts)]))
 
 
 def test_block_size_is_a_power_of_two_in_range():
@@ -233,4 +232,60 @@ def test_block_size_is_a_power_of_two_in_range():
         for num_assignments in (*range(1, 300), 1000, 4096, 10**4, 10**5, 10**7)
         for num_experts in (1, 2, 3, 8, 60, 128, 512)
     }
-    assert sizes == {8, 16, 32, 64, 128, 256}
+    assert sizes == {8, 16, 32, 64, 128, 256, 512}
+
+
+def test_sharded_rows_and_replicated_experts_give_the_unsharded_result():
+    program = textwrap.dedent("""
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import PartitionSpec as P
+        from models import experts
+
+        rng = np.random.default_rng(0)
+        shapes = (16, 6), (16, 2), (3, 6, 2, 5), (3, 5, 6), (16, 6)
+        x, weights, gate_up, down, cotangent = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+        expert_ids = jnp.asarray(rng.integers(0, 3, (16, 2)), jnp.int32)
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        rows, all = P("data"), P()
+
+        def check(run_experts):
+            sharded = jax.shard_map(
+                run_experts, mesh=mesh, in_specs=(rows, rows, rows, all, all), out_specs=rows, check_vma=False
+            )
+
+            def value_and_gradients(run):
+                value, vjp = jax.vjp(lambda x, w, g, d: run(x, w, expert_ids, g, d), x, weights, gate_up, down)
+                return value, *vjp(cotangent)
+
+            expected, actual = (jax.jit(value_and_gradients, static_argnums=0)(f) for f in (run_experts, sharded))
+            assert len(actual[0].sharding.device_set) == 4
+            for one, other in zip(expected, actual, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+        check(experts.run_experts)
+        check(experts.run_experts_sorted)
+        print("equal")
+    """)
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.stdout == "equal\n", result.stderr
+
+
+@pytest.mark.parametrize("run", [experts.run_experts_of_layer, experts._run_sorted_layer])
+def test_experts_of_a_layer_are_read_from_the_stack(run):
+    """Few tokens, so that most experts have none."""
+    rng = np.random.default_rng(40)
+    x, weights = rng.normal(size=(3, 8)), rng.uniform(0.1, 1, (3, 2))
+    expert_ids = np.array([[4, 1], [4, 0], [1, 4]], np.int32)
+    gate_up, down = 0.3 * rng.normal(size=(3, 6, 8, 2, 5)), 0.3 * rng.normal(size=(3, 6, 5, 8))
+    arrays = [jnp.asarray(array, jnp.float32) for array in (x, weights)]
+    stacks = [jnp.asarray(array, jnp.float32) for array in (gate_up, down)]
+    for layer in range(3):
+        whole = experts.run_experts(*arrays, jnp.asarray(expert_ids), *(stack[layer] for stack in stacks))
+        actual = jax.jit(run)(*arrays, jnp.asarray(expert_ids), *stacks, jnp.int32(layer))
+        np.testing.assert_allclose(actual, whole, rtol=0, atol=1e-6)
+    in_bfloat16 = jax.jit(run)(
+        *(array.astype(jnp.bfloat16) for array in arrays), jnp.asarray(expert_ids), *stacks, jnp.int32(2)
+    )
+    assert in_bfloat16.dtype == jnp.bfloat16
+    np.testing.assert_allclose(in_bfloat16.astype(jnp.float32), whole, rtol=0, atol=0.05)

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from models import Transformer, TransformerConfig, init_params
-from models.transformer import AttentionInputs, Layer, LayerCache, MixtureOfExperts, RMSNorm
+from models.transformer import (
+    Layer,
+    LayerCache,
+    LayerCarry,
+    LayerInputs,
+    MixtureOfExperts,
+    RMSNorm,
+    SharedInputs,
+)
+from rspo_jax.types import RouterReader
 
 CONFIG = TransformerConfig(
     vocab_size=11,
@@ -208,7 +217,52 @@ def test_cached_decoding_equals_the_full_forward_pass(params, lengths):
     joined = full._replace(logits=np.concatenate(logits, axis=1), router_logits=np.concatenate(router_logits, axis=2))
     assert_near_on_real_tokens(joined, np.asarray(full.logits), np.asarray(full.router_logits), atol=1e-5)
     np.testing.assert_array_equal(cache.segment_ids, np.pad(SEGMENT_IDS, ((0, 0), (0, 2))))
-    assert cache.layers.keys.shape == cache.layers.values.shape == (2, B, T + 2, 2, 6)
+    assert cache.layers.keys.shape == cache.layers.values.shape == (2, B, 2, T + 2, 6)
+
+
+def test_a_ring_holds_one_response_after_the_other(params):
+    """Single tokens go on in the slots of older ones; a new segment sees nothing of them."""
+    slots, tokens = 6, random_tokens(seed=20, shape=(2, 17))
+    # The first row: sequences of 5, 6 and 6 tokens. The second: 3, padding, 4, and 6 that start in other slots.
+    segment_ids = np.array([[1] * 5 + [2] * 6 + [3] * 6, [1] * 3 + [0] * 4 + [2] * 4 + [3] * 6], np.int32)
+    expected = forward(CONFIG, params, tokens, None, segment_ids)
+    cache, logits = Transformer(CONFIG).init_cache(2, slots), []
+    for at in range(17):
+        output = forward(CONFIG, params, tokens[:, at : at + 1], None, segment_ids[:, at : at + 1], cache)
+        cache = output.cache
+        logits.append(output.logits)
+    real = segment_ids > 0
+    actual = np.concatenate(logits, axis=1)
+    np.testing.assert_allclose(actual[real], np.asarray(expected.logits)[real], rtol=0, atol=1e-5)
+
+
+def test_hidden_states_and_head_give_the_logits(params):
+    for config in (CONFIG, dataclasses.replace(CONFIG, tie_embeddings=True)):
+        output = forward(config, params, random_tokens(seed=21), None, SEGMENT_IDS)
+        assert output.hidden.shape == (B, T, 10) and output.head.shape == (10, 11)
+        exact = np.asarray(output.hidden, np.float64) @ np.asarray(output.head, np.float64)
+        np.testing.assert_allclose(output.logits, exact, rtol=0, atol=1e-5)
+
+
+def note_layer(own, carry, router_logits, expert_ids):
+    """Tells the layers apart: a carry that depends on their order, and each layer's own slice."""
+    return 2 * carry + own, (own, router_logits[..., 0], expert_ids)
+
+
+def test_a_reader_sees_every_layer_in_order(params):
+    reader = RouterReader(jax.tree_util.Partial(note_layer, jnp.array([3.0, 5.0])), jnp.float32(1))
+    output = Transformer(CONFIG).apply(
+        {"params": params}, random_tokens(seed=22), segment_ids=jnp.asarray(SEGMENT_IDS), router_reader=reader
+    )
+    own, first_logits, expert_ids = output.reading.layers
+    assert output.reading.carry == 2 * (2 * 1 + 3) + 5
+    np.testing.assert_array_equal(own, [3.0, 5.0])
+    np.testing.assert_array_equal(first_logits, output.router_logits[..., 0])
+    best = np.argsort(-np.asarray(output.router_logits), axis=-1, kind="stable")[..., :2]
+    np.testing.assert_array_equal(expert_ids, best)
+    plain = Transformer(CONFIG).apply({"params": params}, random_tokens(seed=22), segment_ids=jnp.asarray(SEGMENT_IDS))
+    assert plain.reading is None
+    np.testing.assert_array_equal(plain.logits, output.logits)
 
 
 def weighted_sum(logits, router_logits):
@@ -300,11 +354,11 @@ def test_dtypes(dtype, param_dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(param_dtype)}
 
     angles = jnp.zeros((B, T, 1, 3))
-    inputs = AttentionInputs(angles, angles, jnp.ones((B, 1, T, T), bool), jnp.int32(0))
-    layer_cache = LayerCache(*(jnp.zeros((B, T, 2, 6), dtype) for _ in range(2)))
-    x = jnp.zeros((B, T, 10), dtype)
-    (residual, (router_logits, _)), _ = jax.eval_shape(
-        lambda: Layer(config).init_with_output(jax.random.key(0), x, layer_cache, inputs)
+    inputs = SharedInputs(angles, angles, jnp.asarray(SEGMENT_IDS), jnp.asarray(SEGMENT_IDS), jnp.int32(0))
+    layer_cache = LayerCache(*(jnp.zeros((2, B, 2, T, 6), dtype) for _ in range(2)))
+    carry = LayerCarry(jnp.zeros((B, T, 10), dtype), layer_cache, None)
+    ((residual, _, _), (router_logits, _)), _ = jax.eval_shape(
+        lambda: Layer(config).init_with_output(jax.random.key(0), carry, LayerInputs(jnp.int32(0), None), inputs)
     )
     assert residual.dtype == jnp.dtype(dtype) and router_logits.dtype == jnp.float32
 
@@ -322,7 +376,7 @@ def test_the_router_and_the_norms_are_computed_in_float32():
     config = dataclasses.replace(CONFIG, hidden_size=256, dtype="bfloat16")
     shapes = {"router": (256, 5), "gate_up": (5, 256, 2, 7), "down": (5, 7, 256)}
     moe_params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    _, router_logits = jax.jit(MixtureOfExperts(config).apply)({"params": moe_params}, x)
+    _, router_logits, _ = jax.jit(MixtureOfExperts(config).apply)({"params": moe_params}, x)
     np.testing.assert_allclose(router_logits, exact_x @ moe_params["router"].astype(np.float64), rtol=0, atol=1e-4)
 
 

@@ -7,7 +7,17 @@ import numpy as np
 import oracles
 import pytest
 
-from rspo_jax.rollout import assemble, encode_prompts, judge, prompt_width, sample_in_chunks, solve
+from rspo_jax.rollout import (
+    Packing,
+    assemble,
+    encode_prompts,
+    encode_solutions,
+    judge,
+    pack,
+    prompt_width,
+    sample_in_chunks,
+    solve,
+)
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.types import ModelOutput, Samples
 
@@ -145,6 +155,40 @@ def test_chunks_keep_the_order_of_rows_and_are_assembled_where_they_were_drawn()
     # What the policy says of each target, found where the trainer will look for it.
     log_probs = oracles.log_softmax(table)[batch.tokens[:, :-1], batch.tokens[:, 1:]]
     np.testing.assert_allclose(batch.sampler_log_probs, np.where(batch.mask, log_probs, 0), rtol=0, atol=1e-5)
+
+
+def test_solutions_are_a_rollout():
+    batch = encode_solutions(TASK, ["abc", "d", "f"], 3, 4)
+    np.testing.assert_array_equal(batch.tokens, [[2, 3, 4, 5, 6, 7, 1], [0, 0, 5, 6, 7, 1, 0], [0, 0, 7, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.segment_ids, np.asarray(batch.tokens) != PAD)
+    np.testing.assert_array_equal(batch.mask, [[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(("mini_batches", "micro_batches"), [(1, 1), (3, 1), (2, 3), (1, 6)])
+@pytest.mark.parametrize("row_length", [None, 13])
+def test_packing_keeps_every_response_with_its_own(mini_batches, micro_batches, row_length):
+    chunks = [samples("def.", "ef.", "a"), samples("bc.", "f.", "cdef")]
+    prompts = encode_prompts(TASK, ["abc", "d", "ef", "ca", "e", "fab"], 3)
+    rollout = assemble(prompts, chunks)._replace(advantages=jnp.arange(6, dtype=jnp.float32))
+    order = np.array([3, 1, 5, 0, 2, 4])
+    batch, metrics = pack(rollout, 4, order, Packing(mini_batches, micro_batches, row_length))
+    parts = mini_batches * micro_batches
+    assert batch.mask.shape == (parts, 6 // parts, 4) and batch.rows.inputs.shape[-1] == (row_length or 6)
+    rows = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(parts, -1), batch.rows)
+    seen = []
+    for part in range(parts):
+        for line, mask in enumerate(np.asarray(batch.mask[part])):
+            response = int(batch.advantages[part, line])
+            seen.append(response)
+            np.testing.assert_array_equal(mask, rollout.mask[response, -4:])
+            places = np.asarray(batch.places[part, line])[mask]
+            np.testing.assert_array_equal(rows.targets[part][places], rollout.tokens[response, 3:][mask])
+            np.testing.assert_array_equal(rows.inputs[part][places], rollout.tokens[response, 2:-1][mask])
+            log_probs = rollout.sampler_log_probs[response, -4:]
+            np.testing.assert_array_equal(batch.sampler_log_probs[part, line], log_probs)
+    assert sorted(seen) == list(range(6))
+    assert set(metrics) == {"padding_fraction"}
+    assert metrics["padding_fraction"] == pytest.approx(np.mean(rows.segment_ids == 0))
 
 
 def test_rows_of_different_chunks_draw_differently():

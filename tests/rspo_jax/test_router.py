@@ -1,5 +1,6 @@
-"""The router-shift ratio against a float64 oracle, and its invariants. The trace is opaque here: it
-is made by trace_router and read by router_shift, and nothing else is known of it."""
+"""The router-shift ratio against float64 oracles, with and without the grid that the route is kept on, and its
+invariants. The trace is opaque here: it is made by trace_router and read by router_shift, and only its size is known.
+Each γ equals that of the grid to 1e-6, and that of exact numbers to 1e-3."""
 
 import functools
 
@@ -33,15 +34,23 @@ def shift(logits, old_logits, k, layer_aggregation="mean"):
     return np.asarray(compiled_shift(logits, old_logits, k, layer_aggregation))
 
 
+def assert_is_shift(gamma, new, old, k, layer_aggregation="mean"):
+    on_grid, clearance = oracles.grid_router_shift(new, old, k, layer_aggregation)
+    clear = clearance > 3e-4  # elsewhere float32 may round to the next step
+    assert clear.mean() >= 0.75
+    np.testing.assert_allclose(np.asarray(gamma)[clear], on_grid[clear], rtol=0, atol=1e-6)
+    bound = 1e-3 if layer_aggregation == "mean" else 1e-3 * len(new)
+    np.testing.assert_allclose(gamma, oracles.router_shift(new, old, k, layer_aggregation), rtol=0, atol=bound)
+
+
 @pytest.mark.parametrize("layer_aggregation", ["mean", "sum"])
 @pytest.mark.parametrize("k", [1, 2, 8])
 def test_matches_oracle(k, layer_aggregation):
     for drift in (0.01, 0.3, 3.0):
         old = random_logits(seed=1)
         new = drifted(old, seed=2, drift=drift)
-        expected = oracles.router_shift(new, old, k, layer_aggregation)
         gamma = shift(new, old, k, layer_aggregation=layer_aggregation)
-        np.testing.assert_allclose(gamma, expected, rtol=0, atol=1e-6)
+        assert_is_shift(gamma, new, old, k, layer_aggregation)
         assert gamma.dtype == np.float32 and gamma.shape == (2, 4)
         assert np.all((gamma > 0) & (gamma <= 1))
 
@@ -51,15 +60,14 @@ def test_matches_oracle_compiled_and_under_vmap():
     new = drifted(old, seed=3, drift=0.4)
     gamma = jax.jit(jax.vmap(lambda new, old: rspo_jax.router_shift(new, rspo_jax.trace_router(old, 2))))(new, old)
     for index in range(3):
-        expected = oracles.router_shift(new[index], old[index], 2)
-        np.testing.assert_allclose(gamma[index], expected, rtol=0, atol=1e-6)
+        assert_is_shift(gamma[index], new[index], old[index], 2)
 
 
 def test_mean_over_layers_is_the_default():
     old = random_logits(seed=4)
     new = drifted(old, seed=5, drift=0.5)
     default = rspo_jax.router_shift(new, rspo_jax.trace_router(old, 2))
-    np.testing.assert_allclose(default, oracles.router_shift(new, old, 2), rtol=0, atol=1e-6)
+    assert_is_shift(default, new, old, 2)
     assert np.all(shift(new, old, 2, layer_aggregation="sum") < default)
 
 
@@ -78,11 +86,11 @@ def test_both_means_are_inside_the_exponential():
     move = np.abs(oracles.log_softmax(new) - oracles.log_softmax(old))[0, 0, 0, :2]
     assert abs(move[0] - move[1]) > 1.0
     gamma = shift(new, old, 2)
-    np.testing.assert_allclose(gamma, [[np.exp(-move.mean())]], atol=1e-6)
+    np.testing.assert_allclose(gamma, [[np.exp(-move.mean())]], rtol=0, atol=1e-3)
     assert abs(gamma.item() - np.exp(-move).mean()) > 0.1
     # The same in the layer direction: one layer stands still, one moves.
     gamma = shift(np.concatenate([old, new]), np.concatenate([old, old]), 2)
-    np.testing.assert_allclose(gamma, [[np.exp(-move.mean() / 2)]], atol=1e-6)
+    np.testing.assert_allclose(gamma, [[np.exp(-move.mean() / 2)]], rtol=0, atol=1e-3)
 
 
 def test_experts_are_those_of_the_old_policy():
@@ -90,7 +98,7 @@ def test_experts_are_those_of_the_old_policy():
     old = np.array([2.0, 0.0, 0.0, 0.0], np.float32).reshape(1, 1, 1, 4)
     new = np.array([0.0, 0.0, 0.0, 4.0], np.float32).reshape(1, 1, 1, 4)
     move = (oracles.log_softmax(new) - oracles.log_softmax(old))[0, 0, 0, 0]
-    np.testing.assert_allclose(shift(new, old, 1), [[np.exp(-abs(move))]], atol=1e-6)
+    np.testing.assert_allclose(shift(new, old, 1), [[np.exp(-abs(move))]], rtol=0, atol=1e-3)
 
 
 def test_probabilities_are_over_all_experts():
@@ -98,14 +106,14 @@ def test_probabilities_are_over_all_experts():
     old = np.array([3.0, 2.0, 1.0, 0.0], np.float32).reshape(1, 1, 1, 4)
     new = old + np.array([1.0, 1.0, 0.0, 0.0], np.float32)
     gamma = shift(new, old, 2)
-    np.testing.assert_allclose(gamma, oracles.router_shift(new, old, 2), atol=1e-6)
+    assert_is_shift(gamma, new, old, 2)
     assert gamma.item() < 0.95
 
 
 def test_rises_and_falls_do_not_cancel():
     old = np.array([1.0, 1.0, -20.0, -20.0], np.float32).reshape(1, 1, 1, 4)
     new = np.array([1.5, 0.5, -20.0, -20.0], np.float32).reshape(1, 1, 1, 4)
-    np.testing.assert_allclose(shift(new, old, 2), oracles.router_shift(new, old, 2), atol=1e-6)
+    assert_is_shift(shift(new, old, 2), new, old, 2)
     assert shift(new, old, 2).item() < 0.65
 
 
@@ -135,7 +143,7 @@ def test_expert_ids_survive_beyond_one_byte(experts):
     new = drifted(old, seed=9, drift=0.5)
     new[..., -1] -= 1.0
     gamma = shift(new, old, 2)
-    np.testing.assert_allclose(gamma, oracles.router_shift(new, old, 2), rtol=0, atol=1e-6)
+    assert_is_shift(gamma, new, old, 2)
 
 
 def test_order_of_layers_is_irrelevant():
@@ -179,7 +187,7 @@ def test_logits_that_move_by_delta_keep_the_shift_above_exp_minus_two_delta(k):
     for delta in (0.01, 0.1, 1.0):
         old = random_logits(seed=16, shape=(4, 8, 8, 16))
         new = (old + delta * np.random.default_rng(17).choice([-1.0, 1.0], old.shape)).astype(np.float32)
-        assert np.all(shift(new, old, k) >= np.exp(-2 * delta) - 1e-6)
+        assert np.all(shift(new, old, k) >= np.exp(-2 * delta) - 1e-3)
 
 
 def test_bound_of_two_delta_is_reached():
@@ -190,7 +198,7 @@ def test_bound_of_two_delta_is_reached():
     new = old + np.float32(delta)
     new[..., 299] -= 2 * delta
     gamma = shift(new, old, 1).item()
-    assert np.exp(-2 * delta) <= gamma < 1.01 * np.exp(-2 * delta)
+    assert np.exp(-2 * delta) - 1e-3 <= gamma < 1.01 * np.exp(-2 * delta)
 
 
 def test_extreme_logits_stay_finite():
@@ -217,8 +225,7 @@ def test_bfloat16_logits_are_computed_in_float32():
     new = jnp.asarray(random_logits(seed=21)).astype(jnp.bfloat16)
     gamma = rspo_jax.router_shift(new, rspo_jax.trace_router(old, 2))
     assert gamma.dtype == jnp.float32
-    expected = oracles.router_shift(new.astype(jnp.float32), old.astype(jnp.float32), 2)
-    np.testing.assert_allclose(gamma, expected, rtol=0, atol=1e-6)
+    assert_is_shift(gamma, new.astype(jnp.float32), old.astype(jnp.float32), 2)
 
 
 @pytest.mark.parametrize("k", [9, 0, -1])
@@ -254,3 +261,58 @@ def test_unknown_layer_aggregation_is_refused(layer_aggregation):
     logits = jnp.zeros(SHAPE)
     with pytest.raises((ValueError, TypeError), match="layer_aggregation"):
         rspo_jax.router_shift(logits, rspo_jax.trace_router(logits, 2), layer_aggregation=layer_aggregation)
+
+
+@pytest.mark.parametrize(("experts", "bytes_a_slot"), [(2, 3), (256, 3), (257, 4)])
+def test_a_slot_takes_three_bytes_or_four(experts, bytes_a_slot):
+    trace = rspo_jax.trace_router(jnp.asarray(random_logits(24, (6, 2, 5, experts))), 2)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(trace)) == bytes_a_slot * 6 * 2 * 5 * 2
+    # Rows lead and tokens come last, where a TPU pads to 128.
+    assert all(leaf.shape[0] == 2 and leaf.shape[-1] == 5 for leaf in jax.tree.leaves(trace))
+
+
+def test_a_qwen3_30b_a3b_token_takes_1152_bytes():
+    trace = jax.eval_shape(lambda logits: rspo_jax.trace_router(logits, 8), jax.ShapeDtypeStruct((48, 1, 1, 128), "f4"))
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trace)) == 1152
+
+
+def test_on_policy_shift_survives_the_last_bits():
+    # Programs that are compiled apart, or sums in another order, move a log-probability by some 1e-7 of itself. Beside
+    # the middle between two grid points, rounding alone would make a step of it.
+    rng = np.random.default_rng(25)
+    logits = random_logits(26, (6, 32, 32, 8), scale=3.0)
+    noisy = (logits + rng.uniform(-3e-6, 3e-6, logits.shape)).astype(np.float32)
+    assert np.any(noisy != logits)
+    np.testing.assert_array_equal(shift(noisy, logits, 4), np.ones((32, 32), np.float32))
+
+
+def test_small_moves_are_not_lost_on_the_grid():
+    # Each slot moves by a tenth of a step; the mean over many tokens is still right, but for the rounding tolerance.
+    old = random_logits(27, (8, 64, 64, 16))
+    new = drifted(old, 28, 2e-4)
+    drift = -np.log(shift(new, old, 4).astype(np.float64)).mean()
+    assert drift == pytest.approx(-np.log(oracles.router_shift(new, old, 4)).mean(), abs=1.1e-5)
+    assert drift > 7e-5
+
+
+def test_the_least_likely_experts_saturate():
+    # The grid ends at −64 nats: whatever lies below counts as that.
+    old = np.array([0.0, -80.0, -200.0], np.float32).reshape(1, 1, 1, 3)
+    assert shift(old + np.array([0, -30, 0], np.float32), old, 2).item() == 1.0
+    near = old + np.array([0, 78, 0], np.float32)
+    assert_is_shift(shift(near, old, 2), near, old, 2)
+
+
+def test_derivative_is_that_of_the_formula():
+    old, new = random_logits(29), drifted(random_logits(29), 30, 0.8)
+    trace = rspo_jax.trace_router(old, 2)
+    gradient = jax.grad(lambda logits: jnp.sum(rspo_jax.router_shift(logits, trace)))(jnp.asarray(new))
+    probabilities, expected = np.exp(oracles.log_softmax(new)), np.zeros(new.shape)
+    gamma = oracles.router_shift(new, old, 2)
+    for layer, row, token in np.ndindex(new.shape[:3]):
+        for expert in np.argsort(-old[layer, row, token])[:2]:
+            move = oracles.log_softmax(new[layer, row, token]) - oracles.log_softmax(old[layer, row, token])
+            one_hot = np.arange(new.shape[-1]) == expert
+            slope = np.sign(move[expert]) * (one_hot - probabilities[layer, row, token])
+            expected[layer, row, token] -= gamma[row, token] * slope / (2 * len(new))
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-4)

@@ -78,7 +78,7 @@ def test_rows_end_at_a_stop_token_and_sampling_ends_with_the_last_row():
     for step, (tokens, segment_ids) in enumerate(policy.calls[1:]):
         going = [len(response) > step + 1 for response in expected]
         np.testing.assert_array_equal(segment_ids[:, 0], going)
-        np.testing.assert_array_equal(tokens[:, 0], samples.tokens[:, step])
+        np.testing.assert_array_equal(tokens[going, 0], samples.tokens[going, step])
 
 
 def test_at_most_max_new_tokens():
@@ -275,12 +275,53 @@ def test_equal_prompts_draw_differently(draw):
     assert len({tuple(row) for row in samples.tokens}) > 2
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_responses_do_not_depend_on_the_slots(params, temperature, slots):
+    prompts = [*PROMPTS, [9], [8, 7], [3, 3, 3, 3], [10, 2]]
+    all_at_once, in_slots = (
+        run(
+            Transformer(MODEL),
+            params,
+            prompts,
+            SamplerConfig(max_new_tokens=7, temperature=temperature, slots=number),
+            (EOS, 4),
+            width=4,
+        )
+        for number in (None, slots)
+    )
+    assert len(set(all_at_once.mask.sum(axis=1))) > 2  # slots are free at different times
+    np.testing.assert_array_equal(in_slots.tokens, all_at_once.tokens)
+    np.testing.assert_array_equal(in_slots.mask, all_at_once.mask)
+    np.testing.assert_allclose(in_slots.log_probs, all_at_once.log_probs, rtol=0, atol=1e-5)
+
+
+def test_a_free_slot_takes_the_next_prompt_at_once():
+    policy, table = RecordingPolicy(), counting_table(9)
+    # Responses to 7 are long, those to 3 and 6 short.
+    prompts = [[7], [3], [1, 3], [6], [3], [5, 3]]
+    config = SamplerConfig(max_new_tokens=6, temperature=0.0, slots=2)
+    samples = run(policy, table, prompts, config, stop_tokens=(4,), pad_id=0)
+    jax.effects_barrier()
+    expected = [[8, 0, 1, 2, 3, 4], [4], [4], [7, 8, 0, 1, 2, 3], [4], [4]]
+    for row, response in enumerate(expected):
+        np.testing.assert_array_equal(samples.tokens[row][samples.mask[row]], response)
+    # Slot 0 draws the first response and feeds and draws the fifth and the last; slot 1 does the others beside it.
+    steps = np.array([call[0][:, 0] for call in policy.calls[1:]])
+    segments = np.array([call[1][:, 0] for call in policy.calls[1:]])
+    np.testing.assert_array_equal(steps[:, 0], [8, 0, 1, 2, 3, 3, 5, 3])
+    np.testing.assert_array_equal(segments[:, 0], [1, 1, 1, 1, 1, 2, 3, 3])
+    np.testing.assert_array_equal(steps[:, 1], [1, 3, 6, 7, 8, 0, 1, 2])
+    np.testing.assert_array_equal(segments[:, 1], [2, 2, 3, 3, 3, 3, 3, 3])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be 0 .*, got -0.1"),
         ({"temperature": float("nan")}, "temperature must be 0 .*, got nan"),
+        ({"slots": 0}, "slots must be at least 1, got 0; leave it out to draw all responses at once"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_k": -1}, "top_k must be at least 1, got -1"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),

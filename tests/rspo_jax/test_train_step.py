@@ -1,6 +1,7 @@
 """The two programs of a training step against gradients and metrics in float64 NumPy, with a policy that is a table:
 logits and router logits depend on the last token alone, so that all that is computed of it can be written down. Only
-the test of an unmoved router uses a real model. Knows no trainer."""
+the tests of an unmoved router and of the two ways to log-probabilities use a real model. Rows hold one response each,
+where it stands in the rollout. Knows no trainer and no packing."""
 
 import math
 
@@ -13,19 +14,21 @@ import pytest
 
 import models
 from rspo_jax.objectives import GRPOConfig, GSPOConfig, RSPOConfig
-from rspo_jax.router import router_shift, trace_router
+from rspo_jax.router import drift_reader, gamma_of, router_shift, trace_router
 from rspo_jax.statistics import reduce
 from rspo_jax.train_step import (
     LearnerConfig,
     OptimizerConfig,
-    TokenBatch,
     init_train_state,
     score,
-    score_tokens,
+    score_rows,
+    split_parts,
     supervised_update,
+    to_device,
+    to_host,
     update,
 )
-from rspo_jax.types import ModelOutput, RolloutBatch, ScoredBatch
+from rspo_jax.types import ModelOutput, PackedBatch, PackedRows, RolloutBatch, RouterReading
 
 VOCABULARY, LAYERS, EXPERTS, K = 6, 2, 4, 2
 ROWS, WIDTH = 8, 7
@@ -34,13 +37,26 @@ ROWS, WIDTH = 8, 7
 BARE = OptimizerConfig(learning_rate=0.01, warmup_updates=1, beta1=0.0, max_gradient_norm=1e6)
 
 
+def read_layers(reader, router_logits):
+    """What a reader sees of [L, B, T, E], layer by layer."""
+
+    def read_layer(carry, layer):
+        read, layer_logits = layer
+        return read(carry, layer_logits, jax.lax.top_k(layer_logits, K)[1])
+
+    if reader is None or router_logits is None:
+        return None
+    return RouterReading(*jax.lax.scan(read_layer, reader.carry, (reader.read, router_logits)))
+
+
 class TablePolicy:
     """Parameters: logits [V, V], and router [L, V, E] unless it is dense."""
 
-    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None):
+    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None, router_reader=None):
         params = variables["params"]
         router_logits = params["router"][:, tokens] if "router" in params else None
-        return ModelOutput(params["logits"][tokens], router_logits, cache)
+        reading = read_layers(router_reader, router_logits)
+        return ModelOutput(params["logits"][tokens], router_logits, cache, reading=reading)
 
     def init_cache(self, batch_size, length):
         return jnp.zeros((batch_size, length))
@@ -49,11 +65,11 @@ class TablePolicy:
 class ContextPolicy(TablePolicy):
     """Every earlier token counts as well, unless it is padding."""
 
-    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None):
+    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None, router_reader=None):
         params, seen = variables["params"], (segment_ids > 0)[..., None]
         logits = jnp.cumsum(jnp.where(seen, params["logits"][tokens], 0), axis=1)
         router_logits = jnp.cumsum(jnp.where(seen[None], params["router"][:, tokens], 0), axis=2)
-        return ModelOutput(logits, router_logits, cache)
+        return ModelOutput(logits, router_logits, cache, reading=read_layers(router_reader, router_logits))
 
 
 TABLE, CONTEXT = TablePolicy(), ContextPolicy()
@@ -104,6 +120,30 @@ def make_rollout(seed=0):
     return RolloutBatch(tokens, segment_ids, mask, sampler_log_probs, advantages)
 
 
+def batch_of(rollout, parts=1):
+    """The responses of a rollout as a batch, each in a row of its own, padding included."""
+    rows = ROWS // parts
+    places = np.arange(rows * WIDTH, dtype=np.int32).reshape(rows, WIDTH)
+
+    def cut(array):
+        return np.asarray(array).reshape(parts, rows, *np.shape(array)[1:])
+
+    return PackedBatch(
+        PackedRows(
+            cut(rollout.tokens[:, :-1]), cut(rollout.tokens[:, 1:]), cut(np.asarray(rollout.segment_ids)[:, :-1])
+        ),
+        np.broadcast_to(places, (parts, rows, WIDTH)).copy(),
+        cut(rollout.mask),
+        cut(rollout.sampler_log_probs),
+        cut(rollout.advantages),
+    )
+
+
+def merged(tree):
+    """[parts, rows, ...] -> [parts · rows, ...]."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), tree)
+
+
 def in_float64(rollout, params, old_params):
     """What the trainer should compute of a table, as a batch of the oracles, in their own precision."""
     inputs, targets = rollout.tokens[:, :-1], rollout.tokens[:, 1:]
@@ -113,7 +153,7 @@ def in_float64(rollout, params, old_params):
     )
     gamma = np.ones(log_probs.shape)
     if "router" in params:
-        gamma = oracles.router_shift(params["router"][:, inputs], old_params["router"][:, inputs], K)
+        gamma, _ = oracles.grid_router_shift(params["router"][:, inputs], old_params["router"][:, inputs], K)
     return oracles.Batch(log_probs, old_log_probs, rollout.advantages, rollout.mask, gamma)
 
 
@@ -131,9 +171,8 @@ def as_arrays(tree):
     return jax.tree.map(jnp.array, tree)
 
 
-def scored(rollout, old_params):
-    old_log_probs, old_route, _ = score(TABLE, old_params, rollout, LearnerConfig())
-    return ScoredBatch(rollout, old_log_probs, old_route)
+def scored(rollout, old_params, parts=1):
+    return score(TABLE, old_params, batch_of(rollout, parts), LearnerConfig())[0]
 
 
 def run_update(batch, params, learner, optimizer=BARE):
@@ -161,41 +200,82 @@ def assert_close(actual, expected, tolerance=1e-6):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_against_float64(temperature):
     rollout, params = make_rollout(), table_params(0)
-    log_probs, route, statistics = score(TABLE, params, rollout, LearnerConfig(temperature=temperature))
+    learner = LearnerConfig(temperature=temperature)
+    (batch, log_probs, route), statistics = score(TABLE, params, batch_of(rollout), learner)
+    assert bits(batch) == bits(batch_of(rollout))
     everywhere = oracles.log_softmax(params["logits"].astype(np.float64) / temperature)[rollout.tokens[:, :-1]]
     expected = np.take_along_axis(everywhere, rollout.tokens[:, 1:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(log_probs, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(log_probs[0], expected, rtol=0, atol=1e-6)
     entropy = -(np.exp(everywhere) * everywhere).sum(axis=-1)
     d = (expected - rollout.sampler_log_probs)[rollout.mask]
     metrics = as_floats(statistics)
     assert set(metrics) == {"entropy", "sampler_kl"}
     assert metrics["entropy"] == pytest.approx(entropy[rollout.mask].mean(), abs=1e-6)
     assert metrics["sampler_kl"] == pytest.approx(np.mean(np.expm1(d) - d), rel=1e-5)
-    router = oracles.log_softmax(params["router"][:, rollout.tokens[:, :-1]])  # [L, B, T, E]
-    ids = np.argsort(-router, axis=-1, kind="stable")[..., :K]
-    np.testing.assert_array_equal(route.expert_ids, np.moveaxis(ids, 0, 2))
-    np.testing.assert_allclose(
-        route.log_probs, np.moveaxis(np.take_along_axis(router, ids, axis=-1), 0, 2), rtol=0, atol=1e-6
-    )
+    assert bits(route) == bits(trace_of_table(rollout, params))
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_scores_do_not_depend_on_micro_batches(micro_batches):
+def trace_of_table(rollout, params):
+    """In one part."""
+    trace = trace_router(jnp.asarray(params["router"])[:, rollout.tokens[:, :-1]], K)
+    return jax.tree.map(lambda leaf: leaf[None], trace)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_scores_do_not_depend_on_the_parts(parts):
     rollout, params = make_rollout(), table_params(0)
-    whole = score(TABLE, params, rollout, LearnerConfig())
-    parts = score(TABLE, params, rollout, LearnerConfig(micro_batches=micro_batches))
-    assert_close(parts[:2], whole[:2])
-    for name, value in as_floats(whole[2]).items():
-        assert as_floats(parts[2])[name] == pytest.approx(value, rel=1e-6)
+    whole, statistics = score(TABLE, params, batch_of(rollout), LearnerConfig())
+    cut, cut_statistics = score(TABLE, params, batch_of(rollout, parts), LearnerConfig())
+    assert cut.old_log_probs.shape == (parts, ROWS // parts, WIDTH)
+    assert_close(merged(cut.old_log_probs), merged(whole.old_log_probs))
+    assert bits(merged(cut.old_route)) == bits(merged(whole.old_route))
+    for name, value in as_floats(statistics).items():
+        assert as_floats(cut_statistics)[name] == pytest.approx(value, rel=1e-6)
+
+
+def test_pieces_of_a_batch():
+    batch = scored(make_rollout(), table_params(0), parts=4)
+    pieces = split_parts(batch, 2)
+    assert len(pieces) == 2 and pieces[0].old_log_probs.shape == (2, ROWS // 4, WIDTH)
+    assert bits(jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)) == bits(batch)
+
+
+def test_a_route_goes_to_the_host_and_back_unchanged():
+    batch = scored(make_rollout(), table_params(0))
+    on_host = to_host(batch)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(on_host.old_route)} == {"pinned_host"}
+    back = to_device(on_host)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(back.old_route)} == {"device"}
+    assert bits(back) == bits(batch)
+    dense = batch._replace(old_route=None)
+    assert to_device(to_host(dense)).old_route is None
 
 
 def test_scores_are_those_of_the_function_of_the_loss():
     rollout, params = as_arrays(make_rollout()), as_arrays(table_params(0))
-    log_probs, route, _ = score(CONTEXT, params, rollout, LearnerConfig())
-    direct = score_tokens(CONTEXT, params, rollout, 1.0)
-    np.testing.assert_allclose(log_probs, direct.log_probs, rtol=0, atol=1e-5)
-    assert direct.router_logits.shape == (LAYERS, ROWS, WIDTH, EXPERTS)
-    np.testing.assert_allclose(router_shift(direct.router_logits, route), 1, rtol=0, atol=1e-5)
+    (batch, log_probs, route), _ = score(CONTEXT, params, batch_of(rollout), LearnerConfig())
+    rows, route = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (batch.rows, route))
+    direct, reading = score_rows(CONTEXT, params, rows, 1.0, drift_reader(route))
+    np.testing.assert_allclose(log_probs[0], direct.log_probs, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(gamma_of(reading, route), np.ones((ROWS, WIDTH)))
+    router_logits = CONTEXT.apply({"params": params}, rows.inputs, segment_ids=rows.segment_ids).router_logits
+    np.testing.assert_array_equal(router_shift(router_logits, route), np.ones((ROWS, WIDTH)))
+
+
+class LogitsOnly:
+    """A model that gives nothing but its logits."""
+
+    def apply(self, *arguments, **options):
+        return MODEL.apply(*arguments, **options)._replace(hidden=None, head=None)
+
+
+def test_both_ways_to_log_probabilities_agree():
+    rollout, params = as_arrays(make_rollout()), models.init_params(MODEL_CONFIG, jax.random.key(3))
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batch_of(rollout).rows)
+    for temperature in (1.0, 0.6):
+        fused, _ = score_rows(MODEL, params, rows, temperature)
+        plain, _ = score_rows(LogitsOnly(), params, rows, temperature)
+        assert_close(fused, plain, 1e-5)
 
 
 def with_other_padding(tokens, segment_ids):
@@ -207,20 +287,24 @@ def with_other_padding(tokens, segment_ids):
 def test_what_padding_holds_does_not_change_a_score():
     rollout, params = make_rollout(), table_params(0)
     other = rollout._replace(tokens=with_other_padding(rollout.tokens, rollout.segment_ids))
-    scores, other_scores = (score(CONTEXT, params, batch, LearnerConfig()) for batch in (rollout, other))
-    for actual, expected in zip(jax.tree.leaves(other_scores[:2]), jax.tree.leaves(scores[:2]), strict=True):
-        np.testing.assert_array_equal(np.asarray(actual)[rollout.mask], np.asarray(expected)[rollout.mask])
-    assert as_floats(other_scores[2]) == as_floats(scores[2])
+    scores, other_scores = (score(CONTEXT, params, batch_of(each), LearnerConfig()) for each in (rollout, other))
+    np.testing.assert_array_equal(
+        np.asarray(other_scores[0].old_log_probs[0])[rollout.mask],
+        np.asarray(scores[0].old_log_probs[0])[rollout.mask],
+    )
+    for actual, expected in zip(other_scores[0].old_route, scores[0].old_route, strict=True):
+        actual, expected = (np.moveaxis(np.asarray(leaf[0]), -1, 1)[rollout.mask] for leaf in (actual, expected))
+        np.testing.assert_array_equal(actual, expected)
+    assert as_floats(other_scores[1]) == as_floats(scores[1])
 
 
 def test_an_update_of_a_model_on_policy_sees_an_unmoved_router():
     rollout, params = as_arrays(make_rollout()), models.init_params(MODEL_CONFIG, jax.random.key(3))
-    old_log_probs, old_route, _ = score(MODEL, params, rollout, LearnerConfig())
+    batch, _ = score(MODEL, params, batch_of(rollout), LearnerConfig())
     state = init_train_state(params, BARE)
-    _, statistics = update(MODEL, BARE, state, ScoredBatch(rollout, old_log_probs, old_route), LearnerConfig())
+    _, statistics = update(MODEL, BARE, state, batch, LearnerConfig())
     metrics = as_floats(statistics)
-    for name in ("gamma_mean", "gamma_min", "gamma_p10"):
-        assert 1 - 1e-5 <= metrics[name] <= 1
+    assert metrics["gamma_mean"] == metrics["gamma_min"] == metrics["gamma_p10"] == 1
     assert metrics["gamma_floor_fraction"] == metrics["clip_fraction"] == metrics["skipped_updates"] == 0
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["approx_kl"] == pytest.approx(0, abs=1e-9)
@@ -231,8 +315,8 @@ def test_an_update_of_a_model_on_policy_sees_an_unmoved_router():
 def test_a_table_on_policy_has_ratios_of_exactly_one(temperature):
     learner = LearnerConfig(temperature=temperature)
     rollout, params = make_rollout(), table_params(0)
-    old_log_probs, old_route, _ = score(TABLE, params, rollout, learner)
-    gradient, metrics, _ = run_update(ScoredBatch(rollout, old_log_probs, old_route), params, learner)
+    batch, _ = score(TABLE, params, batch_of(rollout), learner)
+    gradient, metrics, _ = run_update(batch, params, learner)
     assert metrics["gamma_mean"] == metrics["gamma_min"] == metrics["gamma_p10"] == 1
     assert metrics["ratio_mean"] == metrics["ratio_max"] == 1
     # d log_probs / d logits has the temperature once more.
@@ -285,7 +369,7 @@ def test_layers_may_be_summed():
     rollout, old_params, params = make_rollout(), table_params(0), table_params(0, drift=0.15)
     _, metrics, _ = run_update(scored(rollout, old_params), params, learner)
     inputs = rollout.tokens[:, :-1]
-    gamma = oracles.router_shift(params["router"][:, inputs], old_params["router"][:, inputs], K, "sum")
+    gamma, _ = oracles.grid_router_shift(params["router"][:, inputs], old_params["router"][:, inputs], K, "sum")
     assert metrics["gamma_mean"] == pytest.approx(gamma[rollout.mask].mean(), rel=1e-5)
 
 
@@ -294,15 +378,13 @@ def test_neither_micro_batches_nor_the_order_of_rows_matter(name):
     """Responses differ in length, one is empty, and every mean has one denominator for the whole batch."""
     learner, _ = OBJECTIVES[name]
     rollout, old_params, params = make_rollout(), table_params(0), table_params(0, drift=0.15)
-    batch = scored(rollout, old_params)
-    gradient, metrics, _ = run_update(batch, params, learner)
+    gradient, metrics, _ = run_update(scored(rollout, old_params), params, learner)
     assert np.abs(gradient["logits"]).max() > 0.02
     order = np.random.default_rng(5).permutation(ROWS)
     variants = [(1, order), (2, np.arange(ROWS)), (4, np.arange(ROWS)), (2, order)]
     for micro_batches, rows in variants:
-        cut = LearnerConfig(learner.objective, learner.objective_config, micro_batches=micro_batches)
-        shuffled = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], batch)
-        cut_gradient, cut_metrics, _ = run_update(shuffled, params, cut)
+        shuffled = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], rollout)
+        cut_gradient, cut_metrics, _ = run_update(scored(shuffled, old_params, micro_batches), params, learner)
         assert_close(cut_gradient, gradient)
         assert set(cut_metrics) == set(metrics)
         for metric, value in metrics.items():
@@ -313,8 +395,8 @@ def test_parameters_move_the_same_whatever_the_micro_batches():
     rollout, old_params = make_rollout(), table_params(0)
     ends = []
     for micro_batches in (1, 2, 4):
-        learner = LearnerConfig(micro_batches=micro_batches)
-        batch = as_arrays(scored(rollout, old_params))
+        learner = LearnerConfig()
+        batch = as_arrays(scored(rollout, old_params, micro_batches))
         state = init_train_state(as_arrays(old_params), BARE)
         for _ in range(3):
             state, _ = update(TABLE, BARE, state, batch, learner)
@@ -327,12 +409,12 @@ def test_parameters_move_the_same_whatever_the_micro_batches():
 def test_a_dense_policy():
     rollout = make_rollout()
     old_params, params = table_params(0, dense=True), table_params(0, drift=0.15, dense=True)
-    learner = LearnerConfig(micro_batches=4)
-    old_log_probs, old_route, statistics = score(TABLE, old_params, rollout, learner)
-    assert old_route is None
-    assert old_log_probs.shape == (ROWS, WIDTH)
+    learner = LearnerConfig()
+    batch, statistics = score(TABLE, old_params, batch_of(rollout, parts=4), learner)
+    assert batch.old_route is None
+    assert batch.old_log_probs.shape == (4, ROWS // 4, WIDTH)
     assert as_floats(statistics)["entropy"] > 0
-    gradient, metrics, _ = run_update(ScoredBatch(rollout, old_log_probs, old_route), params, learner)
+    gradient, metrics, _ = run_update(batch, params, learner)
     assert not [name for name in metrics if name.startswith("gamma")]
     # Without a router, RSPO is GMPO.
     expected = chain_to_table(rollout, params, oracles.gradient("gmpo", in_float64(rollout, params, old_params)))
@@ -343,9 +425,9 @@ def test_what_stands_outside_the_mask_has_no_effect():
     learner = LearnerConfig()
     rollout, old_params, params = make_rollout(), table_params(0), table_params(0, drift=0.15)
     batch = scored(rollout, old_params)
+    nowhere = np.where(rollout.mask, 0, np.nan).astype(np.float32)
     polluted = batch._replace(
-        old_log_probs=jnp.where(rollout.mask, batch.old_log_probs, jnp.nan),
-        rollout=rollout._replace(sampler_log_probs=np.where(rollout.mask, 0, np.nan).astype(np.float32)),
+        old_log_probs=batch.old_log_probs + nowhere[None], batch=batch.batch._replace(sampler_log_probs=nowhere[None])
     )
     clean, dirty = run_update(batch, params, learner), run_update(polluted, params, learner)
     assert bits(clean[2]) == bits(dirty[2])
@@ -353,7 +435,7 @@ def test_what_stands_outside_the_mask_has_no_effect():
     # Row 5 has no response token.
     advantages = rollout.advantages.copy()
     advantages[5] = 100
-    other = run_update(batch._replace(rollout=rollout._replace(advantages=advantages)), params, learner)
+    other = run_update(batch._replace(batch=batch.batch._replace(advantages=advantages[None])), params, learner)
     assert bits(other[2]) == bits(clean[2])
 
 
@@ -431,24 +513,26 @@ def test_schedules_by_hand(warmup, decay):
 # --- updates that are not finite ---
 
 
+def with_advantage(batch, row, value):
+    advantages = np.array(batch.batch.advantages)
+    advantages.reshape(-1)[row] = value
+    return batch._replace(batch=batch.batch._replace(advantages=advantages))
+
+
 def nan_advantage(batch):
-    advantages = np.array(batch.rollout.advantages)
-    advantages[3] = np.nan
-    return batch._replace(rollout=batch.rollout._replace(advantages=advantages))
+    return with_advantage(batch, 3, np.nan)
 
 
 def infinite_advantage(batch):
-    advantages = np.array(batch.rollout.advantages)
-    advantages[0] = np.inf
-    return batch._replace(rollout=batch.rollout._replace(advantages=advantages))
+    return with_advantage(batch, 0, np.inf)
 
 
 @pytest.mark.parametrize("spoil", [nan_advantage, infinite_advantage])
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_an_update_that_is_not_finite_is_skipped(spoil, micro_batches):
     optimizer = BARE
-    learner, params = LearnerConfig(micro_batches=micro_batches), table_params(0)
-    good = scored(make_rollout(), params)
+    learner, params = LearnerConfig(), table_params(0)
+    good = scored(make_rollout(), params, micro_batches)
     state = init_train_state(as_arrays(params), optimizer)
     for _ in range(2):
         state, _ = update(TABLE, optimizer, state, as_arrays(good), learner)
@@ -469,7 +553,7 @@ def test_an_update_that_is_not_finite_is_skipped(spoil, micro_batches):
 class SteepPolicy(TablePolicy):
     """A finite output with an infinite slope, √0 at the start."""
 
-    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None):
+    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None, router_reader=None):
         params = variables["params"]
         return ModelOutput(params["logits"][tokens] * (1 + jnp.sqrt(params["scale"])), None, cache)
 
@@ -477,11 +561,10 @@ class SteepPolicy(TablePolicy):
 def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is():
     steep, learner = SteepPolicy(), LearnerConfig()
     params = table_params(0, dense=True) | {"scale": np.float32(0)}
-    rollout = make_rollout()
-    old_log_probs, old_route, _ = score(steep, params, rollout, learner)
+    batch, _ = score(steep, params, batch_of(make_rollout()), learner)
     state = init_train_state(as_arrays(params), BARE)
     before = bits((state.params, state.opt_state))
-    state, statistics = update(steep, BARE, state, as_arrays(ScoredBatch(rollout, old_log_probs, old_route)), learner)
+    state, statistics = update(steep, BARE, state, as_arrays(batch), learner)
     assert math.isfinite(as_floats(statistics)["loss"])
     assert bits((state.params, state.opt_state)) == before
     assert (int(state.updates), int(state.skipped)) == (0, 1)
@@ -490,13 +573,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is():
 # --- supervised updates ---
 
 
-def token_batch():
-    rollout = make_rollout()
-    return TokenBatch(rollout.tokens, rollout.segment_ids, rollout.mask)
-
-
 def test_a_supervised_update_against_float64():
-    batch, rollout, params = token_batch(), make_rollout(), table_params(0)
+    rollout, params = make_rollout(), table_params(0)
+    batch = batch_of(rollout)
     state = init_train_state(as_arrays(params), BARE)
     next_state, statistics = supervised_update(TABLE, BARE, state, as_arrays(batch))
     metrics = as_floats(statistics)
@@ -509,7 +588,8 @@ def test_a_supervised_update_against_float64():
 
 
 def test_supervised_updates_lower_the_loss_to_the_entropy_of_the_data():
-    batch = token_batch()
+    rollout = make_rollout()
+    batch = batch_of(rollout, parts=2)
     optimizer = OptimizerConfig(learning_rate=0.3, warmup_updates=2)
     state = init_train_state(as_arrays(table_params(0)), optimizer)
     losses = []
@@ -518,18 +598,18 @@ def test_supervised_updates_lower_the_loss_to_the_entropy_of_the_data():
         losses.append(as_floats(statistics)["loss"])
     # No table can do better than the frequencies of what follows each token.
     counts = np.zeros((VOCABULARY, VOCABULARY))
-    np.add.at(counts, (batch.tokens[:, :-1][batch.mask], batch.tokens[:, 1:][batch.mask]), 1)
+    np.add.at(counts, (rollout.tokens[:, :-1][rollout.mask], rollout.tokens[:, 1:][rollout.mask]), 1)
     frequencies = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     floor = -np.sum(counts * np.log(np.where(counts > 0, frequencies, 1))) / counts.sum()
     assert floor <= losses[-1] < floor + 0.05 < losses[0] - 0.5
 
 
 def test_a_supervised_update_ignores_padding():
-    batch = token_batch()
+    rollout = make_rollout()
     ends = []
-    for variant in (batch, batch._replace(tokens=with_other_padding(batch.tokens, batch.segment_ids))):
+    for variant in (rollout, rollout._replace(tokens=with_other_padding(rollout.tokens, rollout.segment_ids))):
         state = init_train_state(as_arrays(table_params(0)), BARE)
-        next_state, statistics = supervised_update(CONTEXT, BARE, state, as_arrays(variant))
+        next_state, statistics = supervised_update(CONTEXT, BARE, state, as_arrays(batch_of(variant)))
         ends.append((next_state.opt_state[1][0].mu, as_floats(statistics)["loss"]))
     assert ends[0][1] == pytest.approx(ends[1][1], abs=1e-6)
     assert_close(ends[0][0], ends[1][0])
@@ -540,7 +620,7 @@ def test_a_supervised_update_that_is_not_finite_is_skipped():
     params["logits"][2] = np.nan
     state = init_train_state(as_arrays(params), BARE)
     before = bits((state.params, state.opt_state))
-    state, statistics = supervised_update(TABLE, BARE, state, as_arrays(token_batch()))
+    state, statistics = supervised_update(TABLE, BARE, state, as_arrays(batch_of(make_rollout())))
     assert bits((state.params, state.opt_state)) == before
     assert (int(state.updates), int(state.skipped), as_floats(statistics)["skipped_updates"]) == (0, 1, 1)
 
@@ -582,6 +662,7 @@ def test_the_edges_of_an_optimizer_config_are_allowed():
         ({"objective": "ppo"}, "unknown objective 'ppo'; choose one of rspo, gmpo, gspo, gspo_rs, grpo, grpo_rs"),
         ({"layer_aggregation": "max"}, r"layer_aggregation must be one of \('mean', 'sum'\), got 'max'"),
         ({"micro_batches": 0}, "micro_batches must be at least 1, got 0"),
+        ({"row_length": 0}, "row_length must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be positive to train, got 0.0"),
         ({"temperature": math.nan}, "temperature must be positive to train, got nan"),
     ],
@@ -598,14 +679,9 @@ def test_the_config_of_another_objective_is_refused():
         run_update(batch, params, learner)
 
 
-def test_more_experts_a_token_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="k must be between 1 and the number of experts, 4; got 5"):
-        score(TABLE, table_params(0), make_rollout(), LearnerConfig(experts_per_token=5))
-
-
 def test_the_route_of_another_batch_is_refused():
     learner, params = LearnerConfig(), table_params(0)
     batch = scored(make_rollout(), params)
-    fewer_tokens = trace_router(jnp.zeros((LAYERS, ROWS, WIDTH - 1, EXPERTS)), K)
-    with pytest.raises(ValueError, match="trace the same batch and the same layers"):
+    fewer_tokens = jax.tree.map(lambda leaf: leaf[..., :-1], batch.old_route)
+    with pytest.raises(ValueError, match=r"the old route covers \[N, T\] = \(8, 6\), the rows \(8, 7\)"):
         run_update(batch._replace(old_route=fewer_tokens), params, learner)

@@ -26,7 +26,7 @@ from rspo_jax.trainer import (
     restore_params,
     train,
 )
-from rspo_jax.types import ModelOutput
+from rspo_jax.types import ModelOutput, RouterReading
 
 TIMINGS = {"step_seconds", "tokens_per_second"}
 DIGITS, LETTERS = "01234", "abcde"
@@ -74,14 +74,24 @@ class TranslationTask:
         return response == self.solution(problem)
 
 
+def read_layer(reader, router_logits):
+    """What a reader sees of a single layer, [1, B, T, E], that activates one expert."""
+    if reader is None:
+        return None
+    read, layer_logits = jax.tree.map(lambda leaf: leaf[0], (reader.read, router_logits))
+    carry, reading = read(reader.carry, layer_logits, jax.lax.top_k(layer_logits, 1)[1])
+    return RouterReading(carry, jax.tree.map(lambda leaf: leaf[None], reading))
+
+
 class TwoExperts:
     """A mixture of two tables of next-token logits, [E, V, V], with a router [1, V, E]; it compiles quickly."""
 
-    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None):
+    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None, router_reader=None):
         params = variables["params"]
         router_logits = params["router"][:, tokens]
         weights = jax.nn.softmax(router_logits[0], axis=-1)
-        return ModelOutput(jnp.einsum("bte,ebtv->btv", weights, params["experts"][:, tokens]), router_logits, cache)
+        logits = jnp.einsum("bte,ebtv->btv", weights, params["experts"][:, tokens])
+        return ModelOutput(logits, router_logits, cache, reading=read_layer(router_reader, router_logits))
 
     def init_cache(self, batch_size, length):
         return jnp.zeros((batch_size, length))
@@ -99,7 +109,7 @@ def init_params(key, experts=2):
 
 
 # One shape for rollouts and evaluations, so that little is compiled: 8 × 4 responses in 2 chunks, and 16 problems.
-LEARNER = LearnerConfig(experts_per_token=1)
+LEARNER = LearnerConfig()
 PEAK = 0.3
 OPTIMIZER = OptimizerConfig(learning_rate=PEAK, warmup_updates=2)
 CONFIG = TrainerConfig(
@@ -170,6 +180,7 @@ def test_what_the_rows_hold(straight):
     run_dir, _, _ = straight
     rows = read_metrics(run_dir)
     warm_start = {"phase", "step", "loss", "grad_norm", "skipped_updates", "learning_rate"} | TIMINGS
+    warm_start |= {"padding_fraction"}
     assert all(set(row) == warm_start for row in rows[:5])
     evaluation = {f"eval_{mode}{bound}" for mode in ("greedy", "sampled") for bound in ("", "_low", "_high")}
     test = {name.replace("eval", "test") for name in evaluation}
@@ -188,6 +199,7 @@ def test_what_the_rows_hold(straight):
         assert 0 <= row["reward"] <= 1
         assert 0 <= row["entropy"] <= math.log(Characters.vocabulary_size)
         assert 0 < row["gamma_mean"] <= 1
+        assert 0 <= row["padding_fraction"] < 1
         # The sampler and the scoring pass are the same policy.
         assert row["sampler_kl"] == pytest.approx(0, abs=1e-6)
     for row in (rows[5], rows[9]):

@@ -1,0 +1,300 @@
+"""Attention against float64 numpy written token by token, with the gradients by hand: the blocks that run here, the
+TPU kernel in interpret mode, and what is lowered for each platform. Knows no model."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import attention
+
+NAMES = ("queries", "keys", "values")
+
+
+def visible_slots(query_segments, key_segments, offset):
+    """bool [B, T, S], token by token."""
+    rows, tokens = query_segments.shape
+    visible = np.zeros((rows, tokens, key_segments.shape[1]), bool)
+    for row in range(rows):
+        for token in range(tokens):
+            seen = key_segments[row, : offset + token + 1]
+            visible[row, token, : len(seen)] = seen == query_segments[row, token]
+    return visible
+
+
+def reference(queries, keys, values, query_segments, key_segments, cotangent, offset=0):
+    """The attended values, and the gradients of sum(attended * cotangent) in the order of NAMES; float64."""
+    queries, keys, values, cotangent = (np.asarray(array, np.float64) for array in (queries, keys, values, cotangent))
+    visible = visible_slots(query_segments, key_segments, offset)
+    group, scale = queries.shape[2] // keys.shape[2], queries.shape[3] ** -0.5
+    attended, d_queries = np.zeros_like(queries), np.zeros_like(queries)
+    d_keys, d_values = np.zeros_like(keys), np.zeros_like(values)
+    for row, head in np.ndindex(queries.shape[0], queries.shape[2]):
+        q, k, v = queries[row, :, head], keys[row, :, head // group], values[row, :, head // group]
+        logits = np.where(visible[row], scale * (q @ k.T), -np.inf)
+        weights = np.exp(logits - np.max(logits, axis=1, keepdims=True))
+        weights /= np.sum(weights, axis=1, keepdims=True)
+        attended[row, :, head] = weights @ v
+        d_weights = cotangent[row, :, head] @ v.T
+        d_logits = weights * (d_weights - np.sum(weights * d_weights, axis=1, keepdims=True))
+        d_queries[row, :, head] = scale * (d_logits @ k)
+        d_keys[row, :, head // group] += scale * (d_logits.T @ q)
+        d_values[row, :, head // group] += weights.T @ cotangent[row, :, head]
+    return attended, (d_queries, d_keys, d_values)
+
+
+def packed_segments(rows, tokens):
+    """Row 0 is one segment, row 1 is padded on the left, row 2 packs three segments, row 3 has padding at both ends."""
+    segments = np.ones((4, tokens), np.int32)
+    segments[1, : tokens // 3] = 0
+    segments[2, tokens // 4 :], segments[2, (2 * tokens) // 3 :] = 2, 3
+    segments[3, : tokens // 5], segments[3, tokens // 2 :], segments[3, (7 * tokens) // 8 :] = 0, 2, 0
+    return segments[:rows]
+
+
+def random_arrays(shape, kv_heads, slots=None, dtype=np.float32):
+    """Queries, keys, values and a cotangent that is zero nowhere."""
+    rows, tokens, _, head_dim = shape
+    rng = np.random.default_rng([*shape, kv_heads])
+    kv_shape = (rows, tokens if slots is None else slots, kv_heads, head_dim)
+    shapes = (shape, kv_shape, kv_shape, shape)
+    return tuple(rng.normal(size=shape).astype(dtype) for shape in shapes)
+
+
+def value_and_gradients(function, queries, keys, values, query_segments, key_segments, cotangent, *offset):
+    def run(queries, keys, values):
+        return function(queries, keys, values, query_segments, key_segments, *offset)
+
+    value, vjp = jax.vjp(run, queries, keys, values)
+    return value, vjp(cotangent)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled(function, *inputs):
+    return value_and_gradients(function, *inputs)
+
+
+def interpreted_kernel(*inputs):
+    return attention._attend_with_kernel(*inputs, interpret=True)
+
+
+def assert_near(actual, expected, tolerance=1e-5):
+    """The largest error, relative to the largest entry."""
+    assert actual.shape == expected.shape
+    error = np.max(np.abs(np.asarray(actual, np.float64) - expected))
+    assert error <= tolerance * np.max(np.abs(expected)), error
+
+
+def assert_matches(function, shape, kv_heads):
+    """Real rows, and gradients of a loss over real rows, agree with the reference."""
+    queries, keys, values, cotangent = random_arrays(shape, kv_heads)
+    segments = packed_segments(*shape[:2])
+    real = (segments > 0)[:, :, None, None]
+    cotangent = cotangent * real
+    value, gradients = compiled(function, queries, keys, values, segments, segments, cotangent)
+    expected, expected_gradients = reference(queries, keys, values, segments, segments, cotangent)
+    assert_near(np.asarray(value) * real, expected * real)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert_near(gradient, expected_gradient)
+
+
+def test_oracle_gradients_agree_with_differences():
+    *arrays, cotangent = (np.asarray(array, np.float64) for array in random_arrays((2, 5, 4, 3), 2))
+    segments = packed_segments(2, 5)
+    _, gradients = reference(*arrays, segments, segments, cotangent)
+    for index, gradient in enumerate(gradients):
+        direction = np.random.default_rng(index).normal(size=gradient.shape)
+        values = []
+        for step in (1e-5, -1e-5):
+            moved = [array + step * direction if position == index else array for position, array in enumerate(arrays)]
+            values.append(np.sum(reference(*moved, segments, segments, cotangent)[0] * cotangent))
+        np.testing.assert_allclose(np.sum(gradient * direction), (values[0] - values[1]) / 2e-5, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kv_heads"),
+    [
+        ((1, 1, 2, 4), 1),
+        ((4, 9, 4, 6), 2),
+        ((4, 24, 3, 5), 3),
+        ((4, 65, 4, 8), 1),  # one block and one token
+        ((4, 130, 4, 6), 2),  # long enough for the choice by platform
+    ],
+    ids=str,
+)
+def test_value_and_gradients_match_the_reference(shape, kv_heads):
+    assert_matches(attention.attend, shape, kv_heads)
+
+
+def test_the_tpu_kernel_matches_the_reference_in_two_blocks_with_padding(monkeypatch):
+    monkeypatch.setattr(attention, "KERNEL_MAX_BLOCK", 128)
+    assert attention._kernel_block(250) == (128, 256)
+    assert_matches(interpreted_kernel, (4, 250, 4, 24), 2)
+
+
+def test_the_tpu_kernel_matches_the_reference_in_one_block_with_one_head_per_key_head():
+    assert attention._kernel_block(256) == (256, 256)
+    assert_matches(interpreted_kernel, (4, 256, 2, 16), 2)
+
+
+@pytest.mark.parametrize(("tokens", "slots", "offset"), [(1, 12, 0), (1, 12, 7), (5, 12, 4), (150, 180, 13)], ids=str)
+def test_a_cache_is_read_up_to_each_token(tokens, slots, offset):
+    queries, keys, values, cotangent = random_arrays((4, tokens, 4, 6), 2, slots)
+    key_segments = packed_segments(4, slots)
+    query_segments = key_segments[:, offset : offset + tokens]
+    real = (query_segments > 0)[:, :, None, None]
+    cotangent = cotangent * real
+    inputs = (query_segments, key_segments, cotangent)
+    value, gradients = compiled(attention.attend, queries, keys, values, *inputs, np.int32(offset))
+    expected, expected_gradients = reference(queries, keys, values, *inputs, offset)
+    assert_near(np.asarray(value) * real, expected * real)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert_near(gradient, expected_gradient)
+
+    later = (np.arange(slots) >= offset + tokens)[None, :, None, None]
+    other_keys, other_values = (jnp.where(later, 1e3, array) for array in (keys, values))
+    other_value, _ = compiled(attention.attend, queries, other_keys, other_values, *inputs, np.int32(offset))
+    np.testing.assert_array_equal(other_value, value)
+
+
+@pytest.mark.parametrize(
+    ("function", "tokens"), [(attention.attend, 24), (attention.attend, 130), (interpreted_kernel, 130)]
+)
+def test_padding_is_finite_and_touches_no_real_token(function, tokens):
+    queries, keys, values, cotangent = random_arrays((4, tokens, 2, 6), 1)
+    segments = packed_segments(4, tokens)
+    segments[0] = 0  # nothing but padding
+    real = (segments > 0)[:, :, None, None]
+    value, gradients = compiled(function, queries, keys, values, segments, segments, cotangent)
+    assert all(np.all(np.isfinite(array)) for array in (value, *gradients))
+
+    others = [jnp.where(real, array, 7 - 2 * array) for array in (queries, keys, values)]
+    other_value, other_gradients = compiled(function, *others, segments, segments, jnp.where(real, cotangent, -3.0))
+    for array, other in zip((value, *gradients), (other_value, *other_gradients), strict=True):
+        np.testing.assert_array_equal(np.where(real, array, 0), np.where(real, other, 0))
+
+
+def test_a_query_that_sees_no_slot_is_finite():
+    queries, keys, values, cotangent = random_arrays((1, 2, 2, 4), 1, slots=3)
+    query_segments, key_segments = np.zeros((1, 2), np.int32), np.ones((1, 3), np.int32)
+    value, gradients = compiled(
+        attention.attend, queries, keys, values, query_segments, key_segments, cotangent, np.int32(1)
+    )
+    assert all(np.all(np.isfinite(array)) for array in (value, *gradients))
+
+
+@pytest.mark.parametrize(("function", "tokens"), [(attention.attend, 20), (interpreted_kernel, 140)])
+def test_bfloat16_stays_bfloat16(function, tokens):
+    inputs = random_arrays((2, tokens, 2, 16), 1, dtype=jnp.bfloat16)
+    segments = np.ones((2, tokens), np.int32)
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention asks for it when it is differentiated
+        value, gradients = compiled(function, *inputs[:3], segments, segments, inputs[3])
+    expected, expected_gradients = reference(*inputs[:3], segments, segments, inputs[3])
+    for array, expected_array in zip((value, *gradients), (expected, *expected_gradients), strict=True):
+        assert array.dtype == jnp.bfloat16
+        assert_near(array, expected_array, tolerance=2**-6)
+
+
+def test_the_kernel_inside_scan_checkpoint_and_shard_map():
+    queries, keys, values, cotangent = random_arrays((1, 130, 2, 8), 1)
+    segments = packed_segments(1, 130)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    sharded = jax.shard_map(interpreted_kernel, mesh=mesh, in_specs=(spec,) * 5, out_specs=spec, check_vma=False)
+
+    def twice(attend):
+        def layer(x, _):
+            return attend(x, keys, values, segments, segments), None
+
+        def run(x):
+            return jax.lax.scan(jax.checkpoint(layer), x, None, length=2)[0]
+
+        value, vjp = jax.vjp(run, queries)
+        return value, vjp(cotangent)[0]
+
+    value, gradient = jax.jit(lambda: twice(sharded))()
+    expected, expected_gradient = jax.jit(lambda: twice(attention.attend))()
+    assert_near(value, np.asarray(expected, np.float64))
+    assert_near(gradient, np.asarray(expected_gradient, np.float64))
+
+
+def lowered_text(platform, tokens, slots=None):
+    """Value and gradients of three scanned layers, lowered for one platform."""
+    queries, keys, values, cotangent = random_arrays((1, tokens, 2, 8), 1, slots)
+    query_segments, key_segments = (np.ones((1, array.shape[1]), np.int32) for array in (queries, keys))
+    offset = () if slots is None else (np.int32(0),)
+
+    def layers(queries, keys, values, query_segments, key_segments, *offset):
+        def layer(x, _):
+            return attention.attend(x, keys, values, query_segments, key_segments, *offset), None
+
+        return jax.lax.scan(layer, queries, None, length=3)[0]
+
+    inputs = (queries, keys, values, query_segments, key_segments, cotangent, *offset)
+    run = jax.jit(functools.partial(value_and_gradients, layers))
+    return run.trace(*inputs).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_long_sequences_use_the_kernel_on_a_tpu_and_never_hold_all_pairs_of_tokens():
+    text = lowered_text("tpu", 896)
+    assert text.count("tpu_custom_call") >= 3  # forward, and two backward
+    assert "896x896" not in text
+    # Nor may the weights of the other platforms' form be carried from the forward to the backward pass of the layers.
+    block = attention._query_block(896)
+    assert not [keys for keys in range(block, 897, block) if re.search(rf"tensor<3x[0-9x]*x{block}x{keys}x", text)]
+
+
+@pytest.mark.parametrize(("platform", "tokens", "slots"), [("tpu", 100, None), ("tpu", 140, 150), ("cpu", 140, None)])
+def test_short_sequences_caches_and_cpus_do_without_the_kernel(platform, tokens, slots):
+    assert "tpu_custom_call" not in lowered_text(platform, tokens, slots)
+
+
+def test_a_gpu_runs_plain_xla():
+    text = lowered_text("cuda", 140)
+    assert "custom_call" not in text and "dot_general" in text
+
+
+def test_query_blocks_are_few_and_large():
+    for tokens in (1, 24, 63, 64, 65, 128, 511, 512, 513, 2048, 8191, 30_001):
+        block = attention._query_block(tokens)
+        assert block >= 64 and -(-tokens // block) <= 8
+    assert attention._query_block(512) == 64 and attention._query_block(8192) == 1024
+
+
+def test_kernel_blocks_are_tiles_and_waste_little():
+    for tokens in (*range(128, 2100, 7), 8191, 8192, 8193, 30_001):
+        block, padded = attention._kernel_block(tokens)
+        assert block % 128 == 0 and 128 <= block <= 512
+        assert padded % block == 0 and padded >= tokens
+        assert padded - tokens < 128 * (padded // block)
+    assert attention._kernel_block(8192) == (512, 8192)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"queries": (1, 4, 8)}, "four axes"),
+        ({"keys": (2, 4, 2, 8)}, "keys and values must both be"),
+        ({"values": (1, 4, 2, 6)}, "keys and values must both be"),
+        ({"queries": (1, 4, 3, 8)}, "multiple of key/value heads"),
+        ({"query_segments": (1, 5)}, "segments must be"),
+        ({"key_segments": (2, 4)}, "segments must be"),
+        ({"keys": (1, 6, 2, 8), "values": (1, 6, 2, 8), "key_segments": (1, 6)}, "give the offset"),
+    ],
+    ids=str,
+)
+def test_inputs_that_do_not_fit_are_refused(changes, message):
+    shapes = {name: (1, 4, 2, 8) for name in NAMES} | {"query_segments": (1, 4), "key_segments": (1, 4)} | changes
+    arrays = {name: np.ones(shape, np.int32 if "segments" in name else np.float32) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        attention.attend(**arrays)
+
+
+def test_keys_of_another_dtype_are_refused():
+    queries, keys, values, _ = random_arrays((1, 4, 2, 8), 2)
+    segments = np.ones((1, 4), np.int32)
+    with pytest.raises(ValueError, match="share one dtype"):
+        attention.attend(queries, keys.astype(jnp.bfloat16), values, segments, segments)
