@@ -1,7 +1,8 @@
 """`python -m experiments.bench_experts`: what a block of experts costs beside a dense one of equal FLOPs.
 
 Both blocks run in one process, in turn, and the figure is the median of the ratios of neighbouring runs, so that a
-noisy machine disturbs both alike. This file must never be needed by a run.
+noisy machine disturbs both alike. On a TPU, note that XLA's cost analysis counts the useful FLOPs that the kernel
+declares, not the tiles that it computes: see `grouped_matmul`. This file must never be needed by a run.
 """
 
 import functools
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +24,31 @@ from models.experts import run_experts
 Array = jax.Array
 
 
+class Shape(NamedTuple):
+    """One block of experts."""
+
+    tokens: int
+    hidden_size: int
+    expert_size: int
+    num_experts: int
+    experts_per_token: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens, {self.hidden_size} → {self.expert_size}, "
+            f"top-{self.experts_per_token} of {self.num_experts}"
+        )
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """Time a block, forward and backward, against a dense SwiGLU block of width K·F."""
+    """Time blocks, forward and backward, against a dense SwiGLU block of width K·F."""
 
-    tokens: int = 4096
-    hidden_size: int = 96
-    expert_size: int = 192
-    num_experts: int = 8
-    experts_per_token: int = 2
+    shapes: tuple[tuple[int, int, int, int, int], ...] = ((4096, 96, 192, 8, 2), (2048, 512, 256, 16, 4))
+    """Tokens, hidden size, expert size, experts and experts per token of each block."""
     repeats: int = 30
+    ragged_dot: bool = False
+    """Also time the block by `jax.lax.ragged_dot`, which computes all experts."""
     seed: int = 0
 
 
@@ -66,10 +83,9 @@ def dense_block(parameters: dict[str, Array], x: Array) -> Array:
     return (jax.nn.silu(gate) * up) @ parameters["down"]
 
 
-def programs(benchmark: Benchmark) -> dict[str, dict[str, Callable[[], Array]]]:
+def programs(b: Shape, seed: int, ragged_dot: bool) -> dict[str, dict[str, Callable[[], Array]]]:
     """name -> direction -> a compiled call."""
-    b = benchmark
-    keys = jax.random.split(jax.random.key(b.seed), 6)
+    keys = jax.random.split(jax.random.key(seed), 6)
     x = jax.random.normal(keys[0], (b.tokens, b.hidden_size))
     sparse = {
         "router": jax.random.normal(keys[1], (b.hidden_size, b.num_experts)),
@@ -84,8 +100,9 @@ def programs(benchmark: Benchmark) -> dict[str, dict[str, Callable[[], Array]]]:
     blocks: dict[str, tuple[Callable[..., Array], dict[str, Array]]] = {
         "dense": (dense_block, dense),
         "experts": (functools.partial(expert_block, experts_per_token=b.experts_per_token), sparse),
-        "ragged_dot": (functools.partial(ragged_block, experts_per_token=b.experts_per_token), sparse),
     }
+    if ragged_dot:
+        blocks["ragged_dot"] = (functools.partial(ragged_block, experts_per_token=b.experts_per_token), sparse)
 
     def compile_both(block: Callable[..., Array], parameters: dict[str, Array]) -> dict[str, Callable[[], Array]]:
         forward = jax.jit(block)
@@ -109,20 +126,21 @@ def interleaved_seconds(calls: dict[str, Callable[[], Array]], repeats: int) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_experts")
-    compiled = programs(benchmark)
-    table = rich.table.Table(
-        title=f"{benchmark.tokens} tokens, {benchmark.hidden_size} → {benchmark.expert_size}, top-"
-        f"{benchmark.experts_per_token} of {benchmark.num_experts} experts, {jax.devices()[0].device_kind}"
-    )
-    for column in ("", "block", "median ms", "median ratio to dense", "ratio, quartiles"):
-        table.add_column(column, justify="right" if "m" in column else "left")
-    for direction in ("forward", "forward + backward"):
-        seconds = interleaved_seconds({name: calls[direction] for name, calls in compiled.items()}, benchmark.repeats)
-        for name, times in seconds.items():
-            ratios = [time / dense for time, dense in zip(times, seconds["dense"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            milliseconds = f"{1e3 * statistics.median(times):.2f}"
-            table.add_row(direction, name, milliseconds, f"{middle:.2f}", f"{low:.2f} – {high:.2f}")
+    table = rich.table.Table(title=f"Experts beside a dense block of equal FLOPs, {jax.devices()[0].device_kind}")
+    for column in ("shape", "direction", "block"):
+        table.add_column(column)
+    for column in ("median ms", "median ratio to dense", "ratio, quartiles"):
+        table.add_column(column, justify="right")
+    for shape in (Shape(*sizes) for sizes in benchmark.shapes):
+        compiled = programs(shape, benchmark.seed, benchmark.ragged_dot)
+        for direction in ("forward", "forward + backward"):
+            calls = {name: calls[direction] for name, calls in compiled.items()}
+            seconds = interleaved_seconds(calls, benchmark.repeats)
+            for name, times in seconds.items():
+                ratios = [time / dense for time, dense in zip(times, seconds["dense"], strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                milliseconds = f"{1e3 * statistics.median(times):.2f}"
+                table.add_row(str(shape), direction, name, milliseconds, f"{middle:.2f}", f"{low:.2f} – {high:.2f}")
     rich.console.Console().print(table)
     return 0
 

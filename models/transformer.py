@@ -158,6 +158,7 @@ class Attention(nn.Module):
                 queries, keys, values, inputs.segment_ids, inputs.slot_segment_ids
             )
         else:
+            assert inputs.first_slot is not None
             cache, keys, values = _through_cache(cache, index, inputs.first_slot, keys, values)
             segments = (inputs.segment_ids, inputs.slot_segment_ids)
             if x.shape[1] == 1:  # it sees all slots of its segment: the ring holds nothing later
@@ -170,7 +171,7 @@ class Attention(nn.Module):
 
 
 def _through_cache(
-    cache: LayerCache, layer: Array, first_slot: Array | None, keys: Array, values: Array
+    cache: LayerCache, layer: Array, first_slot: Array, keys: Array, values: Array
 ) -> tuple[LayerCache, Array, Array]:
     """Writes the keys and values of one layer, [B, T, K, H], and gives back all that the layer has, [B, K, S, H]."""
 

@@ -366,6 +366,22 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(straight, tmp_path):
     assert all(other != row for other, row in zip(other_rows[:5] + other_rows[6:], rows[:5] + rows[6:], strict=True))
 
 
+def test_a_route_held_on_the_host_changes_nothing(straight, tmp_path):
+    _, params, rows = straight
+    assert run(tmp_path, learner=LearnerConfig(route_on_host=True)) == (params, rows)
+
+
+def test_the_length_of_rows_changes_nothing_but_padding(straight, tmp_path):
+    _, _, rows = straight
+    _, other_rows = run(tmp_path, learner=LearnerConfig(row_length=9))
+    for other, row in zip(other_rows[:7], rows[:7], strict=True):
+        assert set(other) == set(row)
+        for name in set(row) - {"phase", "padding_fraction"}:
+            assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-6), name
+    padding, other_padding = ([row["padding_fraction"] for row in run if "loss" in row] for run in (rows, other_rows))
+    assert padding != other_padding
+
+
 # --- stopped and resumed ---
 
 ENCODED_FIRST = 10 + 20 + 16  # every prompt of every split, to find the longest
