@@ -342,6 +342,11 @@ class Transformer(nn.Module):
         zeros = jnp.zeros(shape, jnp.dtype(c.dtype))
         return Cache(LayerCache(zeros, zeros), jnp.zeros((batch_size, length), jnp.int32), jnp.int32(0))
 
+    def repeat_cache(self, cache: Cache, repeats: int) -> Cache:
+        """A cache in which each row of `cache` stands `repeats` times in a row, for several responses to one prompt."""
+        layers = jax.tree.map(lambda leaf: jnp.repeat(leaf, repeats, axis=1), cache.layers)
+        return Cache(layers, jnp.repeat(cache.segment_ids, repeats, axis=0), cache.length)
+
 
 def _check_inputs(tokens: Array, positions: Array | None, segment_ids: Array, cache: Cache | None) -> None:
     if tokens.ndim != 2:

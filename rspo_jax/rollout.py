@@ -119,21 +119,27 @@ def sample_in_chunks(
     sampler: SamplerConfig,
     tokenizer: Tokenizer,
     chunks: int,
+    repeats: int = 1,
 ) -> list[Samples]:
-    """Starts to draw one response a prompt, in equal chunks, without waiting for any of them."""
+    """Starts to draw one response a row of the prompts, in equal chunks, without waiting for any of them.
+
+    Each prompt stands in `repeats` rows in a row; where a chunk holds whole such groups, it reads a prompt once.
+    """
     rows, rest = divmod(prompts.tokens.shape[0], chunks)
     if rest or not rows:
         raise ValueError(f"{prompts.tokens.shape[0]} prompts do not divide into {chunks} chunks")
+    repeats = repeats if rows % repeats == 0 else 1
     return [
         generate(
             policy,
             params,
-            prompts.tokens[start : start + rows],
-            prompts.mask[start : start + rows],
+            prompts.tokens[start : start + rows : repeats],
+            prompts.mask[start : start + rows : repeats],
             jax.random.fold_in(key, start),
             sampler,
             (tokenizer.eos_id,),
             tokenizer.pad_id,
+            repeats,
         )
         for start in range(0, prompts.tokens.shape[0], rows)
     ]

@@ -68,9 +68,17 @@ def pad_prompts(prompts: list[list[int]], width: int, pad_id: int) -> tuple[np.n
 class _Requests(NamedTuple):
     """What is asked for; the rows of everything else point here."""
 
-    prompts: Array  # int32 [B, P], left-padded
-    prompt_lengths: Array  # int32 [B]
+    prompts: Array  # int32 [B / repeats, P], left-padded
+    prompt_lengths: Array  # int32 [B / repeats]
     keys: Array  # PRNG keys [B]
+    repeats: int  # responses to each prompt: response b answers prompt b // repeats
+
+    def prompt_of(self, request: Array) -> Array:
+        return request // self.repeats
+
+    @property
+    def count(self) -> int:
+        return self.prompts.shape[0] * self.repeats
 
 
 class _Slots(NamedTuple):
@@ -93,7 +101,7 @@ class _DecodeState(NamedTuple):
     cache: object
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "config", "stop_tokens", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("policy", "config", "stop_tokens", "pad_id", "repeats"))
 def generate(
     policy: Policy,
     params: Params,
@@ -103,41 +111,45 @@ def generate(
     config: SamplerConfig,
     stop_tokens: tuple[int, ...],
     pad_id: int = 0,
+    repeats: int = 1,
 ) -> Samples:
-    """Draws one response a row.
+    """Draws `repeats` responses to each prompt, B in all.
 
     Args:
       policy: the model.
       params: its parameters.
-      prompts: int32 [B, P], left-padded (`pad_prompts`).
-      prompt_mask: bool [B, P].
+      prompts: int32 [B / repeats, P], left-padded (`pad_prompts`).
+      prompt_mask: bool [B / repeats, P].
       key: a PRNG key. Row b draws from `split(key, B)[b]`, whatever the other rows do.
       config: how to draw.
       stop_tokens: a row is finished once it draws one of them; that token still belongs to the response.
       pad_id: fills the rest.
+      repeats: responses to a prompt, in consecutive rows. Each prompt is read once for all of them.
 
     Returns:
       `Samples` with R = `config.max_new_tokens`.
 
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or `repeats` is not positive.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
     if prompts.ndim != 2 or prompt_mask.shape != prompts.shape:
         raise ValueError(f"prompts and prompt_mask must both be [B, P], got {prompts.shape} and {prompt_mask.shape}")
-    batch_size, width = prompts.shape
+    batch_size, width = prompts.shape[0] * repeats, prompts.shape[1]
     num_slots = min(config.slots or batch_size, batch_size)
-    requests = _Requests(prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), jax.random.split(key, batch_size))
+    requests = _Requests(
+        prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), jax.random.split(key, batch_size), repeats
+    )
     # A ring of this many slots holds the longest sequence, whatever was in it before.
-    cache = policy.init_cache(num_slots, width + config.max_new_tokens)
-    segment_ids = prompt_mask[:num_slots].astype(jnp.int32)
-    output = policy.apply({"params": params}, prompts[:num_slots], segment_ids=segment_ids, cache=cache)
+    logits, cache = _prefill(policy, params, requests, prompt_mask, num_slots, width + config.max_new_tokens)
     start = _DecodeState(
         slots=_first_slots(requests, num_slots),
         waiting=jnp.int32(num_slots),
         tokens=jnp.full((batch_size, config.max_new_tokens), pad_id, jnp.int32),
         log_probs=jnp.zeros((batch_size, config.max_new_tokens), jnp.float32),
         lengths=jnp.zeros(batch_size, jnp.int32),
-        cache=output.cache,
+        cache=cache,
     )
     take_in = functools.partial(_take_in, requests=requests, config=config, stop_tokens=stop_tokens)
 
@@ -148,20 +160,37 @@ def generate(
         output = policy.apply({"params": params}, inputs[:, None], segment_ids=segment_ids, cache=state.cache)
         return take_in(state._replace(slots=slots, cache=output.cache), output.logits[:, -1])
 
-    first = take_in(start, output.logits[:, -1])
+    first = take_in(start, logits)
     end = jax.lax.while_loop(lambda state: jnp.any(state.slots.active), decode, first)
     mask = jnp.arange(config.max_new_tokens, dtype=jnp.int32)[None, :] < end.lengths[:, None]
     return Samples(end.tokens, mask, end.log_probs)
 
 
+def _prefill(
+    policy: Policy, params: Params, requests: _Requests, prompt_mask: Array, num_slots: int, length: int
+) -> tuple[Array, object]:
+    """Reads the prompts of the first slots: the logits of their last tokens, [slots, V], and the cache."""
+    num_prompts = -(-num_slots // requests.repeats)
+    shared = num_slots % requests.repeats == 0  # else one prompt's responses do not all begin at once
+    rows = jnp.arange(num_prompts) if shared else requests.prompt_of(jnp.arange(num_slots))
+    cache = policy.init_cache(rows.size, length)
+    segment_ids = prompt_mask[rows].astype(jnp.int32)
+    output = policy.apply({"params": params}, requests.prompts[rows], segment_ids=segment_ids, cache=cache)
+    logits, cache = output.logits[:, -1], output.cache
+    if shared and requests.repeats > 1:
+        return jnp.repeat(logits, requests.repeats, axis=0), policy.repeat_cache(cache, requests.repeats)
+    return logits, cache
+
+
 def _first_slots(requests: _Requests, num_slots: int) -> _Slots:
     """The slots after a prefill of the first prompts."""
     ones, zeros = jnp.ones(num_slots, jnp.int32), jnp.zeros(num_slots, jnp.int32)
+    request = jnp.arange(num_slots, dtype=jnp.int32)
     return _Slots(
-        request=jnp.arange(num_slots, dtype=jnp.int32),
+        request=request,
         active=ones.astype(bool),
         segment=ones,
-        fed=requests.prompt_lengths[:num_slots],
+        fed=requests.prompt_lengths[requests.prompt_of(request)],
         drawn=zeros,
         last_token=zeros,
     )
@@ -169,10 +198,11 @@ def _first_slots(requests: _Requests, num_slots: int) -> _Slots:
 
 def _next_inputs(slots: _Slots, requests: _Requests) -> tuple[_Slots, Array]:
     """The token that each slot reads next: the rest of its prompt first, then what it drew last."""
-    prompt_length = requests.prompt_lengths[slots.request]
+    prompt = requests.prompt_of(slots.request)
+    prompt_length = requests.prompt_lengths[prompt]
     feeding = slots.fed < prompt_length
     column = jnp.minimum(requests.prompts.shape[1] - prompt_length + slots.fed, requests.prompts.shape[1] - 1)
-    inputs = jnp.where(feeding, requests.prompts[slots.request, column], slots.last_token)
+    inputs = jnp.where(feeding, requests.prompts[prompt, column], slots.last_token)
     return slots._replace(fed=slots.fed + feeding.astype(jnp.int32)), inputs
 
 
@@ -180,8 +210,8 @@ def _take_in(
     state: _DecodeState, logits: Array, requests: _Requests, config: SamplerConfig, stop_tokens: tuple[int, ...]
 ) -> _DecodeState:
     """Draws a token in every slot that has read its prompt, and gives the slots that are done the next requests."""
-    slots, num_requests = state.slots, requests.prompts.shape[0]
-    drawing = slots.active & (slots.fed >= requests.prompt_lengths[slots.request])
+    slots, num_requests = state.slots, requests.count
+    drawing = slots.active & (slots.fed >= requests.prompt_lengths[requests.prompt_of(slots.request)])
     tokens, log_probs = _draw_tokens(logits, requests.keys[slots.request], slots.drawn, config)
     row = jnp.where(drawing, slots.request, num_requests)  # out of bounds is dropped
     drawn = slots.drawn + drawing.astype(jnp.int32)

@@ -267,10 +267,14 @@ def _apply_gradient(
         part_gradient, auxiliary = jax.grad(total, has_aux=True)(state.params, part)
         return jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), gradient, part_gradient), auxiliary
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params)
-    gradient, (loss, statistics) = jax.lax.scan(accumulate, zeros, parts)
+    if len(jax.tree.leaves(parts)[0]) == 1:  # nothing to add up: no float32 sum beside the gradient
+        only_part = jax.tree.map(lambda leaf: leaf[0], parts)
+        gradient, (loss, statistics) = jax.grad(total, has_aux=True)(state.params, only_part)
+    else:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params)
+        gradient, (loss, statistics) = jax.lax.scan(accumulate, zeros, parts)
     weight = jnp.maximum(jnp.sum(loss.weight), 1)
-    gradient = jax.tree.map(lambda leaf: leaf / weight, gradient)
+    gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / weight, gradient)
     gradient_norm = optax.tree.norm(gradient)
     gradient = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradient, state.params)
     finite = jnp.isfinite(loss.reduce()) & jnp.isfinite(gradient_norm)

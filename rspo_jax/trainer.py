@@ -412,7 +412,14 @@ def _start_rollout(run: Run, state: RunState) -> tuple[Draws, RunState]:
     problems = [run.train_problems[row] for row in rows]
     prompts = encode_prompts(run.task, problems, run.width, repeats=config.group_size)
     chunks = sample_in_chunks(
-        run.policy, state.train.params, prompts, sample_key, config.sampler, run.task.tokenizer, config.rollout_chunks
+        run.policy,
+        state.train.params,
+        prompts,
+        sample_key,
+        config.sampler,
+        run.task.tokenizer,
+        config.rollout_chunks,
+        config.group_size,
     )
     repeated = [problem for problem in problems for _ in range(config.group_size)]
     state = state._replace(key=jax.random.key_data(key), cursor=state.cursor + config.prompts)

@@ -84,6 +84,10 @@ class Policy(Protocol):
         """An empty cache for `batch_size` rows of at most `length` tokens."""
         ...
 
+    def repeat_cache(self, cache: Any, repeats: int) -> Any:
+        """A cache in which each row of `cache` stands `repeats` times in a row."""
+        ...
+
 
 class RouterTrace(NamedTuple):
     """Which experts the old policy activated, and how sure it was: 3 bytes a slot with up to 256 experts, 4 with more.

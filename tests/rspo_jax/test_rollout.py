@@ -70,6 +70,9 @@ class AlphabetPolicy:
     def init_cache(self, batch_size, length):
         return jnp.zeros((batch_size, length))
 
+    def repeat_cache(self, cache, repeats):
+        return jnp.repeat(cache, repeats, axis=0)
+
 
 TASK, POLICY = ReciteTask(), AlphabetPolicy()
 PROBLEMS = TASK.problems("train")

@@ -26,6 +26,9 @@ class TablePolicy:
     def init_cache(self, batch_size, length):
         return jnp.zeros((batch_size, length))
 
+    def repeat_cache(self, cache, repeats):
+        return jnp.repeat(cache, repeats, axis=0)
+
 
 class RecordingPolicy(TablePolicy):
     """Also notes the tokens and segments of every call that is run."""
@@ -294,6 +297,36 @@ def test_responses_do_not_depend_on_the_slots(params, temperature, slots):
     np.testing.assert_array_equal(in_slots.tokens, all_at_once.tokens)
     np.testing.assert_array_equal(in_slots.mask, all_at_once.mask)
     np.testing.assert_allclose(in_slots.log_probs, all_at_once.log_probs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [None, 6, 4])
+def test_several_responses_to_a_prompt_share_its_reading(params, slots):
+    config = SamplerConfig(max_new_tokens=7, slots=slots)
+    policy, key = Transformer(MODEL), jax.random.key(3)
+    tokens, mask = pad_prompts(PROMPTS, 4, 0)
+    shared = generate(policy, params, tokens, mask, key, config, (EOS, 4), repeats=3)
+    tokens, mask = (np.repeat(array, 3, axis=0) for array in (tokens, mask))
+    alone = generate(policy, params, tokens, mask, key, config, (EOS, 4))
+    assert shared.tokens.shape == (15, 7)
+    np.testing.assert_array_equal(shared.tokens, alone.tokens)
+    np.testing.assert_array_equal(shared.mask, alone.mask)
+    np.testing.assert_allclose(shared.log_probs, alone.log_probs, rtol=0, atol=1e-5)
+    assert len({row.tobytes() for row in np.asarray(shared.tokens)}) > 8
+
+
+def test_a_prompt_is_read_once_for_all_its_responses():
+    policy, table = RecordingPolicy(), counting_table(9)
+    tokens, mask = pad_prompts([[5, 2], [3]], 2, 0)
+    generate(policy, table, tokens, mask, jax.random.key(0), GREEDY, (7,), repeats=2)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(policy.calls[0][0], [[5, 2], [0, 3]])
+    np.testing.assert_array_equal(policy.calls[1][0], [[3], [3], [4], [4]])
+
+
+def test_repeats_that_are_refused():
+    tokens, mask = pad_prompts([[5, 2]], 2, 0)
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        generate(TABLE, counting_table(9), tokens, mask, jax.random.key(0), GREEDY, (7,), repeats=0)
 
 
 def test_a_free_slot_takes_the_next_prompt_at_once():

@@ -96,6 +96,9 @@ class TwoExperts:
     def init_cache(self, batch_size, length):
         return jnp.zeros((batch_size, length))
 
+    def repeat_cache(self, cache, repeats):
+        return jnp.repeat(cache, repeats, axis=0)
+
 
 POLICY = TwoExperts()
 

@@ -1,0 +1,1 @@
+"""Parts of the benchmark commands: timing, rooflines, the TPU compiler, and other libraries' losses."""

@@ -1,0 +1,92 @@
+"""The TPU compiler on a machine without TPUs: a pod's devices by name, and programs compiled for them.
+
+The package `libtpu` holds the compiler. Nothing here opens a TPU or runs a program. This file must never know what is
+being compiled.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_ENVIRONMENT = {
+    # Without these, libtpu asks the cloud's metadata server which machine it is on.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # must be one that exists; the topology's name decides what is compiled for
+    # libtpu lets one process load it, as one process can hold a TPU. None is held here.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def topology_mesh(name: str, axes: Mapping[str, int]) -> Mesh:
+    """A mesh over the devices of a TPU pod that need not exist.
+
+    Sets the environment variables of libtpu that are not set yet; they count where libtpu has not been loaded.
+
+    Args:
+      name: generation and chips, as "v5p:2x2x1", "v5e:4x4", "v6e:16x16" or "tpu7x:4x4x4".
+      axes: mesh axis -> number of devices; -1 on at most one axis takes all that are left. tpu7x has two devices a
+        chip, the others one.
+
+    Returns:
+      A mesh with these axes, laid out along the pod's links.
+
+    Raises:
+      RuntimeError: if libtpu is not installed.
+      ValueError: if libtpu does not know the topology, or the axes do not multiply to its devices.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise RuntimeError("compiling for TPU needs the compiler in the package libtpu: pip install libtpu")
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU as soon as it needs a device
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"libtpu cannot build the topology {name!r}; name a generation and its chips, as v5p:2x2x1 or v5e:4x4 "
+            f"(libtpu says: {str(error).splitlines()[0]})"
+        ) from error
+    shape = fill_in(axes, len(topology.devices), name)
+    return topologies.make_mesh(topology, tuple(shape.values()), tuple(shape))
+
+
+def fill_in(axes: Mapping[str, int], devices: int, name: str) -> dict[str, int]:
+    """Replaces the -1 among the axes' sizes.
+
+    Raises:
+      ValueError: if the axes do not multiply to the devices.
+    """
+    free = [axis for axis, size in axes.items() if size == -1]
+    known = math.prod(size for size in axes.values() if size != -1)
+    left = devices // known if known > 0 else 0
+    filled = {axis: left if size == -1 else size for axis, size in axes.items()}
+    if len(free) > 1 or min(filled.values(), default=0) < 1 or math.prod(filled.values()) != devices:
+        raise ValueError(f"the axes {dict(axes)} must multiply to the {devices} devices of {name}")
+    return filled
+
+
+def shape_on(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+    """An array that need not exist, sharded over `mesh`: one mesh axis, or None, for each leading array axis."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def compile_for(function: Callable[..., Any], *arguments: Any, **jit_options: Any) -> jax.stages.Compiled:
+    """Compiles a function of arrays that need not exist, for the devices that their shardings name.
+
+    Args:
+      function: a function of pytrees of arrays.
+      arguments: pytrees of `jax.ShapeDtypeStruct` with a sharding, as `shape_on` makes them.
+      jit_options: for `jax.jit`, such as `out_shardings`.
+
+    Returns:
+      The compiled program; `memory_analysis()`, `cost_analysis()` and `as_text()` are per device.
+    """
+    return jax.jit(function, **jit_options).lower(*arguments).compile()
