@@ -48,6 +48,8 @@ class Case:
     prompt_tokens: int
     """Width; the prompts have from half of it to all of it."""
     new_tokens: int
+    group: int = 1
+    """Rows in a row that have the same prompt, as in group-relative training; ours reads such a prompt once."""
 
 
 def _cases() -> dict[str, Case]:
@@ -75,31 +77,35 @@ def _cases() -> dict[str, Case]:
     return {
         "countdown-64": Case(countdown, 64, 14, new_tokens),
         "countdown-512": Case(countdown, 512, 14, new_tokens),
+        "countdown-64x8": Case(countdown, 512, 14, new_tokens, group=8),
         "dense-512": Case(dense, 512, 14, new_tokens),
         "larger-16": Case(larger, 16, 64, 64),
     }
 
 
 CASES = _cases()
-"""Countdown's model at two batch sizes, the same with one expert of equal active width, and a larger model."""
+"""Countdown's model at two batch sizes and in groups as the trainer samples it, the same with one expert of equal
+active width, and a larger model."""
 
 
 def make_prompts(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Left-padded int32 [B, P] tokens and their bool mask; token 0 is the padding and occurs nowhere else."""
     rng = np.random.default_rng(seed)
-    shape = (case.rows, case.prompt_tokens)
-    lengths = rng.integers((case.prompt_tokens + 1) // 2, case.prompt_tokens + 1, case.rows)
+    shape = (case.rows // case.group, case.prompt_tokens)
+    lengths = rng.integers((case.prompt_tokens + 1) // 2, case.prompt_tokens + 1, shape[0])
     mask = np.arange(case.prompt_tokens)[None, :] >= case.prompt_tokens - lengths[:, None]
-    return np.where(mask, rng.integers(1, case.model.vocab_size, shape), 0).astype(np.int32), mask
+    tokens = np.where(mask, rng.integers(1, case.model.vocab_size, shape), 0).astype(np.int32)
+    return np.repeat(tokens, case.group, axis=0), np.repeat(mask, case.group, axis=0)
 
 
 def our_sampler(case: Case, params: Params, prompts: np.ndarray, mask: np.ndarray) -> dict[str, Contender]:
     """`rspo_jax.sampler.generate`; no stop token, so that every row takes all its steps."""
     model, key = models.Transformer(case.model), jax.random.key(0)
     config = SamplerConfig(max_new_tokens=case.new_tokens, temperature=0.0)
+    prompts, mask = prompts[:: case.group], mask[:: case.group]
 
     def answer() -> np.ndarray:
-        return np.asarray(generate(model, params, prompts, mask, key, config, ()).tokens)
+        return np.asarray(generate(model, params, prompts, mask, key, config, (), repeats=case.group).tokens)
 
     return {"rspo_jax": answer}
 

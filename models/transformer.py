@@ -344,8 +344,8 @@ class Transformer(nn.Module):
 
     def repeat_cache(self, cache: Cache, repeats: int) -> Cache:
         """A cache in which each row of `cache` stands `repeats` times in a row, for several responses to one prompt."""
-        layers = jax.tree.map(lambda leaf: jnp.repeat(leaf, repeats, axis=1), cache.layers)
-        return Cache(layers, jnp.repeat(cache.segment_ids, repeats, axis=0), cache.length)
+        rows = jnp.arange(cache.segment_ids.shape[0] * repeats, dtype=jnp.int32) // repeats
+        return Cache(jax.tree.map(lambda leaf: leaf[:, rows], cache.layers), cache.segment_ids[rows], cache.length)
 
 
 def _check_inputs(tokens: Array, positions: Array | None, segment_ids: Array, cache: Cache | None) -> None:

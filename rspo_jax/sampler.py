@@ -178,7 +178,8 @@ def _prefill(
     output = policy.apply({"params": params}, requests.prompts[rows], segment_ids=segment_ids, cache=cache)
     logits, cache = output.logits[:, -1], output.cache
     if shared and requests.repeats > 1:
-        return jnp.repeat(logits, requests.repeats, axis=0), policy.repeat_cache(cache, requests.repeats)
+        # An index, not `jnp.repeat`: with that, XLA's compiler for CPUs comes to no end at some vocabulary sizes.
+        return logits[requests.prompt_of(jnp.arange(num_slots))], policy.repeat_cache(cache, requests.repeats)
     return logits, cache
 
 

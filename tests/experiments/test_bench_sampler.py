@@ -181,3 +181,15 @@ def test_rivals_with_our_weights_give_our_answers(name, case):
         contenders = RIVALS[name].build(case, params, prompts, mask)
         for answer in contenders.values():
             np.testing.assert_array_equal(answer(), expected)
+
+
+def test_groups_share_their_prompts():
+    case = Case(MODEL, rows=6, prompt_tokens=6, new_tokens=4, group=3)
+    prompts, mask = bench_sampler.make_prompts(case, seed=0)
+    assert prompts.shape == (6, 6)
+    np.testing.assert_array_equal(prompts[[0, 0, 3, 3]], prompts[[1, 2, 4, 5]])
+    assert np.any(prompts[0] != prompts[3])
+    params = models.init_params(MODEL, jax.random.key(0))
+    alone = dataclasses.replace(case, group=1)
+    shared, separate = (bench_sampler.our_sampler(each, params, prompts, mask)["rspo_jax"]() for each in (case, alone))
+    np.testing.assert_array_equal(shared, separate)
