@@ -17,6 +17,8 @@ from experiments.bench import measure, programs, step, tpu
 from experiments.bench import report as tables
 from rspo_jax.statistics import reduce
 
+pytestmark = pytest.mark.slow  # they compile many programs
+
 SHAPE = "3x8x2x2x4"
 B, T = 3, 8
 TINY_STEP = ["--rows", "4", "--row-length", "16", "--layers", "2", "--hidden-size", "16", "--experts", "4"]

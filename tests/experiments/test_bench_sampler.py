@@ -14,6 +14,8 @@ import models
 from experiments import bench_sampler
 from experiments.bench_sampler import CASES, RIVALS, Case, Rival
 
+pytestmark = pytest.mark.slow  # they compile many programs
+
 MODEL = models.TransformerConfig(
     vocab_size=40,
     hidden_size=16,

@@ -36,7 +36,6 @@ def test_the_default_run_is_possible():
     run = CountdownRun()
     learner = run.learner()
     assert (learner.objective, learner.objective_config) == ("rspo", RSPOConfig())
-    assert learner.experts_per_token == run.model.num_experts_per_token
     assert list(RUNS.items()) == [("countdown", CountdownRun)]
 
 

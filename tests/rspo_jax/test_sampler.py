@@ -278,8 +278,7 @@ def test_equal_prompts_draw_differently(draw):
     assert len({tuple(row) for row in samples.tokens}) > 2
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 5, 9])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("temperature", "slots"), [(0.0, 3), (1.0, 1), (1.0, 4), (1.0, 9)])
 def test_responses_do_not_depend_on_the_slots(params, temperature, slots):
     prompts = [*PROMPTS, [9], [8, 7], [3, 3, 3, 3], [10, 2]]
     all_at_once, in_slots = (
