@@ -9,9 +9,9 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def programs(b: Shape, seed: int, ragged_dot: bool) -> dict[str, dict[str, Calla
     return {name: compile_both(*block) for name, block in blocks.items()}
 
 
-def interleaved_seconds(calls: dict[str, Callable[[], Array]], repeats: int) -> dict[str, list[float]]:
+def interleaved_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Times each call in turn, `repeats` times, after one warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):

@@ -17,6 +17,7 @@ import rich.console
 import rich.table
 import tyro
 
+from experiments.bench import measure
 from experiments.bench_experts import interleaved_seconds
 from rspo_jax.head_log_probs import TokenScores, head_log_probs
 from rspo_jax.log_probs import token_entropy, token_log_probs
@@ -81,12 +82,6 @@ def compile_forms(arguments: tuple[Array, ...], direction: str) -> dict[str, jax
     return {name: jax.jit(directions(form)[direction]).lower(*arguments).compile() for name, form in FORMS.items()}
 
 
-def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """What the program holds besides its arguments and results."""
-    analysis: Any = compiled.memory_analysis()
-    return analysis.temp_size_in_bytes
-
-
 def rows_of(shape: tuple[int, int, int, int], direction: str, benchmark: Benchmark) -> list[tuple[str, ...]]:
     """The table's lines for one shape and direction."""
     arguments = inputs(shape, benchmark.dtype, benchmark.seed)
@@ -96,9 +91,8 @@ def rows_of(shape: tuple[int, int, int, int], direction: str, benchmark: Benchma
     base = next(iter(forms))
     lines = []
     for name, times in seconds.items():
-        ratios = [time / other for time, other in zip(times, seconds[base], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        size, base_size = temporary_bytes(forms[name]), temporary_bytes(forms[base])
+        low, middle, high = measure.paired_ratios(times, seconds[base])
+        size, base_size = (measure.analyse(forms[form]).temporary_bytes for form in (name, base))
         lines.append(
             (
                 ",".join(map(str, shape)),

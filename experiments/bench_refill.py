@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stop_count in b.stop_tokens:
         calls = contenders(b, stop_count)
         lengths = {name: np.asarray(call().mask).sum(axis=1) for name, call in calls.items()}
-        seconds = interleaved_seconds(calls, b.repeats)  # pyright: ignore[reportArgumentType]
+        seconds = interleaved_seconds(calls, b.repeats)
         for name, times in seconds.items():
             ratios = [time / ours for time, ours in zip(times, seconds["refilled slots"], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)

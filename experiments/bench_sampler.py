@@ -12,7 +12,6 @@ import importlib
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import rich.table
 import tyro
 
 import models
+from experiments.bench_experts import interleaved_seconds
 from experiments.config import RUNS
 from rspo_jax.sampler import SamplerConfig, generate
 from rspo_jax.types import Params
@@ -355,18 +355,6 @@ def check_greedy(case: Case, params: Params, prompts: np.ndarray, mask: np.ndarr
     if not below.max() <= TIE:
         row, step = np.unravel_index(np.argmax(below), below.shape)
         raise ValueError(f"is not greedy: token {step} of row {row} is {below[row, step]:.2g} below the likeliest one")
-
-
-def interleaved_seconds(calls: dict[str, Contender], repeats: int) -> dict[str, list[float]]:
-    """Times each call in turn, `repeats` times, after one warm-up that also compiles."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def usable_cores() -> list[int]:

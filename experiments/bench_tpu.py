@@ -18,7 +18,8 @@ import rich.table
 import tyro
 
 import rspo_jax
-from experiments.bench import tpu
+from experiments.bench import measure, tpu
+from experiments.bench_experts import route as route_tokens
 from models.attention import attend
 from models.experts import run_experts
 from models.grouped_matmul import tile_rows
@@ -72,18 +73,6 @@ class Compiler(NamedTuple):
         return tpu.compile_for(function, *arguments)
 
 
-def temporary_mebibytes(compiled: jax.stages.Compiled) -> float:
-    analysis = compiled.memory_analysis()
-    assert analysis is not None
-    return analysis.temp_size_in_bytes / MEBIBYTE
-
-
-def flops(compiled: jax.stages.Compiled) -> float:
-    analysis = compiled.cost_analysis()
-    assert analysis is not None
-    return analysis["flops"]
-
-
 def experts(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
     """FLOPs of a block, router included, forward and backward, beside those of the chosen experts and the router.
 
@@ -94,10 +83,8 @@ def experts(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
         for dtype in b.dtypes:
 
             def block(parameters: dict[str, Array], x: Array) -> Array:
-                logits = x.astype(jnp.float32) @ parameters["router"]
-                weights, expert_ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), b.experts_per_token)
-                weights = (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(x.dtype)
-                return run_experts(x, weights, expert_ids, parameters["gate_up"], parameters["down"])
+                weights, expert_ids = route_tokens(parameters["router"], x.astype(jnp.float32), b.experts_per_token)
+                return run_experts(x, weights.astype(x.dtype), expert_ids, parameters["gate_up"], parameters["down"])
 
             def forward_and_backward(parameters: dict[str, Array], x: Array, gradient: Array) -> tuple[Array, Any]:
                 output, vjp = jax.vjp(block, parameters, x)
@@ -109,14 +96,24 @@ def experts(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
                 "down": compiler.array((num_experts, b.expert_size, b.hidden_size), dtype),
             }
             x = compiler.array((b.tokens, b.hidden_size), dtype)
-            compiled = compiler(forward_and_backward, parameters, x, x)
+            analysis = measure.analyse(compiler(forward_and_backward, parameters, x, x))
             rows = b.tokens * b.experts_per_token
             useful = 6 * (rows * 3 * b.hidden_size * b.expert_size + b.tokens * b.hidden_size * num_experts)
             form = f"{num_experts} experts, {dtype}"
-            yield Figure("experts", form, "GFLOP", flops(compiled) / 1e9, useful / 1e9)
+            yield Figure("experts", form, "GFLOP", analysis.flops / 1e9, useful / 1e9)
             tiles = rows + (num_experts - 1) * tile_rows(rows, num_experts)
             yield Figure("experts", form, "thousand rows in tiles, at most", tiles / 1e3, rows / 1e3)
-            yield Figure("experts", form, "temporary MiB", temporary_mebibytes(compiled), None)
+            yield Figure("experts", form, "temporary MiB", analysis.temporary_bytes / MEBIBYTE, None)
+
+
+def gradient_mebibytes(compiler: Compiler, form: Callable[..., Array], differentiated: int, *arguments: Any) -> float:
+    """Temporary memory of the gradient of Σ form(...)² in the first `differentiated` arguments."""
+
+    def loss(*inputs: Array) -> Array:
+        return jnp.sum(jnp.square(form(*inputs).astype(jnp.float32)))
+
+    compiled = compiler(jax.value_and_grad(loss, argnums=tuple(range(differentiated))), *arguments)
+    return measure.analyse(compiled).temporary_bytes / MEBIBYTE
 
 
 def attention(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
@@ -134,17 +131,7 @@ def attention(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
         queries = compiler.array((1, tokens, b.num_heads, b.head_dim), jnp.bfloat16)
         keys = compiler.array((1, tokens, b.num_kv_heads, b.head_dim), jnp.bfloat16)
         segments = compiler.array((1, tokens), jnp.int32)
-        mebibytes = []
-        for form in (kernel, plain):
-
-            def gradient(form: Callable[..., Array], *arguments: Array) -> Any:
-                def loss(*inputs: Array) -> Array:
-                    return jnp.sum(jnp.square(form(*inputs, arguments[3]).astype(jnp.float32)))
-
-                return jax.value_and_grad(loss, argnums=(0, 1, 2))(*arguments[:3])
-
-            compiled = compiler(jax.tree_util.Partial(gradient, form), queries, keys, keys, segments)
-            mebibytes.append(temporary_mebibytes(compiled))
+        mebibytes = [gradient_mebibytes(compiler, form, 3, queries, keys, keys, segments) for form in (kernel, plain)]
         yield Figure("attention", f"{tokens} tokens, bfloat16", "temporary MiB", *mebibytes)
 
 
@@ -162,17 +149,7 @@ def head(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
         hidden = compiler.array((1, b.tokens, b.hidden_size), dtype)
         weights = compiler.array((b.hidden_size, b.vocab_size), dtype)
         targets = compiler.array((1, b.tokens), jnp.int32)
-        mebibytes = []
-        for form in (blocked, plain):
-
-            def gradient(form: Callable[..., Array], hidden: Array, weights: Array, targets: Array) -> Any:
-                def loss(hidden: Array, weights: Array) -> Array:
-                    return jnp.sum(jnp.square(form(hidden, weights, targets)))
-
-                return jax.grad(loss, argnums=(0, 1))(hidden, weights)
-
-            compiled = compiler(jax.tree_util.Partial(gradient, form), hidden, weights, targets)
-            mebibytes.append(temporary_mebibytes(compiled))
+        mebibytes = [gradient_mebibytes(compiler, form, 2, hidden, weights, targets) for form in (blocked, plain)]
         yield Figure("head", f"{b.vocab_size} entries, {dtype}", "temporary MiB", *mebibytes)
 
 
@@ -184,11 +161,10 @@ def route(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
         trace = jax.eval_shape(lambda logits: rspo_jax.trace_router(logits, b.experts_per_token), logits)
         shapes = jax.tree.map(lambda leaf: compiler.array(leaf.shape, leaf.dtype), trace)
         compiled = compiler(lambda trace: jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), trace), shapes)
-        analysis = compiled.memory_analysis()
-        assert analysis is not None
+        argument_bytes = measure.analyse(compiled).argument_bytes
         meant = 3.0 if num_experts <= 256 else 4.0
         meant *= b.num_layers * b.experts_per_token
-        yield Figure("route", f"{tokens} tokens", "bytes a token", analysis.argument_size_in_bytes / tokens, meant)
+        yield Figure("route", f"{tokens} tokens", "bytes a token", argument_bytes / tokens, meant)
 
 
 PARTS = {"experts": experts, "attention": attention, "head": head, "route": route}
@@ -207,9 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
     table = rich.table.Table(title=f"compiled for one device of {benchmark.topology}, {benchmark.tokens} tokens")
     for column in ("part", "form", "measure", "value", "plain or meant", "ratio"):
         table.add_column(column, justify="left" if column in ("part", "form", "measure") else "right")
-    for part, form, measure, value, expected in figures:
+    for part, form, measured, value, expected in figures:
         against = ("", "") if expected is None else (f"{expected:,.0f}", f"{value / expected:.4f}")
-        table.add_row(part, form, measure, f"{value:,.0f}", *against)
+        table.add_row(part, form, measured, f"{value:,.0f}", *against)
     rich.console.Console().print(table)
     if benchmark.json is not None:
         write_json(benchmark.json, {"topology": benchmark.topology, "figures": [f._asdict() for f in figures]})

@@ -7,6 +7,7 @@ This file must never know a model, a loss or a policy.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from rspo_jax.sharding import ROW_AXES
+from rspo_jax.log_probs import check_targets, check_temperature
+from rspo_jax.sharding import VOCABULARY_AXIS, row_axes
 from rspo_jax.types import Array
 
-VOCABULARY_AXIS = "tensor"
 BLOCK_BYTES = 8 * 2**20
 MIN_COLUMNS = 2048
 
@@ -104,17 +105,10 @@ def _check(hidden: Array, head: Array, targets: Array, temperature: float, block
         )
     if head.shape[1] == 0:
         raise ValueError("head has no columns: the vocabulary is empty")
-    if targets.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"targets have shape {targets.shape}, but hidden of shape {hidden.shape} scores targets of shape "
-            f"{hidden.shape[:2]}: shift one against the other (inputs tokens[:, :-1], targets tokens[:, 1:])"
-        )
-    if not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise TypeError(f"targets are {targets.dtype}; give integer token ids")
+    check_targets(targets, "hidden", hidden)
     if not jnp.issubdtype(hidden.dtype, jnp.floating) or hidden.dtype != head.dtype:
         raise TypeError(f"hidden is {hidden.dtype} and head {head.dtype}; cast both to one floating dtype")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}; a greedy policy has no log-probabilities")
+    check_temperature(temperature)
     if block_columns is not None and block_columns < 1:
         raise ValueError(f"block_columns must be positive, got {block_columns}")
 
@@ -154,14 +148,12 @@ def _spread(
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = [name for name in mesh.axis_names if name not in mesh.manual_axes]
-    rows = tuple(name for name in free if name in ROW_AXES)
+    rows = row_axes()
     vocabulary = tuple(name for name in free if name == VOCABULARY_AXIS and head.shape[1] % mesh.shape[name] == 0)
     function = functools.partial(function, settings=settings._replace(mesh=_Mesh(rows, vocabulary)))
     if not rows and not vocabulary:
         return function
-    row_groups = 1
-    for name in rows:
-        row_groups *= mesh.shape[name]
+    row_groups = math.prod(mesh.shape[name] for name in rows)
     if hidden.shape[0] % row_groups:
         raise ValueError(
             f"hidden has {hidden.shape[0]} rows, which the mesh axes {', '.join(rows)} cannot split into "

@@ -25,13 +25,7 @@ def token_log_probs(logits: Array, targets: Array, temperature: float = 1.0) -> 
       ValueError: on shapes that do not fit, or a temperature that is not positive.
     """
     log_probs = _log_softmax(logits, temperature)
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"targets have shape {targets.shape}, but logits of shape {logits.shape} score targets of shape "
-            f"{logits.shape[:-1]}: shift one against the other (inputs tokens[:, :-1], targets tokens[:, 1:])"
-        )
-    if not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise TypeError(f"targets are {targets.dtype}; give integer token ids")
+    check_targets(targets, "logits", logits)
     return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
 
 
@@ -54,6 +48,31 @@ def token_entropy(logits: Array, temperature: float = 1.0) -> Array:
 
 
 def _log_softmax(logits: Array, temperature: float) -> Array:
+    check_temperature(temperature)
+    return jax.nn.log_softmax(at_least_float32(logits) / temperature, axis=-1)
+
+
+def check_targets(targets: Array, name: str, scorer: Array) -> None:
+    """Refuses targets that `scorer`, the argument `name` of shape [B, T, ...], does not score.
+
+    Raises:
+      ValueError: on another shape.
+      TypeError: on targets that are not integers.
+    """
+    if targets.shape != scorer.shape[:-1]:
+        raise ValueError(
+            f"targets have shape {targets.shape}, but {name} of shape {scorer.shape} can only score targets of shape "
+            f"{scorer.shape[:-1]}: shift one against the other (inputs tokens[:, :-1], targets tokens[:, 1:])"
+        )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(f"targets are {targets.dtype}; give integer token ids")
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuses a temperature that makes no distribution.
+
+    Raises:
+      ValueError: unless it is positive.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}; a greedy policy has no log-probabilities")
-    return jax.nn.log_softmax(at_least_float32(logits) / temperature, axis=-1)

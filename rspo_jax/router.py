@@ -49,7 +49,7 @@ def trace_router(router_logits: Array, k: int) -> RouterTrace:
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be between 1 and the number of experts, {num_experts}; got {k}")
     _, expert_ids = jax.lax.top_k(at_least_float32(router_logits), k)
-    return _rows_first(jax.vmap(_trace_layer)(router_logits, expert_ids))
+    return _swap_rows_and_layers(jax.vmap(_trace_layer)(router_logits, expert_ids))
 
 
 def trace_reader() -> RouterReader:
@@ -59,7 +59,7 @@ def trace_reader() -> RouterReader:
 
 def trace_of(reading: RouterReading) -> RouterTrace:
     """The trace from a reading of `trace_reader`."""
-    return _rows_first(reading.layers)
+    return _swap_rows_and_layers(reading.layers)
 
 
 def router_shift(router_logits: Array, trace: RouterTrace, layer_aggregation: str = "mean") -> Array:
@@ -79,7 +79,7 @@ def router_shift(router_logits: Array, trace: RouterTrace, layer_aggregation: st
     """
     _check_router_logits(router_logits)
     _check_aggregation(layer_aggregation)
-    expert_ids, log_probs = layers = _layers_first(trace)
+    expert_ids, log_probs = layers = _swap_rows_and_layers(trace)
     chex.assert_equal_shape([expert_ids, log_probs])
     num_layers, rows, k, tokens = expert_ids.shape
     if k > router_logits.shape[-1]:
@@ -95,11 +95,22 @@ def router_shift(router_logits: Array, trace: RouterTrace, layer_aggregation: st
     return _gamma(jnp.sum(jax.vmap(_layer_drift)(router_logits, layers), axis=0), num_layers, layer_aggregation)
 
 
+def check_covers(trace: RouterTrace, rows: tuple[int, ...]) -> None:
+    """Refuses the trace of another batch.
+
+    Raises:
+      ValueError: unless the trace covers tokens of shape `rows`, [N, T].
+    """
+    covered = (trace.expert_ids.shape[0], trace.expert_ids.shape[-1])
+    if covered != rows:
+        raise ValueError(f"the old route covers [N, T] = {covered}, the rows {rows}: score the same batch")
+
+
 def drift_reader(trace: RouterTrace) -> RouterReader:
     """Adds up the drift Σ_l d_l of the current policy against `trace`, without gradient; see `gamma_of`."""
     rows, _, _, tokens = trace.expert_ids.shape
     start = jnp.zeros((rows, tokens), jnp.float32)
-    return RouterReader(jax.tree_util.Partial(_read_drift, _layers_first(trace)), start)
+    return RouterReader(jax.tree_util.Partial(_read_drift, _swap_rows_and_layers(trace)), start)
 
 
 def gamma_of(reading: RouterReading, trace: RouterTrace, layer_aggregation: str = "mean") -> Array:
@@ -148,13 +159,8 @@ def _gamma(drift: Array, num_layers: int, layer_aggregation: str) -> Array:
     return jnp.exp(-(drift / num_layers if layer_aggregation == "mean" else drift))
 
 
-def _rows_first(layers: RouterTrace) -> RouterTrace:
-    """[L, B, K, T] -> [B, L, K, T]."""
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), layers)
-
-
-def _layers_first(trace: RouterTrace) -> RouterTrace:
-    """[B, L, K, T] -> [L, B, K, T]."""
+def _swap_rows_and_layers(trace: RouterTrace) -> RouterTrace:
+    """[L, B, K, T] <-> [B, L, K, T]."""
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), trace)
 
 

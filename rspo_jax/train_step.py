@@ -19,7 +19,7 @@ from rspo_jax.head_log_probs import TokenScores, head_log_probs
 from rspo_jax.log_probs import token_entropy, token_log_probs
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.packing import unpack
-from rspo_jax.router import LAYER_AGGREGATIONS, drift_reader, gamma_of, trace_of, trace_reader
+from rspo_jax.router import LAYER_AGGREGATIONS, check_covers, drift_reader, gamma_of, trace_of, trace_reader
 from rspo_jax.statistics import Mean, Statistic, Sum, masked_mean
 from rspo_jax.types import (
     Array,
@@ -213,8 +213,10 @@ def update(
 
     def terms(params: Params, part: ScoredBatch) -> tuple[Mean, dict[str, Statistic]]:
         batch, route = part.batch, part.old_route
-        _check_route(batch.rows, route)
-        reader = None if route is None else drift_reader(route)
+        reader = None
+        if route is not None:
+            check_covers(route, batch.rows.inputs.shape)
+            reader = drift_reader(route)
         scores, reading = score_rows(policy, params, batch.rows, config.temperature, reader)
         gamma = None
         if route is not None and reading is not None:
@@ -225,14 +227,6 @@ def update(
         )
 
     return _apply_gradient(optimizer, state, terms, batch)
-
-
-def _check_route(rows: PackedRows, route: RouterTrace | None) -> None:
-    if route is None:
-        return
-    covered = (route.expert_ids.shape[0], route.expert_ids.shape[-1])
-    if covered != rows.inputs.shape:
-        raise ValueError(f"the old route covers [N, T] = {covered}, the rows {rows.inputs.shape}: score the same batch")
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "optimizer"), donate_argnames=("state",))
