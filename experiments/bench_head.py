@@ -19,6 +19,7 @@ import tyro
 
 from experiments.bench import measure
 from experiments.bench_experts import interleaved_seconds
+from experiments.memory import keep_freed_memory
 from rspo_jax.head_log_probs import TokenScores, head_log_probs
 from rspo_jax.log_probs import token_entropy, token_log_probs
 
@@ -127,4 +128,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -20,6 +20,7 @@ import tyro
 
 import models
 from experiments.bench_experts import interleaved_seconds
+from experiments.memory import keep_freed_memory
 from rspo_jax.sampler import SamplerConfig, generate
 from rspo_jax.types import Array, Samples
 
@@ -56,25 +57,25 @@ def contenders(benchmark: Benchmark, stop_count: int) -> dict[str, Callable[[], 
     params = models.init_params(MODEL, jax.random.key(b.seed))
     rng = np.random.default_rng(b.seed)
     prompts = jnp.asarray(rng.integers(1, VOCABULARY, (b.requests, b.prompt_tokens)).astype(np.int32))
-    mask, key = jnp.ones(prompts.shape, bool), jax.random.key(b.seed + 1)
+    mask, keys = jnp.ones(prompts.shape, bool), jax.random.split(jax.random.key(b.seed + 1), b.requests)
     stops = tuple(range(VOCABULARY - stop_count, VOCABULARY))
 
-    def draw(prompts: Array, mask: Array, key: Array, slots: int | None) -> Samples:
+    def draw(prompts: Array, mask: Array, keys: Array, slots: int | None) -> Samples:
         config = SamplerConfig(b.max_new_tokens, slots=slots)
-        return generate(model, params, prompts, mask, key, config, stops)
+        return generate(model, params, prompts, mask, keys, config, stops)
 
     def in_batches() -> Samples:
         batches = []
         for start in range(0, b.requests, b.slots):
             rows = slice(start, start + b.slots)
             # A batch ends before the next begins: the host decides what to draw next.
-            batches.append(jax.block_until_ready(draw(prompts[rows], mask[rows], jax.random.fold_in(key, start), None)))
+            batches.append(jax.block_until_ready(draw(prompts[rows], mask[rows], keys[rows], None)))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
 
     return {
-        "refilled slots": lambda: draw(prompts, mask, key, b.slots),
+        "refilled slots": lambda: draw(prompts, mask, keys, b.slots),
         "batch after batch": in_batches,
-        "all at once": lambda: draw(prompts, mask, key, None),
+        "all at once": lambda: draw(prompts, mask, keys, None),
     }
 
 
@@ -104,4 +105,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -27,6 +27,7 @@ import tyro
 import models
 from experiments.bench_experts import interleaved_seconds
 from experiments.config import RUNS
+from experiments.memory import keep_freed_memory
 from rspo_jax.sampler import SamplerConfig, generate
 from rspo_jax.types import Params
 
@@ -100,12 +101,12 @@ def make_prompts(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def our_sampler(case: Case, params: Params, prompts: np.ndarray, mask: np.ndarray) -> dict[str, Contender]:
     """`rspo_jax.sampler.generate`; no stop token, so that every row takes all its steps."""
-    model, key = models.Transformer(case.model), jax.random.key(0)
+    model, keys = models.Transformer(case.model), jax.random.split(jax.random.key(0), case.rows)
     config = SamplerConfig(max_new_tokens=case.new_tokens, temperature=0.0)
     prompts, mask = prompts[:: case.group], mask[:: case.group]
 
     def answer() -> np.ndarray:
-        return np.asarray(generate(model, params, prompts, mask, key, config, (), repeats=case.group).tokens)
+        return np.asarray(generate(model, params, prompts, mask, keys, config, (), repeats=case.group).tokens)
 
     return {"rspo_jax": answer}
 
@@ -452,4 +453,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

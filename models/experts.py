@@ -1,11 +1,11 @@
 """Runs each token through its chosen experts, and through no others.
 
 Dropless, with static shapes, in one of two ways that `run_experts` chooses when the program is lowered. On TPUs and
-GPUs the assignments (token, expert) are sorted by expert and go through two grouped products. On the CPU the sorted
-assignments are cut into blocks of one expert, and a loop takes each block from its tokens to its output: there the
-wide intermediate activations of a block stay in the processor's cache, where two grouped products would write and read
-them whole, which costs more than computing them again in the backward pass. Pure functions of arrays: this file must
-never know a router, a model or its configuration.
+GPUs the assignments (token, expert) are sorted by expert and go through two grouped products. On the CPU each expert
+has a fixed number of places, a little more than its share, and all experts multiply at once, because XLA's CPU runs
+one large batched product on all cores and the small products of a loop on one; the assignments for which no place is
+left are few and go through such a loop, block by block. Pure functions of arrays: this file must never know a router, a
+model or its configuration.
 """
 
 import functools
@@ -34,7 +34,7 @@ def run_experts(x: Array, weights: Array, expert_ids: Array, gate_up: Array, dow
       float [N, D] in the dtype of x. Differentiable (reverse mode) in x, weights and both projections.
     """
     arguments = (x, weights, expert_ids, gate_up, down)
-    return jax.lax.platform_dependent(*arguments, cpu=run_experts_in_blocks, default=run_experts_sorted)
+    return jax.lax.platform_dependent(*arguments, cpu=run_experts_in_places, default=run_experts_sorted)
 
 
 def run_experts_of_layer(
@@ -133,11 +133,6 @@ _sum_rows_of_tokens.defvjp(
 )
 
 
-def run_experts_in_blocks(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> Array:
-    """`run_experts` by a loop over the experts and, in it, one over blocks of an expert's rows."""
-    return _run_blocks(x, weights, gate_up, down, sort_assignments(expert_ids, gate_up.shape[0]))
-
-
 def _expert(x: Array, weights: Array, gate_up: Array, down: Array) -> Array:
     """One expert on one block: [rows, D], [rows], [D, 2, F], [F, D] -> [rows, D].
 
@@ -164,9 +159,10 @@ class _Blocks(NamedTuple):
         sizes = (size, size // 4) if size >= 32 else (size,)
         return cls(jnp.pad(route.assignment_of_row, (0, size)), route, sizes)
 
-    def loop(self, expert: Array, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
-        """`carry = body(first_row, size, carry)` for each block of the expert."""
-        first, end = self.route.group_bounds[expert], self.route.group_bounds[expert + 1]
+    def loop(self, expert: Array, body: Callable[[Array, int, Any], Any], carry: Any, skip: int = 0) -> Any:
+        """`carry = body(first_row, size, carry)` for each block of the expert's rows after the first `skip`."""
+        end = self.route.group_bounds[expert + 1]
+        first = jnp.minimum(self.route.group_bounds[expert] + skip, end)
         for size in self.sizes:
             spare = size - 1 if size == self.sizes[-1] else 0
             num_blocks = (end - first + spare) // size
@@ -182,28 +178,36 @@ class _Blocks(NamedTuple):
     def inputs(self, expert: Array, first: Array, size: int, x: Array, weights: Array) -> tuple[Array, Array, Array]:
         """The tokens of one block, their rows of x and their weights."""
         assignments = jax.lax.dynamic_slice_in_dim(self.assignments, first, size)
-        own = first + jnp.arange(size, dtype=jnp.int32) < self.route.group_bounds[expert + 1]
         tokens = assignments // weights.shape[1]
-        return tokens, x[tokens], jnp.where(own, weights.reshape(-1)[assignments], 0)
+        return tokens, x[tokens], jnp.where(self._own(expert, first, size), weights.reshape(-1)[assignments], 0)
 
-    def empty_rows(self, *shape: int, dtype: Any) -> Array:
-        return jnp.zeros((self.assignments.size, *shape), dtype)
+    def own_assignments(self, expert: Array, first: Array, size: int) -> Array:
+        """The assignments of one block; N·K for rows of the next expert."""
+        assignments = jax.lax.dynamic_slice_in_dim(self.assignments, first, size)
+        return jnp.where(self._own(expert, first, size), assignments, self.route.assignment_of_row.size)
+
+    def _own(self, expert: Array, first: Array, size: int) -> Array:
+        return first + jnp.arange(size, dtype=jnp.int32) < self.route.group_bounds[expert + 1]
 
 
 def _put(rows: Array, block: Array, first: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(rows, block, first, 0)
 
 
+def _loop_over_experts(route: SortedAssignments, rows: int, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """`carry = body(expert, carry)` for each expert that has more than so many rows."""
+    concerned = jnp.diff(route.group_bounds) > rows
+    order = jnp.argsort(~concerned, stable=True)
+    count = jnp.sum(concerned, dtype=jnp.int32)
+    return jax.lax.fori_loop(0, count, lambda index, carry: body(order[index], carry), carry)
+
+
 def _multiply_blocks(
     x: Array, weights: Array, route: SortedAssignments, parameters_of: Callable[[Array], tuple[Array, Array]]
 ) -> Array:
-    num_experts = route.group_bounds.size - 1
-    blocks = _Blocks.of(route, num_experts)
-    in_use = jnp.diff(route.group_bounds) > 0
-    used_first = jnp.argsort(~in_use, stable=True)
+    blocks = _Blocks.of(route, route.group_bounds.size - 1)
 
-    def run_expert(index: Array, rows: Array) -> Array:
-        expert = used_first[index]
+    def run_expert(expert: Array, rows: Array) -> Array:
         parameters = parameters_of(expert)
 
         def run_block(first: Array, size: int, rows: Array) -> Array:
@@ -212,55 +216,200 @@ def _multiply_blocks(
 
         return blocks.loop(expert, run_block, rows)
 
-    num_used = jnp.sum(in_use, dtype=jnp.int32)
-    rows = jax.lax.fori_loop(0, num_used, run_expert, blocks.empty_rows(x.shape[1], dtype=x.dtype))
+    rows = _loop_over_experts(route, 0, run_expert, jnp.zeros((blocks.assignments.size, x.shape[1]), x.dtype))
     return _sum_rows_of_tokens(rows, route, weights.shape)
 
 
+class _Places(NamedTuple):
+    """C places for each expert; the c-th row of expert e has place e·C + c, if it has one."""
+
+    assignments: Array
+    """int32 [E·C]: whose place it is; some other's where a place is empty."""
+    taken: Array
+    """bool [E·C]."""
+    place_of_assignment: Array
+    """int32 [N·K]; E·C where none is left."""
+
+    @classmethod
+    def of(cls, route: SortedAssignments, expert_ids: Array) -> "_Places":
+        flat, num_experts = expert_ids.reshape(-1), route.group_bounds.size - 1
+        places = _places_of_each(flat.size, num_experts)
+        rows = route.group_bounds[:-1, None] + jnp.arange(places, dtype=jnp.int32)[None, :]
+        taken = rows < route.group_bounds[1:, None]
+        assignments = route.assignment_of_row[jnp.minimum(rows, flat.size - 1)]
+        rank = route.row_of_assignment - route.group_bounds[flat]
+        place = jnp.where(rank < places, flat.astype(jnp.int32) * places + rank, num_experts * places)
+        # Without the barrier XLA computes all this again in every kernel that gathers by it.
+        return cls(*jax.lax.optimization_barrier((assignments.reshape(-1), taken.reshape(-1), place)))
+
+    def take(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """[N, D] -> [E·C, D]; `shape` is (N, K)."""
+        return x[self.assignments // shape[1]]
+
+    def weights(self, weights: Array) -> Array:
+        """[N, K] -> [E·C]."""
+        return jax.lax.optimization_barrier(weights.reshape(-1)[self.assignments])
+
+    def clear_empty(self, rows: Array) -> Array:
+        """[E, C, ...], 0 where a place is empty."""
+        return jnp.where(self.taken.reshape(*rows.shape[:2], *(1,) * (rows.ndim - 2)), rows, 0)
+
+    def put_back(self, rows: Array) -> Array:
+        """[E·C, ...] -> [N·K, ...]; 0 for an assignment without a place."""
+        spare = jnp.zeros((1, *rows.shape[1:]), rows.dtype)
+        return jnp.concatenate([rows, spare])[self.place_of_assignment]
+
+
+def _places_of_each(assignments: int, num_experts: int) -> int:
+    """A little more than an even share, in eights: empty places cost little less than full ones."""
+    share = -(-assignments // num_experts)
+    return -(-(share + share // 32) // 8) * 8
+
+
+def _rank_assignments(expert_ids: Array, num_experts: int) -> SortedAssignments:
+    """`sort_assignments` by counting, which on a CPU takes a fraction of the time of a sort.
+
+    The rank of an assignment among those of its expert is the number of equal ones before it: before its block of 64,
+    and within it, by a product with a triangle of ones, exact in float32 below 2**24 assignments.
+    """
+    block = 64
+    flat = expert_ids.reshape(-1).astype(jnp.int32)
+    padded = jnp.pad(flat, (0, -flat.size % block), constant_values=num_experts).reshape(-1, block)
+    chosen = jax.nn.one_hot(padded, num_experts, dtype=jnp.float32)  # zeros for the padding
+    earlier = jnp.tril(jnp.ones((block, block), jnp.float32), -1)
+    within = jnp.einsum("ij,bje->bie", earlier, chosen)
+    of_block = jnp.sum(chosen, axis=1)
+    before = jnp.cumsum(of_block, axis=0) - of_block
+    rank = jnp.sum((within + before[:, None]) * chosen, axis=-1).reshape(-1)[: flat.size].astype(jnp.int32)
+    sizes = jnp.sum(of_block, axis=0).astype(jnp.int32)
+    group_bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)])
+    row_of_assignment = group_bounds[flat] + rank
+    assignments = jnp.arange(flat.size, dtype=jnp.int32)
+    order = jnp.zeros_like(flat).at[row_of_assignment].set(assignments, unique_indices=True)
+    return SortedAssignments(order, row_of_assignment, group_bounds)
+
+
 @jax.custom_vjp
-def _run_blocks(x: Array, weights: Array, gate_up: Array, down: Array, route: SortedAssignments) -> Array:
-    return _multiply_blocks(x, weights, route, lambda expert: (gate_up[expert], down[expert]))
+def run_experts_in_places(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> Array:
+    """`run_experts` by batched products over the places of all experts, and a loop for what has no place."""
+    return _forward(x, weights, expert_ids, gate_up, down)[0]
 
 
-def _forward(x: Array, weights: Array, gate_up: Array, down: Array, route: SortedAssignments) -> tuple[Array, tuple]:
-    return _run_blocks(x, weights, gate_up, down, route), (x, weights, gate_up, down, route)
+class _Residuals(NamedTuple):
+    """Of the forward pass."""
+
+    inputs: tuple[Array, Array, Array, Array]  # x, weights, gate_up, down
+    route: SortedAssignments
+    places: _Places
+    hidden: Array  # [E, C, 2F], gate and up
+    weighted: Array  # [E, C, F], what the last product takes
 
 
-def _backward(residuals: tuple, output_gradient: Array) -> tuple:
-    x, weights, gate_up, down, route = residuals
+def _forward(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> tuple[Array, _Residuals]:
+    num_experts, hidden_size, _, expert_size = gate_up.shape
+    route = _rank_assignments(expert_ids, num_experts)
+    places = _Places.of(route, expert_ids)
+    rows = places.take(x, weights.shape).reshape(num_experts, -1, hidden_size)
+    hidden = _product("ecd,edf->ecf", rows, gate_up.reshape(num_experts, hidden_size, 2 * expert_size))
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    row_weights = places.weights(weights).reshape(num_experts, -1, 1)
+    weighted = jax.lax.optimization_barrier(places.clear_empty(gate * up / (1 + jnp.exp(-gate)) * row_weights))
+    output = _product("ecf,efd->ecd", weighted, down)
+    mixed = _sum_places(output, places, weights.shape)
+    mixed = _add_rest(mixed, x, weights, route, gate_up, down)
+    return mixed, _Residuals((x, weights, gate_up, down), route, places, hidden, weighted)
+
+
+def _product(spec: str, left: Array, right: Array) -> Array:
+    # The barrier keeps the elementwise operations around a product out of it: fused, they slow it down.
+    return jax.lax.optimization_barrier(jnp.einsum(spec, left, right))
+
+
+def _sum_places(rows: Array, places: _Places, shape: tuple[int, ...]) -> Array:
+    """[E, C, D] -> [N, D]."""
+    return jnp.sum(places.put_back(rows.reshape(-1, rows.shape[-1])).reshape(*shape, -1), axis=1)
+
+
+def _add_rest(mixed: Array, x: Array, weights: Array, route: SortedAssignments, gate_up: Array, down: Array) -> Array:
+    """Adds what the experts make of the assignments that have no place."""
     num_experts = gate_up.shape[0]
-    blocks = _Blocks.of(route, num_experts)
+    blocks, places = _Blocks.of(route, num_experts), _places_of_each(weights.size, num_experts)
 
-    def run_expert(expert: Array, gradients: tuple) -> tuple:
-        x_rows, weight_rows, gate_up_gradient, down_gradient = gradients
+    def run_expert(expert: Array, mixed: Array) -> Array:
+        parameters = gate_up[expert], down[expert]
+
+        def run_block(first: Array, size: int, mixed: Array) -> Array:
+            tokens, block_x, block_weights = blocks.inputs(expert, first, size, x, weights)
+            return mixed.at[tokens].add(_expert(block_x, block_weights, *parameters))
+
+        return blocks.loop(expert, run_block, mixed, skip=places)
+
+    return _loop_over_experts(route, places, run_expert, mixed)
+
+
+def _backward(residuals: _Residuals, output_gradient: Array) -> tuple:
+    (x, weights, gate_up, down), places = residuals.inputs, residuals.places
+    # Without the barrier XLA keeps the sigmoid of the forward pass too.
+    hidden, weighted = jax.lax.optimization_barrier((residuals.hidden, residuals.weighted))
+    num_experts, hidden_size, _, expert_size = gate_up.shape
+    rows = places.take(x, weights.shape).reshape(num_experts, -1, hidden_size)
+    row_gradient = places.take(output_gradient, weights.shape).reshape(num_experts, -1, hidden_size)
+    row_weights = places.weights(weights).reshape(num_experts, -1, 1)
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    sigmoid = 1 / (1 + jnp.exp(-gate))
+    inner = _product("ecd,efd->ecf", row_gradient, down)  # of gate · sigmoid · up · weight
+    place_gradient = jnp.sum(inner * gate * sigmoid * up, axis=-1).reshape(-1)
+    of_gate = inner * row_weights * up * sigmoid * (1 + gate * (1 - sigmoid))
+    of_up = inner * row_weights * gate * sigmoid
+    hidden_gradient = jnp.concatenate([places.clear_empty(of_gate), places.clear_empty(of_up)], axis=-1)
+    hidden_gradient = jax.lax.optimization_barrier(hidden_gradient)
+    flat_kernel = gate_up.reshape(num_experts, hidden_size, 2 * expert_size)
+    x_gradient = _sum_places(_product("ecf,edf->ecd", hidden_gradient, flat_kernel), places, weights.shape)
+    gradients = _Gradients(
+        x_gradient,
+        places.put_back(place_gradient),
+        jnp.einsum("ecd,ecf->edf", rows, hidden_gradient).reshape(gate_up.shape),
+        jnp.einsum("ecf,ecd->efd", weighted, row_gradient),
+    )
+    x_gradient, weight_gradient, *of_parameters = _add_rest_gradients(gradients, residuals, output_gradient)
+    return x_gradient, weight_gradient.reshape(weights.shape), None, *of_parameters
+
+
+class _Gradients(NamedTuple):
+    x: Array  # [N, D]
+    weights: Array  # [N·K]
+    gate_up: Array  # [E, D, 2, F]
+    down: Array  # [E, F, D]
+
+
+def _add_rest_gradients(gradients: _Gradients, residuals: _Residuals, output_gradient: Array) -> _Gradients:
+    """Adds the part of the assignments that have no place."""
+    (x, weights, gate_up, down), route = residuals.inputs, residuals.route
+    num_experts = gate_up.shape[0]
+    blocks, places = _Blocks.of(route, num_experts), _places_of_each(weights.size, num_experts)
+
+    def run_expert(expert: Array, gradients: _Gradients) -> _Gradients:
         parameters = gate_up[expert], down[expert]
 
         def run_block(first: Array, size: int, carry: tuple) -> tuple:
-            x_rows, weight_rows, *sums = carry
+            of_x, of_weights, *sums = carry
             tokens, block_x, block_weights = blocks.inputs(expert, first, size, x, weights)
             _, vjp = jax.vjp(_expert, block_x, block_weights, *parameters)
             x_part, weight_part, *parts = vjp(output_gradient[tokens])
             sums = [total + part.astype(jnp.float32) for total, part in zip(sums, parts, strict=True)]
-            return _put(x_rows, x_part, first), _put(weight_rows, weight_part, first), *sums
+            assignments = blocks.own_assignments(expert, first, size)
+            return of_x.at[tokens].add(x_part), of_weights.at[assignments].set(weight_part, mode="drop"), *sums
 
-        zeros = [jnp.zeros(parameter.shape, jnp.float32) for parameter in parameters]
-        x_rows, weight_rows, gate_up_sum, down_sum = blocks.loop(expert, run_block, (x_rows, weight_rows, *zeros))
-        return (
-            x_rows,
-            weight_rows,
-            gate_up_gradient.at[expert].set(gate_up_sum.astype(gate_up.dtype)),
-            down_gradient.at[expert].set(down_sum.astype(down.dtype)),
+        own = [gradients.gate_up[expert].astype(jnp.float32), gradients.down[expert].astype(jnp.float32)]
+        of_x, of_weights, *own = blocks.loop(expert, run_block, (gradients.x, gradients.weights, *own), skip=places)
+        return _Gradients(
+            of_x,
+            of_weights,
+            gradients.gate_up.at[expert].set(own[0].astype(gate_up.dtype)),
+            gradients.down.at[expert].set(own[1].astype(down.dtype)),
         )
 
-    start = (
-        blocks.empty_rows(x.shape[1], dtype=x.dtype),
-        blocks.empty_rows(dtype=weights.dtype),
-        jnp.zeros_like(gate_up),
-        jnp.zeros_like(down),
-    )
-    x_rows, weight_rows, *parameter_gradients = jax.lax.fori_loop(0, num_experts, run_expert, start)
-    weight_gradient = weight_rows[route.row_of_assignment].reshape(weights.shape)
-    return _sum_rows(x_rows, route, weights.shape), weight_gradient, *parameter_gradients, None
+    return _loop_over_experts(route, places, run_expert, gradients)
 
 
-_run_blocks.defvjp(_forward, _backward)
+run_experts_in_places.defvjp(_forward, _backward)

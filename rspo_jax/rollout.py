@@ -115,7 +115,7 @@ def sample_in_chunks(
     policy: Policy,
     params: Params,
     prompts: Prompts,
-    key: Array,
+    keys: Array,
     sampler: SamplerConfig,
     tokenizer: Tokenizer,
     chunks: int,
@@ -124,6 +124,7 @@ def sample_in_chunks(
     """Starts to draw one response a row of the prompts, in equal chunks, without waiting for any of them.
 
     Each prompt stands in `repeats` rows in a row; where a chunk holds whole such groups, it reads a prompt once.
+    `keys`, [B], are one a row: into how many chunks the rows are cut does not change what is drawn.
     """
     rows, rest = divmod(prompts.tokens.shape[0], chunks)
     if rest or not rows:
@@ -135,7 +136,7 @@ def sample_in_chunks(
             params,
             prompts.tokens[start : start + rows : repeats],
             prompts.mask[start : start + rows : repeats],
-            jax.random.fold_in(key, start),
+            keys[start : start + rows],
             sampler,
             (tokenizer.eos_id,),
             tokenizer.pad_id,
@@ -143,6 +144,24 @@ def sample_in_chunks(
         )
         for start in range(0, prompts.tokens.shape[0], rows)
     ]
+
+
+class ResponseLengths(NamedTuple):
+    """Of the responses of a rollout, in tokens."""
+
+    mean: Array
+    """float32 scalar; 0 before the first rollout."""
+    longest: Array
+    """float32 scalar."""
+
+
+def refilling_pays(mean_prompt: float, lengths: ResponseLengths) -> bool:
+    """Whether slots that take the next prompt once they are free are faster than batch after batch.
+
+    A slot reads its prompt token by token, so a response takes it prompt + response steps; a batch reads all prompts at
+    once and takes as many steps as its longest response. Before the first rollout nothing is known, and batches it is.
+    """
+    return mean_prompt + float(np.asarray(lengths.mean)) < float(np.asarray(lengths.longest))
 
 
 @jax.jit
@@ -193,7 +212,8 @@ def solve(
         # The last batch is filled up with copies, so that one shape is compiled.
         batch = [problems[min(row, len(problems) - 1)] for row in range(start, start + batch_size)]
         prompts = encode_prompts(task, batch, width)
-        chunks += sample_in_chunks(policy, params, prompts, jax.random.fold_in(key, start), sampler, task.tokenizer, 1)
+        keys = jax.random.split(jax.random.fold_in(key, start), batch_size)
+        chunks += sample_in_chunks(policy, params, prompts, keys, sampler, task.tokenizer, 1)
     excess = len(chunks) * batch_size - len(problems)
     if excess:
         chunks[-1] = jax.tree.map(lambda leaf: leaf[:-excess], chunks[-1])

@@ -29,9 +29,9 @@ class SamplerConfig:
     top_p: float = 1.0
     """Draw among the fewest likeliest tokens that hold this much probability (after `top_k`)."""
     slots: int | None = None
-    """Responses that are drawn at once, with a cache for so many; as many as there are prompts when absent. Fewer pay
-    when most responses are much shorter than the longest: feeding a prompt takes its length in steps, so about where
-    mean response + mean prompt < max_new_tokens."""
+    """Responses that are drawn at once, with a cache for so many; as many as there are prompts when absent. A slot that
+    is done takes the next prompt. The trainer does so where it is the faster way, and otherwise draws as many
+    responses after as many (`rspo_jax.rollout.refilling_pays`)."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -107,7 +107,7 @@ def generate(
     params: Params,
     prompts: Array,
     prompt_mask: Array,
-    key: Array,
+    keys: Array,
     config: SamplerConfig,
     stop_tokens: tuple[int, ...],
     pad_id: int = 0,
@@ -120,7 +120,7 @@ def generate(
       params: its parameters.
       prompts: int32 [B / repeats, P], left-padded (`pad_prompts`).
       prompt_mask: bool [B / repeats, P].
-      key: a PRNG key. Row b draws from `split(key, B)[b]`, whatever the other rows do.
+      keys: PRNG keys [B], one a response: what is drawn with it does not depend on the other rows.
       config: how to draw.
       stop_tokens: a row is finished once it draws one of them; that token still belongs to the response.
       pad_id: fills the rest.
@@ -130,17 +130,20 @@ def generate(
       `Samples` with R = `config.max_new_tokens`.
 
     Raises:
-      ValueError: if the shapes do not fit, or `repeats` is not positive.
+      ValueError: if the shapes do not fit, the keys are not one a response, or `repeats` is not positive.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if prompts.ndim != 2 or prompt_mask.shape != prompts.shape:
         raise ValueError(f"prompts and prompt_mask must both be [B, P], got {prompts.shape} and {prompt_mask.shape}")
     batch_size, width = prompts.shape[0] * repeats, prompts.shape[1]
+    if keys.shape != (batch_size,):
+        raise ValueError(
+            f"{batch_size} responses need as many keys, [{batch_size}]; got shape {keys.shape}: "
+            "make them with jax.random.split(key, number of responses)"
+        )
     num_slots = min(config.slots or batch_size, batch_size)
-    requests = _Requests(
-        prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), jax.random.split(key, batch_size), repeats
-    )
+    requests = _Requests(prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), keys, repeats)
     # A ring of this many slots holds the longest sequence, whatever was in it before.
     logits, cache = _prefill(policy, params, requests, prompt_mask, num_slots, width + config.max_new_tokens)
     start = _DecodeState(

@@ -25,6 +25,7 @@ from rspo_jax.preemption import Preemption
 from rspo_jax.rollout import (
     Judged,
     Packing,
+    ResponseLengths,
     assemble,
     check_solutions,
     encode_prompts,
@@ -32,6 +33,7 @@ from rspo_jax.rollout import (
     judge,
     pack,
     prompt_width,
+    refilling_pays,
     sample_in_chunks,
     solve,
 )
@@ -162,6 +164,9 @@ class TrainerConfig:
         rows = self.prompts * self.group_size
         if rows % self.rollout_chunks:
             raise ValueError(f"a rollout of {rows} responses does not divide into {self.rollout_chunks} rollout_chunks")
+        slots = self.sampler.slots
+        if slots is not None and rows % slots:
+            raise ValueError(f"a rollout of {rows} responses does not divide into batches of {slots} slots")
         if not self.sampler.temperature > 0:
             raise ValueError("sampler.temperature must be positive to train: greedy responses are all alike")
 
@@ -190,6 +195,8 @@ class RunState(NamedTuple):
     """int32 scalar: supervised steps made."""
     step: Array
     """int32 scalar: steps of reinforcement learning made."""
+    lengths: ResponseLengths
+    """Of the last rollout: they decide how the next is drawn."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +318,9 @@ def _fresh_state(init_params: Callable[[Array], Params], config: TrainerConfig) 
     key, params_key = jax.random.split(jax.random.key(config.seed))
     optimizer = config.warm_start.decaying_optimizer if config.warm_start.steps else config.decaying_optimizer
     zero = jnp.int32(0)
-    return RunState(init_train_state(init_params(params_key), optimizer), jax.random.key_data(key), zero, zero, zero)
+    train_state = init_train_state(init_params(params_key), optimizer)
+    no_lengths = ResponseLengths(jnp.float32(0), jnp.float32(0))
+    return RunState(train_state, jax.random.key_data(key), zero, zero, zero, no_lengths)
 
 
 def _position(state: RunState) -> tuple[str, int]:
@@ -359,6 +368,8 @@ class Draws(NamedTuple):
     """One a row: each problem `group_size` times."""
     rollout: RolloutBatch
     chunks: list[Any]
+    refilled: bool
+    """Whether slots that were done took the next prompt."""
     started: float
 
 
@@ -411,19 +422,32 @@ def _start_rollout(run: Run, state: RunState) -> tuple[Draws, RunState]:
     rows = take(len(run.train_problems), (config.seed, 1), int(state.cursor), config.prompts)
     problems = [run.train_problems[row] for row in rows]
     prompts = encode_prompts(run.task, problems, run.width, repeats=config.group_size)
+    num_chunks, sampler, refilled = _how_to_draw(config, float(np.mean(np.sum(prompts.mask, axis=1))), state.lengths)
     chunks = sample_in_chunks(
         run.policy,
         state.train.params,
         prompts,
-        sample_key,
-        config.sampler,
+        jax.random.split(sample_key, prompts.tokens.shape[0]),
+        sampler,
         run.task.tokenizer,
-        config.rollout_chunks,
+        num_chunks,
         config.group_size,
     )
     repeated = [problem for problem in problems for _ in range(config.group_size)]
     state = state._replace(key=jax.random.key_data(key), cursor=state.cursor + config.prompts)
-    return Draws(repeated, assemble(prompts, chunks), chunks, started), state
+    return Draws(repeated, assemble(prompts, chunks), chunks, refilled, started), state
+
+
+def _how_to_draw(
+    config: TrainerConfig, mean_prompt: float, lengths: ResponseLengths
+) -> tuple[int, SamplerConfig, bool]:
+    """Into how many chunks a rollout is cut, how each is drawn, and whether its slots are refilled."""
+    slots, rows = config.sampler.slots, config.prompts * config.group_size
+    if slots is None or slots >= rows // config.rollout_chunks:
+        return config.rollout_chunks, config.sampler, False
+    if refilling_pays(mean_prompt, lengths):
+        return config.rollout_chunks, config.sampler, True
+    return rows // slots, config.sampler, False
 
 
 def _learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecord]:
@@ -453,8 +477,9 @@ def _learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecor
             mini_batch = to_device(scored[index]) if learner.route_on_host else scored[index]
             train_state, update_statistics = update(run.policy, optimizer, train_state, mini_batch, learner)
             statistics.append(update_statistics)
-    state = state._replace(train=train_state, key=jax.random.key_data(key), step=state.step + 1)
     metrics = _rollout_metrics(judged, informative, draws, config) | packing_metrics | {"learning_rate": learning_rate}
+    lengths = ResponseLengths(jnp.float32(metrics["response_length"]), jnp.float32(metrics["longest_response"]))
+    state = state._replace(train=train_state, key=jax.random.key_data(key), step=state.step + 1, lengths=lengths)
     return state, StepRecord(int(state.step), statistics, metrics, draws.started)
 
 
@@ -477,7 +502,9 @@ def _rollout_metrics(judged: Judged, informative: np.ndarray, draws: Draws, conf
         "solve_rate": float(judged.correct.mean()),
         "truncated_fraction": float(judged.truncated.mean()),
         "response_length": float(lengths.mean()),
+        "longest_response": float(lengths.max()),
         "response_tokens": float(lengths.sum()),
+        "refilled": float(draws.refilled),
         "informative_groups": float(informative.mean()),
         "unlearned_informative_groups": unlearned / config.prompts,
     }

@@ -14,7 +14,7 @@ from experiments import evaluate
 from experiments.config import CountdownRun, save_config
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
 from rspo_jax.checkpoint import Checkpoints
-from rspo_jax.rollout import Packing, encode_solutions, pack, prompt_width
+from rspo_jax.rollout import Packing, ResponseLengths, encode_solutions, pack, prompt_width
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import OptimizerConfig, init_train_state, supervised_update
 from rspo_jax.trainer import EvaluationConfig, RunState, TrainerConfig
@@ -75,7 +75,11 @@ def taught(tmp_path_factory):
     save_config(run_dir / "config.json", "countdown", run)
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
         key, zero = jax.random.key_data(jax.random.key(0)), jnp.int32(0)
-        checkpoints.save(7, RunState(train_state, key, zero, zero, jnp.int32(7)), {"elapsed_seconds": 1.0})
+        checkpoints.save(
+            7,
+            RunState(train_state, key, zero, zero, jnp.int32(7), ResponseLengths(jnp.float32(0), jnp.float32(0))),
+            {"elapsed_seconds": 1.0},
+        )
     return run_dir, problems
 
 

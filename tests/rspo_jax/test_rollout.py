@@ -9,12 +9,14 @@ import pytest
 
 from rspo_jax.rollout import (
     Packing,
+    ResponseLengths,
     assemble,
     encode_prompts,
     encode_solutions,
     judge,
     pack,
     prompt_width,
+    refilling_pays,
     sample_in_chunks,
     solve,
 )
@@ -148,7 +150,9 @@ def test_chunks_keep_the_order_of_rows_and_are_assembled_where_they_were_drawn()
     table = alphabet_table(certainty=1.0)
     prompts = encode_prompts(TASK, PROBLEMS, 3, repeats=2)
     config = SamplerConfig(max_new_tokens=4)
-    chunks = sample_in_chunks(POLICY, table, prompts, jax.random.key(0), config, TASK.tokenizer, chunks=3)
+    chunks = sample_in_chunks(
+        POLICY, table, prompts, jax.random.split(jax.random.key(0), 12), config, TASK.tokenizer, chunks=3
+    )
     assert [chunk.tokens.shape for chunk in chunks] == [(4, 4)] * 3
     assert len({np.asarray(chunk.tokens).tobytes() for chunk in chunks}) == 3
     batch = jax.tree.map(np.asarray, assemble(prompts, chunks))
@@ -194,14 +198,26 @@ def test_packing_keeps_every_response_with_its_own(mini_batches, micro_batches, 
     assert metrics["padding_fraction"] == pytest.approx(np.mean(rows.segment_ids == 0))
 
 
-def test_rows_of_different_chunks_draw_differently():
+def test_what_is_drawn_does_not_depend_on_the_chunks():
     prompts = encode_prompts(TASK, ["a"], 1, repeats=12)
     config = SamplerConfig(max_new_tokens=4)
-    key, flat = jax.random.key(1), np.zeros((8, 8), np.float32)
-    chunks = sample_in_chunks(POLICY, flat, prompts, key, config, TASK.tokenizer, chunks=3)
-    of_chunks = [np.asarray(chunk.tokens) for chunk in chunks]
-    assert len({tokens.tobytes() for tokens in of_chunks}) == 3
-    assert len({tuple(row) for tokens in of_chunks for row in tokens}) > 6
+    keys, flat = jax.random.split(jax.random.key(1), 12), np.zeros((8, 8), np.float32)
+    drawn = []
+    for chunks in (1, 3, 4):
+        parts = sample_in_chunks(POLICY, flat, prompts, keys, config, TASK.tokenizer, chunks)
+        assert len(parts) == chunks
+        drawn.append(np.concatenate([np.asarray(part.tokens) for part in parts]))
+    np.testing.assert_array_equal(drawn[1], drawn[0])
+    np.testing.assert_array_equal(drawn[2], drawn[0])
+    assert len({tuple(row) for row in drawn[0]}) > 6
+
+
+@pytest.mark.parametrize(
+    ("mean_prompt", "mean", "longest", "pays"),
+    [(8, 21.5, 128, True), (14, 9, 20, False), (0, 0, 0, False), (6, 4, 10, False), (5, 4, 10, True)],
+)
+def test_when_refilling_pays(mean_prompt, mean, longest, pays):
+    assert refilling_pays(mean_prompt, ResponseLengths(np.float32(mean), np.float32(longest))) is pays
 
 
 @pytest.mark.parametrize("count", [1, 6, 700])

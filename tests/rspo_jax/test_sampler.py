@@ -45,6 +45,7 @@ class RecordingPolicy(TablePolicy):
 
 
 TABLE = TablePolicy()
+KEYS = jax.random.split(jax.random.key(0), 4)
 
 
 def counting_table(vocabulary):
@@ -56,8 +57,8 @@ def counting_table(vocabulary):
 
 def run(policy, params, prompts, config, stop_tokens=(), seed=0, width=None, pad_id=0):
     tokens, mask = pad_prompts(prompts, width or max(map(len, prompts)), pad_id)
-    key = jax.random.key(seed)
-    return jax.tree.map(np.asarray, generate(policy, params, tokens, mask, key, config, stop_tokens, pad_id))
+    keys = jax.random.split(jax.random.key(seed), len(prompts))
+    return jax.tree.map(np.asarray, generate(policy, params, tokens, mask, keys, config, stop_tokens, pad_id))
 
 
 def test_rows_end_at_a_stop_token_and_sampling_ends_with_the_last_row():
@@ -301,11 +302,11 @@ def test_responses_do_not_depend_on_the_slots(params, temperature, slots):
 @pytest.mark.parametrize("slots", [None, 6, 4])
 def test_several_responses_to_a_prompt_share_its_reading(params, slots):
     config = SamplerConfig(max_new_tokens=7, slots=slots)
-    policy, key = Transformer(MODEL), jax.random.key(3)
+    policy, keys = Transformer(MODEL), jax.random.split(jax.random.key(3), 15)
     tokens, mask = pad_prompts(PROMPTS, 4, 0)
-    shared = generate(policy, params, tokens, mask, key, config, (EOS, 4), repeats=3)
+    shared = generate(policy, params, tokens, mask, keys, config, (EOS, 4), repeats=3)
     tokens, mask = (np.repeat(array, 3, axis=0) for array in (tokens, mask))
-    alone = generate(policy, params, tokens, mask, key, config, (EOS, 4))
+    alone = generate(policy, params, tokens, mask, keys, config, (EOS, 4))
     assert shared.tokens.shape == (15, 7)
     np.testing.assert_array_equal(shared.tokens, alone.tokens)
     np.testing.assert_array_equal(shared.mask, alone.mask)
@@ -316,7 +317,7 @@ def test_several_responses_to_a_prompt_share_its_reading(params, slots):
 def test_a_prompt_is_read_once_for_all_its_responses():
     policy, table = RecordingPolicy(), counting_table(9)
     tokens, mask = pad_prompts([[5, 2], [3]], 2, 0)
-    generate(policy, table, tokens, mask, jax.random.key(0), GREEDY, (7,), repeats=2)
+    generate(policy, table, tokens, mask, KEYS[:4], GREEDY, (7,), repeats=2)
     jax.effects_barrier()
     np.testing.assert_array_equal(policy.calls[0][0], [[5, 2], [0, 3]])
     np.testing.assert_array_equal(policy.calls[1][0], [[3], [3], [4], [4]])
@@ -325,7 +326,7 @@ def test_a_prompt_is_read_once_for_all_its_responses():
 def test_repeats_that_are_refused():
     tokens, mask = pad_prompts([[5, 2]], 2, 0)
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
-        generate(TABLE, counting_table(9), tokens, mask, jax.random.key(0), GREEDY, (7,), repeats=0)
+        generate(TABLE, counting_table(9), tokens, mask, KEYS[:1], GREEDY, (7,), repeats=0)
 
 
 def test_a_free_slot_takes_the_next_prompt_at_once():
@@ -389,4 +390,11 @@ def test_prompts_that_do_not_fit(prompts, message):
 def test_shapes_that_do_not_fit(tokens_shape, mask_shape):
     tokens, mask = np.zeros(tokens_shape, np.int32), np.ones(mask_shape, bool)
     with pytest.raises(ValueError, match=r"prompts and prompt_mask must both be \[B, P\]"):
-        generate(TABLE, counting_table(4), tokens, mask, jax.random.key(0), GREEDY, (1,))
+        generate(TABLE, counting_table(4), tokens, mask, KEYS[:2], GREEDY, (1,))
+
+
+@pytest.mark.parametrize(("keys", "repeats"), [(KEYS[:1], 1), (KEYS[:2], 2), (KEYS[0], 1)], ids=["1", "2", "scalar"])
+def test_keys_that_are_not_one_a_response(keys, repeats):
+    tokens, mask = pad_prompts([[1, 2], [3]], 2, 0)
+    with pytest.raises(ValueError, match="responses need as many keys"):
+        generate(TABLE, counting_table(4), tokens, mask, keys, GREEDY, (1,), repeats=repeats)

@@ -3,6 +3,7 @@ leaves behind, that it learns, that it is a function of its seed, and that a run
 once resumed, like one that was not. Knows no real model, and reads checkpoints by the trainer alone."""
 
 import dataclasses
+import itertools
 import math
 import os
 import signal
@@ -122,7 +123,7 @@ CONFIG = TrainerConfig(
     mini_batches=2,
     epochs=1,
     rollout_chunks=2,
-    seed=3,
+    seed=5,
     sampler=SamplerConfig(max_new_tokens=3),
     optimizer=OPTIMIZER,
     warm_start=WarmStartConfig(steps=5, batch_size=6, optimizer=OPTIMIZER),
@@ -290,7 +291,7 @@ def copies_of(params):
     return lambda _: jax.tree.map(jnp.copy, params)
 
 
-RL_ONLY = change(CONFIG, steps=2, warm_start=WarmStartConfig(steps=0))
+RL_ONLY = change(CONFIG, seed=6, steps=2, warm_start=WarmStartConfig(steps=0))
 
 
 def test_rewards_that_are_all_alike_teach_nothing(tmp_path, start):
@@ -641,3 +642,30 @@ def test_the_decay_of_a_warm_start():
     # A warmup that takes the whole phase leaves nothing to decay over.
     short = WarmStartConfig(steps=3, optimizer=OptimizerConfig(warmup_updates=3))
     assert short.decaying_optimizer.decay_updates is None
+
+
+# --- slots ---
+
+
+def test_slots_change_how_responses_are_drawn_and_nothing_else(tmp_path):
+    """They are refilled from the rollout on that follows one with a long tail, in a resumed run too."""
+    config = change(CONFIG, warm_start=WarmStartConfig(steps=0), sampler=SamplerConfig(max_new_tokens=12))
+    in_slots = change(config, sampler=SamplerConfig(max_new_tokens=12, slots=4))
+    params, rows = run(tmp_path / "at once", config)
+    slots_params, slots_rows = run(tmp_path / "slots", in_slots)
+    assert [row["refilled"] for row in rows[1:]] == [0, 0, 0, 0]
+    assert slots_rows[1]["refilled"] == 0
+    for before, row in itertools.pairwise(slots_rows[1:]):
+        assert row["refilled"] == float(1 + before["response_length"] < before["longest_response"])
+    assert 1 in [row["refilled"] for row in slots_rows[2:]]
+    assert [row | {"refilled": 0} for row in slots_rows[1:]] == rows[1:]
+    assert slots_params == params
+    signal_at = ENCODED_FIRST + EVALUATED_FIRST + 2 * 8 + 2 * 16 + 1
+    with pytest.raises(Stopped):
+        run(tmp_path / "resumed", in_slots, TranslationTask(signal_at))
+    assert run(tmp_path / "resumed", in_slots, resume=True) == (slots_params, slots_rows)
+
+
+def test_slots_that_do_not_divide_a_rollout():
+    with pytest.raises(ValueError, match="a rollout of 32 responses does not divide into batches of 5 slots"):
+        change(CONFIG, sampler=SamplerConfig(slots=5))
