@@ -64,6 +64,8 @@ class Benchmark:
     """Of log-probs, γ and router logits; every loss is computed in float32."""
     against: tuple[Literal["tunix", "torch"], ...] = ()
     """Other libraries, on the same arrays and cores."""
+    floor: bool = False
+    """Also the least that a jitted loss can be, Σ log π · advantage, as a bound for the others."""
     repeats: int | None = None
     """Turns; each program is timed once in each. 30, at the level "step" 20."""
     seed: int = 0
@@ -173,6 +175,10 @@ def run_case(benchmark: Benchmark, case: Case, console: rich.console.Console) ->
             programs.jax_program("rspo_jax", *variant, programs.our_loss(*variant), direction, arrays)
             for variant in our_variants(benchmark)
         ]
+        if benchmark.floor:
+            compiled.append(
+                programs.jax_program("floor", "least loss", False, LOSS, programs.least_loss, direction, arrays)
+            )
         for rival in benchmark.against:
             compiled += programs.RIVALS[rival](benchmark.objectives, direction, arrays, old_router)
         agreements = [check_agreement(program, counterpart(program, compiled), level, dtype) for program in compiled]

@@ -25,6 +25,7 @@ import rich.table
 import tyro
 
 import models
+from experiments.bench.measure import peak_of
 from experiments.bench_experts import interleaved_seconds
 from experiments.config import RUNS
 from experiments.memory import keep_freed_memory
@@ -51,6 +52,10 @@ class Case:
     new_tokens: int
     group: int = 1
     """Rows in a row that have the same prompt, as in group-relative training; ours reads such a prompt once."""
+    slots: int | None = None
+    """Rows drawn at once, where that is not all of them: ours refills them, the others draw batch after batch."""
+    stop_token: int | None = None
+    """It ends a response, so that the responses of a batch differ in length."""
 
 
 def _cases() -> dict[str, Case]:
@@ -79,14 +84,15 @@ def _cases() -> dict[str, Case]:
         "countdown-64": Case(countdown, 64, 14, new_tokens),
         "countdown-512": Case(countdown, 512, 14, new_tokens),
         "countdown-64x8": Case(countdown, 512, 14, new_tokens, group=8),
+        "countdown-queue": Case(countdown, 256, 14, 128, slots=32, stop_token=15),
         "dense-512": Case(dense, 512, 14, new_tokens),
         "larger-16": Case(larger, 16, 64, 64),
     }
 
 
 CASES = _cases()
-"""Countdown's model at two batch sizes and in groups as the trainer samples it, the same with one expert of equal
-active width, and a larger model."""
+"""Countdown's model at two batch sizes, in groups as the trainer samples it, and with responses of different length in
+the queue for 32 slots; the same with one expert of equal active width; and a larger model."""
 
 
 def make_prompts(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,15 +106,26 @@ def make_prompts(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def our_sampler(case: Case, params: Params, prompts: np.ndarray, mask: np.ndarray) -> dict[str, Contender]:
-    """`rspo_jax.sampler.generate`; no stop token, so that every row takes all its steps."""
+    """`rspo_jax.sampler.generate`."""
     model, keys = models.Transformer(case.model), jax.random.split(jax.random.key(0), case.rows)
-    config = SamplerConfig(max_new_tokens=case.new_tokens, temperature=0.0)
+    config = SamplerConfig(max_new_tokens=case.new_tokens, temperature=0.0, slots=case.slots)
     prompts, mask = prompts[:: case.group], mask[:: case.group]
+    stops = () if case.stop_token is None else (case.stop_token,)
 
     def answer() -> np.ndarray:
-        return np.asarray(generate(model, params, prompts, mask, keys, config, (), repeats=case.group).tokens)
+        return np.asarray(generate(model, params, prompts, mask, keys, config, stops, repeats=case.group).tokens)
 
     return {"rspo_jax": answer}
+
+
+def in_batches(case: Case, answer: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """All rows, as many at once as there are slots; answers may be narrower where all have ended early."""
+    size = case.slots or case.rows
+    tokens = np.zeros((case.rows, case.new_tokens), np.int32)
+    for first in range(0, case.rows, size):
+        part = answer(slice(first, first + size))
+        tokens[first : first + size, : part.shape[1]] = part
+    return tokens
 
 
 def hf_weights(case: Case, params: Params) -> dict[str, np.ndarray]:
@@ -174,14 +191,19 @@ def hf_sampler(case: Case, params: Params, prompts: np.ndarray, mask: np.ndarray
     torch = importlib.import_module("torch")
     torch.set_num_threads(len(usable_cores()))
     model = hf_model(case, params)
-    inputs = {"input_ids": torch.tensor(prompts, dtype=torch.long), "attention_mask": torch.tensor(mask).long()}
+    ids, attention_mask = torch.tensor(prompts, dtype=torch.long), torch.tensor(mask).long()
+    stops = {"pad_token_id": 0, "eos_token_id": case.stop_token}
 
     def answer(cache: str, experts: str) -> np.ndarray:
         model.set_experts_implementation(experts)
-        options = {"do_sample": False, "max_new_tokens": case.new_tokens, "cache_implementation": cache}
-        with torch.inference_mode():
-            tokens = model.generate(**inputs, **options, pad_token_id=0, eos_token_id=None)
-        return tokens[:, case.prompt_tokens :].numpy().astype(np.int32)
+        options = {"do_sample": False, "max_new_tokens": case.new_tokens, "cache_implementation": cache} | stops
+
+        def answer_batch(rows: slice) -> np.ndarray:
+            with torch.inference_mode():
+                tokens = model.generate(input_ids=ids[rows], attention_mask=attention_mask[rows], **options)
+            return tokens[:, case.prompt_tokens :].numpy().astype(np.int32)
+
+        return in_batches(case, answer_batch)
 
     ways = {
         f"hf ({cache} cache, {experts} experts)": functools.partial(answer, cache, experts)
@@ -288,8 +310,15 @@ def tunix_sampler(case: Case, params: Params, prompts: np.ndarray, mask: np.ndar
     padded = jnp.asarray(np.where(mask, prompts, _TokenIds().pad_id()))
 
     def answer() -> np.ndarray:
-        output = sampler(texts, case.new_tokens, max_prompt_length=case.prompt_tokens, pad_output=True)
-        return np.asarray(output.tokens)
+        options: dict[str, Any] = {"max_prompt_length": case.prompt_tokens, "pad_output": True}
+        if case.stop_token is not None:
+            options["eos_tokens"] = [case.stop_token]
+
+        def answer_batch(rows: slice) -> np.ndarray:
+            tokens = np.asarray(sampler(texts[rows], case.new_tokens, **options).tokens)
+            return np.where(tokens < 0, case.stop_token or 0, tokens)  # padding stands where the stop token was
+
+        return in_batches(case, answer_batch)
 
     def answer_compiled() -> np.ndarray:
         state = sampler.init_sample_state(
@@ -307,6 +336,8 @@ def tunix_sampler(case: Case, params: Params, prompts: np.ndarray, mask: np.ndar
         state = sampler._compiled_decode_fn(sampler._flattened_transformer_state, state)
         return np.asarray(state.token_buffer[:, case.prompt_tokens :])
 
+    if case.slots is not None:  # the compiled part alone cannot be told a stop token
+        return {"tunix": answer}
     return {"tunix": answer, "tunix (compiled part)": answer_compiled}
 
 
@@ -340,8 +371,14 @@ def check_installed(against: tuple[str, ...]) -> None:
                 ) from error
 
 
+def responses(case: Case, tokens: np.ndarray) -> np.ndarray:
+    """Which of the tokens [B, R] belong to a response: up to its first stop token, bool [B, R]."""
+    stops = tokens == case.stop_token if case.stop_token is not None else np.zeros(tokens.shape, bool)
+    return np.cumsum(stops, axis=1) - stops == 0
+
+
 def check_greedy(case: Case, params: Params, prompts: np.ndarray, mask: np.ndarray, tokens: np.ndarray) -> None:
-    """Every new token must be the likeliest one, by one uncached forward pass over prompt and answer.
+    """Every token of a response must be the likeliest one, by one uncached forward pass over prompt and answer.
 
     Raises:
       ValueError: if a token is more than `TIE` below the likeliest, or if there are too few or too many.
@@ -353,9 +390,21 @@ def check_greedy(case: Case, params: Params, prompts: np.ndarray, mask: np.ndarr
     forward = jax.jit(functools.partial(models.Transformer(case.model).apply, {"params": params}))
     logits = np.asarray(forward(inputs, segment_ids=segment_ids).logits[:, case.prompt_tokens - 1 :])  # pyright: ignore
     below = logits.max(-1) - np.take_along_axis(logits, tokens[:, :, None], -1)[..., 0]
+    below = np.where(responses(case, tokens), below, 0)
     if not below.max() <= TIE:
         row, step = np.unravel_index(np.argmax(below), below.shape)
         raise ValueError(f"is not greedy: token {step} of row {row} is {below[row, step]:.2g} below the likeliest one")
+
+
+def product_flops(case: Case, params: Params, new_tokens: int) -> float:
+    """FLOPs of all products with weights: each token of each row once through its chosen experts, and the head for each
+    of the new tokens of all rows. Attention and routing, and what a sampler saves or wastes, are left out."""
+    c = case.model
+    layers = jax.tree.map(lambda leaf: leaf.size, params["layers"])
+    experts = layers["moe"]["gate_up"] + layers["moe"]["down"]
+    active = sum(jax.tree.leaves(layers)) - experts + experts * c.num_experts_per_token / c.num_experts
+    head = c.hidden_size * c.vocab_size
+    return 2.0 * ((case.rows * (case.prompt_tokens - 1) + new_tokens) * active + new_tokens * head)
 
 
 def usable_cores() -> list[int]:
@@ -392,26 +441,33 @@ def measure(name: str, case: Case, against: tuple[str, ...], repeats: int, seed:
     contenders = our_sampler(case, params, prompts, mask)
     for rival in against:
         contenders |= RIVALS[rival].build(case, params, prompts, mask)
-    answers = {contender: answer() for contender, answer in contenders.items()}
-    for contender, tokens in answers.items():
+    answers = {}
+    for contender, answer in contenders.items():
+        tokens = answer()
         try:
             check_greedy(case, params, prompts, mask, tokens)
         except ValueError as error:
             raise ValueError(f"{name}: {contender} {error}") from error
+        answers[contender] = np.where(responses(case, tokens), tokens, 0)
+    lengths = responses(case, answers["rspo_jax"]).sum(axis=1)
     seconds = interleaved_seconds(contenders, repeats)
-    table = rich.table.Table(
-        title=f"{name}: {case.rows} rows, prompts up to {case.prompt_tokens}, {case.new_tokens} new tokens"
-    )
-    for column in ("sampler", "same answers", "median ms", "tokens/s", "rspo_jax is faster by", "quartiles"):
+    title = f"{name}: {case.rows} rows, prompts up to {case.prompt_tokens}, {case.new_tokens} new tokens"
+    if case.stop_token is not None:
+        title += f" at most, {lengths.mean():.1f} on average, {case.slots} rows at once"
+    table = rich.table.Table(title=title)
+    flops = product_flops(case, params, lengths.sum())
+    for column in ("sampler", "same answers", "median ms", "tokens/s", "GFLOP/s", "rspo_jax is faster by", "quartiles"):
         table.add_column(column, justify="left" if column == "sampler" else "right")
     for contender, times in seconds.items():
         ratios = [time / ours for time, ours in zip(times, seconds["rspo_jax"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         same = np.mean(np.all(answers[contender] == answers["rspo_jax"], axis=1))
         median = statistics.median(times)
-        rate = f"{case.rows * case.new_tokens / median:,.0f}"
+        rate = f"{lengths.sum() / median:,.0f}"
         ratio = (f"{middle:.2f} ×", f"{low:.2f} – {high:.2f}") if contender != "rspo_jax" else ("", "")
-        table.add_row(contender, f"{100 * same:.1f} %", f"{1e3 * median:.1f}", rate, *ratio)
+        table.add_row(
+            contender, f"{100 * same:.1f} %", f"{1e3 * median:.1f}", rate, f"{1e-9 * flops / median:.1f}", *ratio
+        )
     return table
 
 
@@ -444,6 +500,12 @@ def main(arguments: list[str] | None = None) -> int:
             check_installed(benchmark.against)
             console = rich.console.Console()
             console.print(f"greedy, float32, {benchmark.threads} threads, compilation left out", highlight=False)
+            peak = peak_of(jax.devices()[0].device_kind, jax.devices()[0].platform, working_set=1 << 20)
+            if peak is not None:
+                console.print(
+                    f"One large product runs at {1e-9 * peak.flops_per_second:.0f} GFLOP/s here. GFLOP/s count the "
+                    "products with weights that the answers need."
+                )
             for name in benchmark.cases:
                 console.print(measure(name, CASES[name], benchmark.against, benchmark.repeats, benchmark.seed))
     except ValueError as error:

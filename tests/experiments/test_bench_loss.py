@@ -111,13 +111,16 @@ def test_the_picture_has_ink(arrays_report):
 def test_router_level_and_bfloat16(tmp_path, capsys):
     path = tmp_path / "figures.json"
     flags = ["--shapes", SHAPE, "--level", "router", "--objectives", "rspo", "--router-shift", "with"]
-    flags += ["--returns", "loss", "--dtypes", "bfloat16", "--repeats", "2", "--json", str(path)]
+    flags += ["--returns", "loss", "--dtypes", "bfloat16", "--repeats", "2", "--json", str(path), "--floor"]
     assert bench_loss.main(flags) == 0
     (case,) = json.loads(path.read_text())["cases"]
-    assert len(case["programs"]) == 2
+    ours, floors = case["programs"][::2], case["programs"][1::2]
+    assert [row["direction"] for row in ours] == [row["direction"] for row in floors] == list(programs.DIRECTIONS)
     layers, k, experts = 2, 2, 4
     logits = 2 * layers * B * T * experts
-    for row in case["programs"]:
+    for row in floors:
+        assert row["library"] == "floor" and row["analysis"]["argument_bytes"] < logits
+    for row in ours:
         assert row["router_shift"] and row["analysis"]["argument_bytes"] >= logits + layers * B * T * k
     assert "level router" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [path]

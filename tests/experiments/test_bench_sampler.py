@@ -31,6 +31,8 @@ MODEL = models.TransformerConfig(
 SPARSE = Case(MODEL, rows=3, prompt_tokens=6, new_tokens=4)
 DENSE = Case(dataclasses.replace(MODEL, num_experts=1, num_experts_per_token=1), rows=3, prompt_tokens=6, new_tokens=4)
 
+QUEUED = dataclasses.replace(SPARSE, rows=6, new_tokens=12, slots=2, stop_token=7)
+
 
 @pytest.fixture(autouse=True)
 def small_cases(monkeypatch):
@@ -168,7 +170,7 @@ def test_our_parameters_in_their_layout(case):
         assert weights[f"{name}.mlp.gate.weight"][3, 7] == moe["router"][1, 7, 3]
 
 
-@pytest.mark.parametrize("case", [SPARSE, DENSE], ids=["sparse", "dense"])
+@pytest.mark.parametrize("case", [SPARSE, DENSE, QUEUED], ids=["sparse", "dense", "queue"])
 @pytest.mark.parametrize("name", list(RIVALS))
 @pytest.mark.filterwarnings("default")  # those of other libraries
 def test_rivals_with_our_weights_give_our_answers(name, case):
@@ -182,7 +184,8 @@ def test_rivals_with_our_weights_give_our_answers(name, case):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         contenders = RIVALS[name].build(case, params, prompts, mask)
         for answer in contenders.values():
-            np.testing.assert_array_equal(answer(), expected)
+            kept = bench_sampler.responses(case, expected)
+            np.testing.assert_array_equal(np.where(kept, answer(), 0), np.where(kept, expected, 0))
 
 
 def test_groups_share_their_prompts():
@@ -195,3 +198,47 @@ def test_groups_share_their_prompts():
     alone = dataclasses.replace(case, group=1)
     shared, separate = (bench_sampler.our_sampler(each, params, prompts, mask)["rspo_jax"]() for each in (case, alone))
     np.testing.assert_array_equal(shared, separate)
+
+
+def test_responses_end_with_their_stop_token():
+    tokens = np.array([[3, 7, 7, 3], [7, 0, 0, 0], [3, 3, 3, 3], [3, 3, 3, 7]])
+    expected = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(bench_sampler.responses(QUEUED, tokens), expected)
+    assert bench_sampler.responses(SPARSE, tokens).all()
+
+
+def test_batches_may_end_early():
+    answers = {0: np.full((2, 3), 1), 2: np.full((2, 12), 2), 4: np.full((2, 1), 3)}
+    tokens = bench_sampler.in_batches(QUEUED, lambda rows: answers[rows.start])
+    assert tokens.shape == (6, 12) and tokens.dtype == np.int32
+    np.testing.assert_array_equal(np.count_nonzero(tokens, axis=1), [3, 3, 12, 12, 1, 1])
+
+
+def test_a_queue_is_timed_by_the_tokens_of_its_responses(monkeypatch, capsys):
+    """A rival may leave anything behind a stop token, and nothing else than the likeliest tokens before it."""
+    params, prompts, mask = prepared(QUEUED)
+    free = bench_sampler.our_sampler(dataclasses.replace(QUEUED, stop_token=None), params, prompts, mask)["rspo_jax"]()
+    queue = dataclasses.replace(QUEUED, stop_token=int(free[0, 4]))
+    lengths = bench_sampler.responses(queue, free).sum(axis=1)
+    assert 0 < lengths.mean() < 12
+
+    def rubbish_at_the_end(tokens):
+        return np.where(bench_sampler.responses(queue, tokens), tokens, 5)
+
+    monkeypatch.setattr(bench_sampler, "CASES", {"queue": queue})
+    monkeypatch.setattr(bench_sampler, "make_prompts", lambda case, seed: (prompts, mask))
+    monkeypatch.setitem(RIVALS, "hf", rival(rubbish_at_the_end))
+    code, captured = call(capsys, "--against", "hf", "--cases", "queue", "--threads", 1, "--repeats", 2)
+    assert (code, captured.err) == (0, "")
+    assert f"12 new tokens at most, {lengths.mean():.1f} on average, 2 rows at once" in " ".join(captured.out.split())
+    assert "100.0 %" in next(line for line in captured.out.splitlines() if "stranger" in line)
+
+
+def test_flops_of_products():
+    params, _, _ = prepared(SPARSE)
+    c = MODEL
+    attention = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads) + 2 * c.head_dim + 2 * c.hidden_size
+    active = attention + c.hidden_size * c.num_experts + c.num_experts_per_token * 3 * c.hidden_size * c.expert_size
+    head = c.hidden_size * c.vocab_size
+    expected = 2 * (c.num_layers * active * (3 * 5 + 12) + 12 * head)
+    assert bench_sampler.product_flops(SPARSE, params, 12) == expected

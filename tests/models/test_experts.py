@@ -73,7 +73,10 @@ def value_and_gradients(x, weights, expert_ids, gate_up, down, cotangent):
 
 
 compiled_value_and_gradients = jax.jit(value_and_gradients)
-compiled_sort = jax.jit(experts.sort_assignments, static_argnames="num_experts")
+SORTS = {
+    "sorted": jax.jit(experts.sort_assignments, static_argnames="num_experts"),
+    "counted": jax.jit(experts._rank_assignments, static_argnames="num_experts"),
+}
 
 
 def assert_near(actual, expected, tolerance=1e-5):
@@ -127,6 +130,16 @@ def test_all_tokens_to_one_expert(expert):
     others = [other for other in range(3) if other != expert]
     for gradient in gradients[2:]:
         assert np.all(np.asarray(gradient)[others] == 0) and np.any(np.asarray(gradient)[expert] != 0)
+
+
+def test_assignments_without_a_place_count_like_the_others():
+    """Two experts get nearly all tokens, several times what they have places for."""
+    x, weights, _, gate_up, down, cotangent = random_inputs(150, 2, 5)
+    expert_ids = random_routes(150, 2, 5)[1]
+    counts = np.bincount(expert_ids.reshape(-1), minlength=5)
+    assert counts.max() > 1.9 * experts._places_of_each(300, 5) and counts.min() < 30
+    inputs = (x, weights, expert_ids, gate_up, down, cotangent)
+    assert_matches_oracle(compiled_value_and_gradients(*inputs), inputs)
 
 
 @pytest.mark.parametrize("unused", [0, 2, 4])
@@ -215,10 +228,11 @@ def random_routes(n, k, e):
     return [route.astype(np.int32) for route in (uniform, crowded, first, last)]
 
 
-@pytest.mark.parametrize(("n", "k", "e"), [(5, 2, 4), (61, 3, 7), (9, 4, 4)], ids=str)
-def test_assignments_are_sorted_by_expert(n, k, e):
+@pytest.mark.parametrize("way", SORTS)
+@pytest.mark.parametrize(("n", "k", "e"), [(5, 2, 4), (61, 3, 7), (9, 4, 4), (64, 1, 3)], ids=str)
+def test_assignments_are_sorted_by_expert(n, k, e, way):
     for expert_ids in random_routes(n, k, e):
-        route = jax.tree.map(np.asarray, compiled_sort(expert_ids, e))
+        route = jax.tree.map(np.asarray, SORTS[way](expert_ids, e))
         assert all(array.dtype == np.int32 for array in route)
         np.testing.assert_array_equal(route.assignment_of_row, np.argsort(expert_ids.reshape(-1), kind="stable"))
         np.testing.assert_array_equal(route.assignment_of_row[route.row_of_assignment], np.arange(n * k))
