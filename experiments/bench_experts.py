@@ -19,7 +19,6 @@ import rich.console
 import rich.table
 import tyro
 
-from experiments.memory import keep_freed_memory
 from models.experts import run_experts
 
 Array = jax.Array
@@ -147,5 +146,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

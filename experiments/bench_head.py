@@ -19,7 +19,6 @@ import tyro
 
 from experiments.bench import measure
 from experiments.bench_experts import interleaved_seconds
-from experiments.memory import keep_freed_memory
 from rspo_jax.head_log_probs import TokenScores, head_log_probs
 from rspo_jax.log_probs import token_entropy, token_log_probs
 
@@ -128,5 +127,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

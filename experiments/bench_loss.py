@@ -27,7 +27,6 @@ import models
 from experiments.bench import measure, programs, report, step, tpu
 from experiments.bench.programs import DIRECTIONS, LOSS, METRICS, Program, Shape
 from experiments.bench.step import StepSettings
-from experiments.memory import keep_freed_memory
 from rspo_jax import OBJECTIVES
 from rspo_jax.metrics import write_json
 
@@ -382,5 +381,4 @@ def write(benchmark: Benchmark, figures: dict[str, Any], console: rich.console.C
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

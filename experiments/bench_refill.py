@@ -20,7 +20,6 @@ import tyro
 
 import models
 from experiments.bench_experts import interleaved_seconds
-from experiments.memory import keep_freed_memory
 from rspo_jax.sampler import SamplerConfig, generate
 from rspo_jax.types import Array, Samples
 
@@ -105,5 +104,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

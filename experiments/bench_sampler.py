@@ -28,7 +28,6 @@ import models
 from experiments.bench.measure import peak_of
 from experiments.bench_experts import interleaved_seconds
 from experiments.config import RUNS
-from experiments.memory import keep_freed_memory
 from rspo_jax.sampler import SamplerConfig, generate
 from rspo_jax.types import Params
 
@@ -515,5 +514,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

@@ -16,7 +16,6 @@ import tyro
 
 import models
 from experiments.config import load_config
-from experiments.memory import keep_freed_memory
 from rspo_jax.checkpoint import CheckpointError
 from rspo_jax.metrics import wilson_interval
 from rspo_jax.rollout import Judged, prompt_width, solve
@@ -95,5 +94,4 @@ def _more(judged: list[Judged]) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

@@ -17,7 +17,6 @@ import tyro
 
 import models
 from experiments.config import RUNS, CountdownRun, differences, load_config, save_config
-from experiments.memory import keep_freed_memory
 from experiments.plots import draw_curves
 from experiments.tasks.countdown import SPLITS
 from rspo_jax.checkpoint import CheckpointError, CheckpointMismatch
@@ -228,5 +227,4 @@ def report(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

@@ -2,10 +2,11 @@
 
 Dropless, with static shapes, in one of two ways that `run_experts` chooses when the program is lowered. On TPUs and
 GPUs the assignments (token, expert) are sorted by expert and go through two grouped products. On the CPU each expert
-has a fixed number of places, a little more than its share, and all experts multiply at once, because XLA's CPU runs
-one large batched product on all cores and the small products of a loop on one; the assignments for which no place is
-left are few and go through such a loop, block by block. Pure functions of arrays: this file must never know a router, a
-model or its configuration.
+has a fixed number of places, a little more than its share, and all experts multiply at once, which XLA's CPU does
+better than the small products of a loop; the assignments for which no place is left go through such a loop, block by
+block. So does the whole backward pass: there the wide intermediate activations of a block stay in the processor's
+cache, and computing them again costs less than writing and reading them all. Pure functions of arrays: this file must
+never know a router, a model or its configuration.
 """
 
 import functools
@@ -178,16 +179,9 @@ class _Blocks(NamedTuple):
     def inputs(self, expert: Array, first: Array, size: int, x: Array, weights: Array) -> tuple[Array, Array, Array]:
         """The tokens of one block, their rows of x and their weights."""
         assignments = jax.lax.dynamic_slice_in_dim(self.assignments, first, size)
+        own = first + jnp.arange(size, dtype=jnp.int32) < self.route.group_bounds[expert + 1]
         tokens = assignments // weights.shape[1]
-        return tokens, x[tokens], jnp.where(self._own(expert, first, size), weights.reshape(-1)[assignments], 0)
-
-    def own_assignments(self, expert: Array, first: Array, size: int) -> Array:
-        """The assignments of one block; N·K for rows of the next expert."""
-        assignments = jax.lax.dynamic_slice_in_dim(self.assignments, first, size)
-        return jnp.where(self._own(expert, first, size), assignments, self.route.assignment_of_row.size)
-
-    def _own(self, expert: Array, first: Array, size: int) -> Array:
-        return first + jnp.arange(size, dtype=jnp.int32) < self.route.group_bounds[expert + 1]
+        return tokens, x[tokens], jnp.where(own, weights.reshape(-1)[assignments], 0)
 
 
 def _put(rows: Array, block: Array, first: Array) -> Array:
@@ -291,21 +285,12 @@ def _rank_assignments(expert_ids: Array, num_experts: int) -> SortedAssignments:
 
 @jax.custom_vjp
 def run_experts_in_places(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> Array:
-    """`run_experts` by batched products over the places of all experts, and a loop for what has no place."""
+    """`run_experts` by batched products over the places of all experts, and a loop for what has no place; the backward
+    pass by the loop alone."""
     return _forward(x, weights, expert_ids, gate_up, down)[0]
 
 
-class _Residuals(NamedTuple):
-    """Of the forward pass."""
-
-    inputs: tuple[Array, Array, Array, Array]  # x, weights, gate_up, down
-    route: SortedAssignments
-    places: _Places
-    hidden: Array  # [E, C, 2F], gate and up
-    weighted: Array  # [E, C, F], what the last product takes
-
-
-def _forward(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> tuple[Array, _Residuals]:
+def _forward(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> tuple[Array, tuple]:
     num_experts, hidden_size, _, expert_size = gate_up.shape
     route = _rank_assignments(expert_ids, num_experts)
     places = _Places.of(route, expert_ids)
@@ -317,7 +302,7 @@ def _forward(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: 
     output = _product("ecf,efd->ecd", weighted, down)
     mixed = _sum_places(output, places, weights.shape)
     mixed = _add_rest(mixed, x, weights, route, gate_up, down)
-    return mixed, _Residuals((x, weights, gate_up, down), route, places, hidden, weighted)
+    return mixed, (x, weights, gate_up, down, route)
 
 
 def _product(spec: str, left: Array, right: Array) -> Array:
@@ -347,69 +332,42 @@ def _add_rest(mixed: Array, x: Array, weights: Array, route: SortedAssignments, 
     return _loop_over_experts(route, places, run_expert, mixed)
 
 
-def _backward(residuals: _Residuals, output_gradient: Array) -> tuple:
-    (x, weights, gate_up, down), places = residuals.inputs, residuals.places
-    # Without the barrier XLA keeps the sigmoid of the forward pass too.
-    hidden, weighted = jax.lax.optimization_barrier((residuals.hidden, residuals.weighted))
-    num_experts, hidden_size, _, expert_size = gate_up.shape
-    rows = places.take(x, weights.shape).reshape(num_experts, -1, hidden_size)
-    row_gradient = places.take(output_gradient, weights.shape).reshape(num_experts, -1, hidden_size)
-    row_weights = places.weights(weights).reshape(num_experts, -1, 1)
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    sigmoid = 1 / (1 + jnp.exp(-gate))
-    inner = _product("ecd,efd->ecf", row_gradient, down)  # of gate · sigmoid · up · weight
-    place_gradient = jnp.sum(inner * gate * sigmoid * up, axis=-1).reshape(-1)
-    of_gate = inner * row_weights * up * sigmoid * (1 + gate * (1 - sigmoid))
-    of_up = inner * row_weights * gate * sigmoid
-    hidden_gradient = jnp.concatenate([places.clear_empty(of_gate), places.clear_empty(of_up)], axis=-1)
-    hidden_gradient = jax.lax.optimization_barrier(hidden_gradient)
-    flat_kernel = gate_up.reshape(num_experts, hidden_size, 2 * expert_size)
-    x_gradient = _sum_places(_product("ecf,edf->ecd", hidden_gradient, flat_kernel), places, weights.shape)
-    gradients = _Gradients(
-        x_gradient,
-        places.put_back(place_gradient),
-        jnp.einsum("ecd,ecf->edf", rows, hidden_gradient).reshape(gate_up.shape),
-        jnp.einsum("ecf,ecd->efd", weighted, row_gradient),
-    )
-    x_gradient, weight_gradient, *of_parameters = _add_rest_gradients(gradients, residuals, output_gradient)
-    return x_gradient, weight_gradient.reshape(weights.shape), None, *of_parameters
-
-
-class _Gradients(NamedTuple):
-    x: Array  # [N, D]
-    weights: Array  # [N·K]
-    gate_up: Array  # [E, D, 2, F]
-    down: Array  # [E, F, D]
-
-
-def _add_rest_gradients(gradients: _Gradients, residuals: _Residuals, output_gradient: Array) -> _Gradients:
-    """Adds the part of the assignments that have no place."""
-    (x, weights, gate_up, down), route = residuals.inputs, residuals.route
+def _backward(residuals: tuple, output_gradient: Array) -> tuple:
+    x, weights, gate_up, down, route = residuals
     num_experts = gate_up.shape[0]
-    blocks, places = _Blocks.of(route, num_experts), _places_of_each(weights.size, num_experts)
+    blocks = _Blocks.of(route, num_experts)
 
-    def run_expert(expert: Array, gradients: _Gradients) -> _Gradients:
+    def run_expert(expert: Array, gradients: tuple) -> tuple:
+        x_rows, weight_rows, gate_up_gradient, down_gradient = gradients
         parameters = gate_up[expert], down[expert]
 
         def run_block(first: Array, size: int, carry: tuple) -> tuple:
-            of_x, of_weights, *sums = carry
+            x_rows, weight_rows, *sums = carry
             tokens, block_x, block_weights = blocks.inputs(expert, first, size, x, weights)
             _, vjp = jax.vjp(_expert, block_x, block_weights, *parameters)
             x_part, weight_part, *parts = vjp(output_gradient[tokens])
             sums = [total + part.astype(jnp.float32) for total, part in zip(sums, parts, strict=True)]
-            assignments = blocks.own_assignments(expert, first, size)
-            return of_x.at[tokens].add(x_part), of_weights.at[assignments].set(weight_part, mode="drop"), *sums
+            return _put(x_rows, x_part, first), _put(weight_rows, weight_part, first), *sums
 
-        own = [gradients.gate_up[expert].astype(jnp.float32), gradients.down[expert].astype(jnp.float32)]
-        of_x, of_weights, *own = blocks.loop(expert, run_block, (gradients.x, gradients.weights, *own), skip=places)
-        return _Gradients(
-            of_x,
-            of_weights,
-            gradients.gate_up.at[expert].set(own[0].astype(gate_up.dtype)),
-            gradients.down.at[expert].set(own[1].astype(down.dtype)),
+        zeros = [jnp.zeros(parameter.shape, jnp.float32) for parameter in parameters]
+        x_rows, weight_rows, gate_up_sum, down_sum = blocks.loop(expert, run_block, (x_rows, weight_rows, *zeros))
+        return (
+            x_rows,
+            weight_rows,
+            gate_up_gradient.at[expert].set(gate_up_sum.astype(gate_up.dtype)),
+            down_gradient.at[expert].set(down_sum.astype(down.dtype)),
         )
 
-    return _loop_over_experts(route, places, run_expert, gradients)
+    rows = blocks.assignments.size
+    start = (
+        jnp.zeros((rows, x.shape[1]), x.dtype),
+        jnp.zeros(rows, weights.dtype),
+        jnp.zeros_like(gate_up),
+        jnp.zeros_like(down),
+    )
+    x_rows, weight_rows, *parameter_gradients = jax.lax.fori_loop(0, num_experts, run_expert, start)
+    weight_gradient = weight_rows[route.row_of_assignment].reshape(weights.shape)
+    return _sum_rows(x_rows, route, weights.shape), weight_gradient, None, *parameter_gradients
 
 
 run_experts_in_places.defvjp(_forward, _backward)
