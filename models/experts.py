@@ -188,29 +188,45 @@ def _put(rows: Array, block: Array, first: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(rows, block, first, 0)
 
 
-def _loop_over_experts(route: SortedAssignments, rows: int, body: Callable[[Array, Any], Any], carry: Any) -> Any:
-    """`carry = body(expert, carry)` for each expert that has more than so many rows."""
-    concerned = jnp.diff(route.group_bounds) > rows
+def _fold_blocks(
+    blocks: _Blocks,
+    x: Array,
+    weights: Array,
+    parameters_of: Callable[[Array], tuple[Array, Array]],
+    write: Callable[[Array, Array, Array, Array], Array],
+    carry: Array,
+    skip: int = 0,
+) -> Array:
+    """`carry = write(carry, first_row, tokens, output)` for each block of each expert's rows after the first `skip`.
+
+    Experts that have no such rows are passed over, and their parameters are not read.
+    """
+    concerned = jnp.diff(blocks.route.group_bounds) > skip
     order = jnp.argsort(~concerned, stable=True)
-    count = jnp.sum(concerned, dtype=jnp.int32)
-    return jax.lax.fori_loop(0, count, lambda index, carry: body(order[index], carry), carry)
+
+    def run_expert(index: Array, carry: Array) -> Array:
+        expert = order[index]
+        parameters = parameters_of(expert)
+
+        def run_block(first: Array, size: int, carry: Array) -> Array:
+            tokens, block_x, block_weights = blocks.inputs(expert, first, size, x, weights)
+            return write(carry, first, tokens, _expert(block_x, block_weights, *parameters))
+
+        return blocks.loop(expert, run_block, carry, skip)
+
+    return jax.lax.fori_loop(0, jnp.sum(concerned, dtype=jnp.int32), run_expert, carry)
 
 
 def _multiply_blocks(
     x: Array, weights: Array, route: SortedAssignments, parameters_of: Callable[[Array], tuple[Array, Array]]
 ) -> Array:
+    def write(rows: Array, first: Array, tokens: Array, output: Array) -> Array:
+        del tokens
+        return _put(rows, output, first)
+
     blocks = _Blocks.of(route, route.group_bounds.size - 1)
-
-    def run_expert(expert: Array, rows: Array) -> Array:
-        parameters = parameters_of(expert)
-
-        def run_block(first: Array, size: int, rows: Array) -> Array:
-            _, block_x, block_weights = blocks.inputs(expert, first, size, x, weights)
-            return _put(rows, _expert(block_x, block_weights, *parameters), first)
-
-        return blocks.loop(expert, run_block, rows)
-
-    rows = _loop_over_experts(route, 0, run_expert, jnp.zeros((blocks.assignments.size, x.shape[1]), x.dtype))
+    rows = jnp.zeros((blocks.assignments.size, x.shape[1]), x.dtype)
+    rows = _fold_blocks(blocks, x, weights, parameters_of, write, rows)
     return _sum_rows_of_tokens(rows, route, weights.shape)
 
 
@@ -245,13 +261,14 @@ class _Places(NamedTuple):
         return jax.lax.optimization_barrier(weights.reshape(-1)[self.assignments])
 
     def clear_empty(self, rows: Array) -> Array:
-        """[E, C, ...], 0 where a place is empty."""
-        return jnp.where(self.taken.reshape(*rows.shape[:2], *(1,) * (rows.ndim - 2)), rows, 0)
+        """[E, C, F], 0 where a place is empty."""
+        return jnp.where(self.taken.reshape(*rows.shape[:2], 1), rows, 0)
 
-    def put_back(self, rows: Array) -> Array:
-        """[E·C, ...] -> [N·K, ...]; 0 for an assignment without a place."""
-        spare = jnp.zeros((1, *rows.shape[1:]), rows.dtype)
-        return jnp.concatenate([rows, spare])[self.place_of_assignment]
+    def sum_of_tokens(self, rows: Array, shape: tuple[int, ...]) -> Array:
+        """[E, C, D] -> [N, D]; an assignment without a place counts 0."""
+        spare = jnp.zeros((1, rows.shape[-1]), rows.dtype)
+        flat = jnp.concatenate([rows.reshape(-1, rows.shape[-1]), spare])
+        return jnp.sum(flat[self.place_of_assignment].reshape(*shape, -1), axis=1)
 
 
 def _places_of_each(assignments: int, num_experts: int) -> int:
@@ -300,7 +317,7 @@ def _forward(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: 
     row_weights = places.weights(weights).reshape(num_experts, -1, 1)
     weighted = jax.lax.optimization_barrier(places.clear_empty(gate * up / (1 + jnp.exp(-gate)) * row_weights))
     output = _product("ecf,efd->ecd", weighted, down)
-    mixed = _sum_places(output, places, weights.shape)
+    mixed = places.sum_of_tokens(output, weights.shape)
     mixed = _add_rest(mixed, x, weights, route, gate_up, down)
     return mixed, (x, weights, gate_up, down, route)
 
@@ -310,26 +327,19 @@ def _product(spec: str, left: Array, right: Array) -> Array:
     return jax.lax.optimization_barrier(jnp.einsum(spec, left, right))
 
 
-def _sum_places(rows: Array, places: _Places, shape: tuple[int, ...]) -> Array:
-    """[E, C, D] -> [N, D]."""
-    return jnp.sum(places.put_back(rows.reshape(-1, rows.shape[-1])).reshape(*shape, -1), axis=1)
-
-
 def _add_rest(mixed: Array, x: Array, weights: Array, route: SortedAssignments, gate_up: Array, down: Array) -> Array:
     """Adds what the experts make of the assignments that have no place."""
+
+    def parameters_of(expert: Array) -> tuple[Array, Array]:
+        return gate_up[expert], down[expert]
+
+    def write(mixed: Array, first: Array, tokens: Array, output: Array) -> Array:
+        del first
+        return mixed.at[tokens].add(output)
+
     num_experts = gate_up.shape[0]
     blocks, places = _Blocks.of(route, num_experts), _places_of_each(weights.size, num_experts)
-
-    def run_expert(expert: Array, mixed: Array) -> Array:
-        parameters = gate_up[expert], down[expert]
-
-        def run_block(first: Array, size: int, mixed: Array) -> Array:
-            tokens, block_x, block_weights = blocks.inputs(expert, first, size, x, weights)
-            return mixed.at[tokens].add(_expert(block_x, block_weights, *parameters))
-
-        return blocks.loop(expert, run_block, mixed, skip=places)
-
-    return _loop_over_experts(route, places, run_expert, mixed)
+    return _fold_blocks(blocks, x, weights, parameters_of, write, mixed, skip=places)
 
 
 def _backward(residuals: tuple, output_gradient: Array) -> tuple:

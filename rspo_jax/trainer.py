@@ -25,6 +25,7 @@ from rspo_jax.preemption import Preemption
 from rspo_jax.rollout import (
     Judged,
     Packing,
+    Prompts,
     ResponseLengths,
     assemble,
     check_solutions,
@@ -422,7 +423,7 @@ def _start_rollout(run: Run, state: RunState) -> tuple[Draws, RunState]:
     rows = take(len(run.train_problems), (config.seed, 1), int(state.cursor), config.prompts)
     problems = [run.train_problems[row] for row in rows]
     prompts = encode_prompts(run.task, problems, run.width, repeats=config.group_size)
-    num_chunks, sampler, refilled = _how_to_draw(config, float(np.mean(np.sum(prompts.mask, axis=1))), state.lengths)
+    num_chunks, sampler, refilled = _how_to_draw(config, prompts, state.lengths)
     chunks = sample_in_chunks(
         run.policy,
         state.train.params,
@@ -438,14 +439,12 @@ def _start_rollout(run: Run, state: RunState) -> tuple[Draws, RunState]:
     return Draws(repeated, assemble(prompts, chunks), chunks, refilled, started), state
 
 
-def _how_to_draw(
-    config: TrainerConfig, mean_prompt: float, lengths: ResponseLengths
-) -> tuple[int, SamplerConfig, bool]:
+def _how_to_draw(config: TrainerConfig, prompts: Prompts, lengths: ResponseLengths) -> tuple[int, SamplerConfig, bool]:
     """Into how many chunks a rollout is cut, how each is drawn, and whether its slots are refilled."""
     slots, rows = config.sampler.slots, config.prompts * config.group_size
     if slots is None or slots >= rows // config.rollout_chunks:
         return config.rollout_chunks, config.sampler, False
-    if refilling_pays(mean_prompt, lengths):
+    if refilling_pays(float(np.mean(np.sum(prompts.mask, axis=1))), lengths):
         return config.rollout_chunks, config.sampler, True
     return rows // slots, config.sampler, False
 
