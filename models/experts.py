@@ -27,13 +27,14 @@ def run_experts(x: Array, weights: Array, expert_ids: Array, gate_up: Array, dow
     Args:
       x: float [N, D].
       weights: float [N, K], the combine weights, in the dtype of x.
-      expert_ids: int [N, K].
+      expert_ids: int [N, K], in [0, E], where E stands for no expert: it adds nothing, and its weight has gradient 0.
       gate_up: float [E, D, 2, F], gate and up projections, in the dtype of x.
       down: float [E, F, D].
 
     Returns:
       float [N, D] in the dtype of x. Differentiable (reverse mode) in x, weights and both projections.
     """
+    weights = jnp.where(expert_ids < gate_up.shape[0], weights, 0)
     arguments = (x, weights, expert_ids, gate_up, down)
     return jax.lax.platform_dependent(*arguments, cpu=run_experts_in_places, default=run_experts_sorted)
 
@@ -80,15 +81,15 @@ class SortedAssignments(NamedTuple):
     """The assignments in the order of their experts, one a row. Assignment n·K + k is token n's k-th."""
 
     assignment_of_row: Array
-    """int32 [N·K]."""
+    """int32 [N·K]; an arbitrary one at rows that are no expert's."""
     row_of_assignment: Array
-    """int32 [N·K]: the inverse."""
+    """int32 [N·K]: the inverse; some row beyond those of all experts for an assignment to none."""
     group_bounds: Array
-    """int32 [E + 1]: rows group_bounds[e] to group_bounds[e + 1] are expert e's."""
+    """int32 [E + 1]: rows group_bounds[e] to group_bounds[e + 1] are expert e's. The rest is no expert's."""
 
 
 def sort_assignments(expert_ids: Array, num_experts: int) -> SortedAssignments:
-    """expert_ids: int [N, K], each in [0, num_experts)."""
+    """expert_ids: int [N, K], each in [0, num_experts], where the last stands for no expert."""
     flat = expert_ids.reshape(-1).astype(jnp.int32)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     group_bounds = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
@@ -101,13 +102,15 @@ def run_experts_sorted(x: Array, weights: Array, expert_ids: Array, gate_up: Arr
     num_experts, hidden_size, _, expert_size = gate_up.shape
     route = sort_assignments(expert_ids, num_experts)
     group_sizes = jnp.diff(route.group_bounds)
-    rows = _rows_of_tokens(x, route, weights.shape)
-    row_weights = _rows_of_tokens(weights.reshape(-1, 1), route, (weights.size, 1))
+    # What the products make of rows that are no expert's, and their gradients, is unspecified: it must not get out.
+    own = (jnp.arange(weights.size, dtype=jnp.int32) < route.group_bounds[-1])[:, None]
+    rows = jnp.where(own, _rows_of_tokens(x, route, weights.shape), 0)
+    row_weights = jnp.where(own, _rows_of_tokens(weights.reshape(-1, 1), route, (weights.size, 1)), 0)
     kernel = gate_up.reshape(num_experts, hidden_size, 2 * expert_size)
     gate, up = jnp.split(grouped_matmul(rows, kernel, group_sizes), 2, axis=-1)
     # As in `_expert`, the combine weight multiplies before the last product.
     rows = grouped_matmul(jax.nn.silu(gate) * up * row_weights, down, group_sizes)
-    return _sum_rows_of_tokens(rows, route, weights.shape)
+    return _sum_rows_of_tokens(jnp.where(own, rows, 0), route, weights.shape)
 
 
 def _take_rows(x: Array, route: SortedAssignments, shape: tuple[int, ...]) -> Array:
@@ -296,7 +299,8 @@ def _rank_assignments(expert_ids: Array, num_experts: int) -> SortedAssignments:
     group_bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)])
     row_of_assignment = group_bounds[flat] + rank
     assignments = jnp.arange(flat.size, dtype=jnp.int32)
-    order = jnp.zeros_like(flat).at[row_of_assignment].set(assignments, unique_indices=True)
+    row_or_none = jnp.where(flat < num_experts, row_of_assignment, flat.size)
+    order = jnp.zeros_like(flat).at[row_or_none].set(assignments, mode="drop")
     return SortedAssignments(order, row_of_assignment, group_bounds)
 
 

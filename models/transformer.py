@@ -17,11 +17,36 @@ import jax.numpy as jnp
 
 from models.attention import attend, attend_newest
 from models.config import TransformerConfig
-from models.experts import run_experts, run_experts_of_layer
-from rspo_jax.sharding import over_rows
+from models.expert_parallel import mix_experts, mix_experts_of_layer
+from rspo_jax.sharding import axes_of, constrain, free_axes, parts_of, spread
 from rspo_jax.types import ModelOutput, RouterReader, RouterReading
 
 Array = jax.Array
+
+
+CACHE_AXES = ("layers", "rows", "attended_heads", None, None)
+LAYER_AXES = {
+    "attention": {
+        "query": ("embed", "heads", None),
+        "key": ("embed", "kv_heads", None),
+        "value": ("embed", "kv_heads", None),
+        "output": ("heads", None, "embed"),
+        "query_norm": {"scale": (None,)},
+        "key_norm": {"scale": (None,)},
+    },
+    "attention_norm": {"scale": (None,)},
+    "moe_norm": {"scale": (None,)},
+    "moe": {
+        "router": ("embed", None),
+        "gate_up": ("experts", "expert_embed", None, "expert_hidden"),
+        "down": ("experts", "expert_hidden", "expert_embed"),
+    },
+}
+"""Logical axes of the parameters of a layer, without the axis of the stack."""
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple)
 
 
 class LayerCache(NamedTuple):
@@ -128,6 +153,30 @@ def rotate(x: Array, cosine: Array, sine: Array) -> Array:
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
 
 
+def _look_up(embedding: Array, tokens: Array) -> Array:
+    """Rows of the embedding, [V, D], for tokens [B, T].
+
+    On a mesh each device looks up its own part of every row for the tokens of all devices that hold the other parts,
+    and the parts then go to where the tokens are: the embedding itself never moves.
+    """
+    split, vocabulary = axes_of("embed"), axes_of("vocabulary")
+    if not free_axes() or embedding.shape[1] % parts_of("embed"):
+        return embedding[tokens]
+
+    def local(embedding: Array, tokens: Array) -> Array:
+        tokens = jax.lax.all_gather(tokens, split, tiled=True) if split else tokens
+        first = jax.lax.axis_index(vocabulary) * embedding.shape[0] if vocabulary else jnp.int32(0)
+        own = (tokens >= first) & (tokens < first + embedding.shape[0])
+        x = jnp.where(own[..., None], embedding[jnp.where(own, tokens - first, 0)], 0)
+        if split:
+            x = jax.lax.all_to_all(x, split, split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.psum(x, vocabulary) if vocabulary else x
+
+    by_token = "tokens" if tokens.shape[1] % parts_of("tokens") == 0 else None
+    inputs = (("vocabulary", "embed"), ("rows", by_token))
+    return spread(local, inputs, ("rows", by_token, None), ("embedding", "tokens"))(embedding, tokens)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with RMS-normalised queries and keys."""
 
@@ -154,9 +203,7 @@ class Attention(nn.Module):
         queries = rotate(queries, inputs.cosine, inputs.sine)
         keys = rotate(keys, inputs.cosine, inputs.sine)
         if cache is None:
-            attended = over_rows(attend, (True,) * 5)(
-                queries, keys, values, inputs.segment_ids, inputs.slot_segment_ids
-            )
+            attended = _spread_attend(queries, keys, values, inputs.segment_ids, inputs.slot_segment_ids)
         else:
             assert inputs.first_slot is not None
             cache, keys, values = _through_cache(cache, index, inputs.first_slot, keys, values)
@@ -168,6 +215,14 @@ class Attention(nn.Module):
                 attended = attend(queries, keys, values, *segments, inputs.first_slot)
         kernel = self.param("output", _fan_in_normal(0, 1), (c.num_heads, c.head_dim, c.hidden_size), param_dtype)
         return jnp.einsum("btnh,nhd->btd", attended, kernel.astype(dtype)), cache
+
+
+def _spread_attend(queries: Array, keys: Array, values: Array, segments: Array, slot_segments: Array) -> Array:
+    """`attend` on each device's own rows and heads."""
+    heads, whole = ("rows", None, "attended_heads", None), ("rows", None)
+    names = ("queries", "keys", "values", "segment_ids", "segment_ids")
+    spread_attend = spread(attend, (heads, heads, heads, whole, whole), heads, names)
+    return spread_attend(queries, keys, values, segments, slot_segments)
 
 
 def _through_cache(
@@ -206,18 +261,11 @@ class MixtureOfExperts(nn.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         arguments = (x, weights.astype(dtype), expert_ids)
         if stack is None:
-            mix, parameters = functools.partial(_mix_experts, run_experts), (gate_up.astype(dtype), down.astype(dtype))
+            mixed = mix_experts(*arguments, gate_up.astype(dtype), down.astype(dtype))
         else:
-            mix, parameters = functools.partial(_mix_experts, run_experts_of_layer), (*stack, layer)
-        mixed = over_rows(mix, (True, True, True, *(False for _ in parameters)))(*arguments, *parameters)
+            assert layer is not None
+            mixed = mix_experts_of_layer(*arguments, *stack, layer)
         return mixed, router_logits, expert_ids
-
-
-def _mix_experts(run: Callable[..., Array], x: Array, weights: Array, expert_ids: Array, *parameters: Array) -> Array:
-    """`run_experts` or `run_experts_of_layer` on [B, T, D], with weights and ids [B, T, K]."""
-    tokens = x.shape[0] * x.shape[1]
-    flat = run(x.reshape(tokens, -1), weights.reshape(tokens, -1), expert_ids.reshape(tokens, -1), *parameters)
-    return flat.reshape(x.shape)
 
 
 class Layer(nn.Module):
@@ -231,6 +279,7 @@ class Layer(nn.Module):
     ) -> tuple[LayerCarry, tuple[Array, Any]]:
         c = self.config
         x, cache, reading = carry
+        x = constrain(x, "rows", "tokens", None)
         normed = RMSNorm(c.rms_norm_epsilon, c.param_dtype, name="attention_norm")(x)
         attended, cache = Attention(c, name="attention")(normed, layer.index, cache, inputs)
         x = x + attended
@@ -239,7 +288,8 @@ class Layer(nn.Module):
         layer_reading = None
         if layer.read_router is not None:
             reading, layer_reading = layer.read_router(reading, router_logits, expert_ids)
-        return LayerCarry(x + mixed, cache, reading), (router_logits, layer_reading)
+        x = constrain(x + mixed, "rows", "tokens", None)
+        return LayerCarry(x, cache, reading), (router_logits, layer_reading)
 
 
 def _scanned_layers(config: TransformerConfig) -> type[nn.Module]:
@@ -302,7 +352,7 @@ class Transformer(nn.Module):
             (c.vocab_size, c.hidden_size),
             jnp.dtype(c.param_dtype),
         )
-        x = embedding.astype(jnp.dtype(c.dtype))[tokens]
+        x = constrain(_look_up(embedding.astype(jnp.dtype(c.dtype)), tokens), "rows", "tokens", None)
         reader = RouterReader(None) if router_reader is None else router_reader  # pyright: ignore[reportArgumentType]
         carry = LayerCarry(x, None if cache is None else cache.layers, reader.carry)
         layers = LayerInputs(jnp.arange(c.num_layers, dtype=jnp.int32), reader.read)
@@ -339,13 +389,24 @@ class Transformer(nn.Module):
         """An empty cache for `batch_size` rows of at most `length` tokens, in the dtype of the activations."""
         c = self.config
         shape = (c.num_layers, batch_size, c.num_kv_heads, length, c.head_dim)
-        zeros = jnp.zeros(shape, jnp.dtype(c.dtype))
-        return Cache(LayerCache(zeros, zeros), jnp.zeros((batch_size, length), jnp.int32), jnp.int32(0))
+        zeros = constrain(jnp.zeros(shape, jnp.dtype(c.dtype)), *CACHE_AXES)
+        segment_ids = constrain(jnp.zeros((batch_size, length), jnp.int32), "rows", None)
+        return Cache(LayerCache(zeros, zeros), segment_ids, jnp.int32(0))
 
     def repeat_cache(self, cache: Cache, repeats: int) -> Cache:
         """A cache in which each row of `cache` stands `repeats` times in a row, for several responses to one prompt."""
         rows = jnp.arange(cache.segment_ids.shape[0] * repeats, dtype=jnp.int32) // repeats
-        return Cache(jax.tree.map(lambda leaf: leaf[:, rows], cache.layers), cache.segment_ids[rows], cache.length)
+        layers = jax.tree.map(lambda leaf: constrain(leaf[:, rows], *CACHE_AXES), cache.layers)
+        return Cache(layers, constrain(cache.segment_ids[rows], "rows", None), cache.length)
+
+    def param_axes(self) -> dict:
+        """The logical axes of every parameter (`rspo_jax.sharding.RULES`), in a pytree like that of the parameters."""
+        axes = {
+            "embedding": ("vocabulary", "embed"),
+            "final_norm": {"scale": (None,)},
+            "layers": jax.tree.map(lambda names: ("layers", *names), LAYER_AXES, is_leaf=_is_axes),
+        }
+        return axes if self.config.tie_embeddings else axes | {"head": ("embed", "vocabulary")}
 
 
 def _check_inputs(tokens: Array, positions: Array | None, segment_ids: Array, cache: Cache | None) -> None:
@@ -367,4 +428,6 @@ def init_params(config: TransformerConfig, key: Array) -> dict:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _init_params(config: TransformerConfig, key: Array) -> dict:
-    return dict(Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+    # As many rows as a mesh in use wants; XLA drops what they go through.
+    tokens = jnp.zeros((parts_of("rows"), 1), jnp.int32)
+    return dict(Transformer(config).init(key, tokens)["params"])

@@ -7,7 +7,6 @@ This file must never know a model, a loss or a policy.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rspo_jax.log_probs import check_targets, check_temperature
-from rspo_jax.sharding import VOCABULARY_AXIS, row_axes
+from rspo_jax.sharding import axes_of, free_axes, parts_of
 from rspo_jax.types import Array
 
 BLOCK_BYTES = 8 * 2**20
@@ -33,9 +32,10 @@ class TokenScores(NamedTuple):
 
 
 class _Mesh(NamedTuple):
-    """The axes that split the work; both empty without a mesh."""
+    """The axes that split the work; all empty without a mesh."""
 
     rows: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
     vocabulary: tuple[str, ...] = ()
 
 
@@ -73,9 +73,9 @@ def head_log_probs(
 
     The entropy is a statistic: its gradient is zero by definition, as if behind `jax.lax.stop_gradient`.
 
-    Under a mesh set by `jax.set_mesh`, rows are split over its axes `data` and `fsdp`, and the vocabulary over its axis
-    `tensor` where that divides V; the head is gathered along D only. Without a set mesh the result is right for any
-    sharding, but XLA gathers a head that is sharded along V.
+    Under a mesh set by `jax.set_mesh`, rows, tokens and vocabulary are split as `rspo_jax.sharding.RULES` says, the
+    latter two where the mesh divides them; the head is gathered along D only. Without a set mesh the result is right
+    for any sharding, but XLA gathers a head that is sharded along V.
 
     Args:
       hidden: float [B, T, D], float32 or bfloat16 (or float64); position t scores `targets[b, t]`.
@@ -146,30 +146,28 @@ def _spread(
 
     A letter an array: h is split like hidden, w like the head, t like the targets.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = [name for name in mesh.axis_names if name not in mesh.manual_axes]
-    rows = row_axes()
-    vocabulary = tuple(name for name in free if name == VOCABULARY_AXIS and head.shape[1] % mesh.shape[name] == 0)
-    function = functools.partial(function, settings=settings._replace(mesh=_Mesh(rows, vocabulary)))
-    if not rows and not vocabulary:
+    rows = axes_of("rows")
+    tokens = axes_of("tokens") if hidden.shape[1] % parts_of("tokens") == 0 else ()
+    vocabulary = axes_of("vocabulary") if head.shape[1] % parts_of("vocabulary") == 0 else ()
+    function = functools.partial(function, settings=settings._replace(mesh=_Mesh(rows, tokens, vocabulary)))
+    if not free_axes():
         return function
-    row_groups = math.prod(mesh.shape[name] for name in rows)
-    if hidden.shape[0] % row_groups:
+    if hidden.shape[0] % parts_of("rows"):
         raise ValueError(
             f"hidden has {hidden.shape[0]} rows, which the mesh axes {', '.join(rows)} cannot split into "
-            f"{row_groups} equal groups; pad the batch or use a smaller mesh"
+            f"{parts_of('rows')} equal groups; pad the batch or use a smaller mesh"
         )
     specs = {
-        "h": PartitionSpec(rows, None, None),
-        "w": PartitionSpec(None, vocabulary),
-        "t": PartitionSpec(rows, None),
+        "h": PartitionSpec(rows or None, tokens or None, None),
+        "w": PartitionSpec(None, vocabulary or None),
+        "t": PartitionSpec(rows or None, tokens or None),
     }
     # Loops start from constants, which the check of varying axes refuses; the sums over the mesh are written out.
     return jax.shard_map(
         function,
         in_specs=tuple(specs[letter] for letter in inputs),
         out_specs=tuple(specs[letter] for letter in outputs),
-        axis_names=set(free),
+        axis_names=set(free_axes()),
         check_vma=False,
     )
 
@@ -329,6 +327,6 @@ def _gradients(
     hidden_gradient, head_gradient = gradients
     if settings.mesh.vocabulary:
         hidden_gradient = jax.lax.psum(hidden_gradient, settings.mesh.vocabulary)
-    if settings.mesh.rows:
-        head_gradient = jax.lax.psum(head_gradient, settings.mesh.rows)
+    if settings.mesh.rows or settings.mesh.tokens:
+        head_gradient = jax.lax.psum(head_gradient, (*settings.mesh.rows, *settings.mesh.tokens))
     return hidden_gradient, head_gradient

@@ -1,37 +1,270 @@
-"""How work is spread over a mesh: rows of a batch lie on the axes `data` and `fsdp` of the mesh in use,
-the vocabulary on `tensor`.
+"""How work is spread over devices: one mesh, and one table that says which of its axes split which axis of an array.
 
-`jax.jit` partitions everything but hand-written kernels; those run on each device's own rows. This file must never
-know a model, a loss or a number of devices.
+Arrays are described by logical axes, such as ("embed", "heads", None); `RULES` maps these to mesh axes, and nothing
+else does. `jax.jit` partitions everything but what has to be written by hand, which runs on each device's own part
+inside `spread`. This file must never know a model, a loss or a number of devices.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-ROW_AXES = ("data", "fsdp")
-VOCABULARY_AXIS = "tensor"
+LogicalAxes = tuple[str | None, ...]
+"""For each axis of an array a name of `RULES`, or None for one that is never split."""
+Rules = Mapping[str, tuple[str, ...]]
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+RULES: Rules = {
+    "rows": ("data", "fsdp", "expert"),
+    "tokens": ("context",),
+    "layers": (),
+    "embed": ("fsdp", "expert"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "attended_heads": ("tensor", "context"),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp",),
+    "expert_hidden": ("tensor",),
+    "vocabulary": ("tensor",),
+}
+"""Logical axis -> the mesh axes that split it, the slowest first.
+
+`rows` are those of a batch: of tokens, prompts, responses or a cache; `tokens` its positions. `embed` is the hidden
+size in parameters and `expert_embed` that in the parameters of experts, which lie on `expert` already; in activations
+the hidden size is whole. Each device of the axis `expert` brings rows of its own to the experts of all. While a token
+attends, all tokens of its row are at one place, and the heads (`attended_heads`) take the axis `context` too."""
+SAMPLING_RULES: Rules = {**RULES, "embed": (), "expert_embed": ()}
+"""For drawing: what training gathers layer by layer is gathered once for all tokens."""
 
 
-def row_axes() -> tuple[str, ...]:
-    """The axes of the mesh in use (`jax.set_mesh`) that split rows and that no `jax.shard_map` around has taken."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name in ROW_AXES if name in mesh.axis_names and name not in mesh.manual_axes)
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh. At most one may be -1, for all that are left."""
+
+    data: int = 1
+    """Copies of parameters and optimizer, each for rows of its own. Across slices of a pod, this is the axis."""
+    fsdp: int = -1
+    """Rows are split, and so are parameters and optimizer, which are gathered layer by layer."""
+    expert: int = 1
+    """Experts are split, and so are rows."""
+    tensor: int = 1
+    """Heads, the hidden layer of the experts and the vocabulary are split."""
+    context: int = 1
+    """The tokens of a row are split, and while they attend, heads."""
+    rules: tuple[str, ...] = ()
+    """Changes to where parameters and optimizer lie, as "embed=fsdp" or "vocabulary=" for whole."""
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes
+        if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"mesh axes must be positive, at most one of them -1 for all devices left; got {sizes}")
+        _ = self.parameter_rules
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis -> size."""
+        return {name: getattr(self, name) for name in MESH_AXES}
+
+    @property
+    def parameter_rules(self) -> Rules:
+        """`RULES` with the changes.
+
+        Raises:
+          ValueError: if a change names an axis that there is not.
+        """
+        changed = dict(RULES)
+        for rule in self.rules:
+            name, _, axes = rule.partition("=")
+            split = tuple(axis for axis in axes.split(",") if axis)
+            unknown = [axis for axis in split if axis not in MESH_AXES]
+            if name not in RULES or "=" not in rule or unknown:
+                raise ValueError(
+                    f"mesh.rules has {rule!r}, which is not of the form name=axis,axis with a name among "
+                    f"{', '.join(RULES)} and axes among {', '.join(MESH_AXES)}"
+                )
+            changed[name] = split
+        return changed
 
 
-def over_rows(function: Callable[..., Any], has_rows: tuple[bool, ...]) -> Callable[..., Any]:
-    """`function` on each device's own rows; `function` itself where no mesh with a row axis is set (`jax.set_mesh`).
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, or those given, laid out along their links.
+
+    Where the devices belong to several slices, `data` crosses them (and no other axis does).
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes
+    known = math.prod(size for size in sizes.values() if size != -1)
+    filled = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
+    if math.prod(filled.values()) != len(devices):
+        least = f"a multiple of {known}" if -1 in sizes.values() else str(known)
+        raise ValueError(
+            f"the mesh {sizes} needs {least} devices, but there are {len(devices)}: change its sizes, "
+            "or give one of them as -1"
+        )
+    shape = tuple(filled.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if filled["data"] % slices:
+        raise ValueError(
+            f"mesh.data is {filled['data']}, but must be a multiple of the {slices} slices: it crosses them"
+        )
+    if slices > 1:
+        across = (slices, *(1,) * (len(shape) - 1))
+        within = (shape[0] // slices, *shape[1:])
+        array = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    else:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def partition_spec(axes: LogicalAxes, mesh_axes: Sequence[str], rules: Rules = RULES) -> PartitionSpec:
+    """What the table says of an array, on those mesh axes that there are.
+
+    Raises:
+      ValueError: on a name that the table does not have, or if one mesh axis would split two axes of the array.
+    """
+    return PartitionSpec(*(part or None for part in _parts(axes, mesh_axes, rules)))
+
+
+def _parts(axes: LogicalAxes, mesh_axes: Sequence[str], rules: Rules) -> list[tuple[str, ...]]:
+    """The mesh axes that split each axis of an array."""
+    unknown = [name for name in axes if name is not None and name not in rules]
+    if unknown:
+        raise ValueError(f"unknown logical axis {unknown[0]!r}; the table has {', '.join(rules)}")
+    parts = [tuple(axis for axis in rules[name] if axis in mesh_axes) if name is not None else () for name in axes]
+    used = [axis for part in parts for axis in part]
+    twice = [axis for axis in used if used.count(axis) > 1]
+    if twice:
+        both = " and ".join(str(name) for name, part in zip(axes, parts, strict=True) if twice[0] in part)
+        raise ValueError(
+            f"the mesh axis {twice[0]} would split two axes of one array, {both}: change mesh.rules so that it splits "
+            "one of them"
+        )
+    return parts
+
+
+def sharding_of(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAxes, rules: Rules = RULES) -> NamedSharding:
+    """Where an array lies.
 
     Args:
-      function: of arrays or pytrees of arrays; what it returns leads with the rows.
-      has_rows: for each positional argument, whether it leads with the rows. Others are whole on every device, and
-        their gradients are summed.
+      mesh: from `make_mesh`.
+      name: of the array, for errors.
+      shape: of the whole array.
+      axes: its logical axes.
+      rules: the table.
+
+    Raises:
+      ValueError: if the array has another number of axes, or a size that its mesh axes do not divide.
     """
-    axes = row_axes()
-    if not axes:
+    if len(axes) != len(shape):
+        raise ValueError(f"{name} has shape {tuple(shape)}, but the logical axes {axes}")
+    _check_divides(name, shape, axes, _parts(axes, mesh.axis_names, rules), mesh.shape)
+    return NamedSharding(mesh, partition_spec(axes, mesh.axis_names, rules))
+
+
+def _check_divides(
+    name: str, shape: Sequence[int], axes: LogicalAxes, parts: list[tuple[str, ...]], sizes: Mapping[str, int]
+) -> None:
+    for logical, size, part in zip(axes, shape, parts, strict=True):
+        ways = math.prod(sizes[axis] for axis in part)
+        if size % ways:
+            raise ValueError(
+                f"{name} has {size} {logical}, which the mesh axes {', '.join(part)} cannot split into {ways} equal "
+                f"parts: choose sizes of the mesh that divide {size}"
+            )
+
+
+def shardings_of(mesh: Mesh, tree: Any, axes: Any, rules: Rules = RULES) -> Any:
+    """`sharding_of` for each array of a pytree; `axes` is a pytree like it, with logical axes in place of arrays."""
+    paths, structure = jax.tree.flatten_with_path(tree)
+    named = jax.tree.structure(tree).flatten_up_to(axes)
+    return structure.unflatten(
+        [
+            sharding_of(mesh, f"the array {jax.tree_util.keystr(path)}", leaf.shape, leaf_axes, rules)
+            for (path, leaf), leaf_axes in zip(paths, named, strict=True)
+        ]
+    )
+
+
+def free_axes() -> tuple[str, ...]:
+    """The axes of the mesh in use (`jax.set_mesh`) with more than one device, and that no `jax.shard_map` around has
+    taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in mesh.manual_axes)
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """The free axes that split a logical axis."""
+    free = free_axes()
+    return tuple(axis for axis in RULES[name] if axis in free)
+
+
+def parts_of(name: str) -> int:
+    """Into how many parts the mesh in use splits a logical axis."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in axes_of(name))
+
+
+def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks for an activation to lie as the table says; an axis that does not divide stays whole. The array itself
+    where no mesh is in use."""
+    if not free_axes():
+        return array
+    fitting = tuple(
+        name if name is not None and size % parts_of(name) == 0 else None
+        for name, size in zip(axes, array.shape, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(array, partition_spec(fitting, free_axes()))
+
+
+def spread(
+    function: Callable[..., Any], inputs: Sequence[LogicalAxes], outputs: LogicalAxes, names: Sequence[str]
+) -> Callable[..., Any]:
+    """`function` on each device's own parts; `function` itself where no mesh is in use.
+
+    Args:
+      function: of as many arrays as `inputs` has entries.
+      inputs: logical axes of each argument.
+      outputs: logical axes of what it returns.
+      names: of the arguments, for errors.
+
+    Returns:
+      A function of whole arrays. It raises ValueError for a size that does not divide.
+    """
+    free = free_axes()
+    if not free:
         return function
-    specs = tuple(PartitionSpec(axes) if rows else PartitionSpec() for rows in has_rows)
+    specs = tuple(partition_spec(axes, free) for axes in inputs)
     # The kernels do not say over which axes their results vary, so that this cannot be checked.
-    return jax.shard_map(function, in_specs=specs, out_specs=PartitionSpec(axes), check_vma=False)
+    spread_function = jax.shard_map(
+        function, in_specs=specs, out_specs=partition_spec(outputs, free), axis_names=set(free), check_vma=False
+    )
+    sizes = jax.sharding.get_abstract_mesh().shape
+
+    def checked(*arrays: jax.Array) -> Any:
+        for name, array, axes in zip(names, arrays, inputs, strict=True):
+            _check_divides(name, array.shape, axes, _parts(axes, free, RULES), sizes)
+        return spread_function(*arrays)
+
+    return checked
+
+
+def global_rows(mesh: Mesh, rows: Any, axes: LogicalAxes) -> jax.Array:
+    """A global array of which each process fills the parts on its own devices.
+
+    Args:
+      mesh: from `make_mesh`.
+      rows: the whole array in NumPy, or as much of it as belongs to this process's devices: other places are not read.
+      axes: logical axes.
+    """
+    rows = np.asarray(rows)
+    sharding = sharding_of(mesh, "the batch", rows.shape, axes)
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])

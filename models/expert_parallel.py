@@ -1,0 +1,350 @@
+"""Runs tokens through experts that lie on several devices: each brings its tokens to the experts, and gets them back.
+
+The tokens of a batch and the experts of a layer are both split over the mesh axis `expert`. Two ways exist. All-to-all
+sends each assignment (token, expert) to the device of its expert; shapes being static, in rounds of a little more than
+an even share, and as many rounds as the fullest device needs, so that nothing is ever dropped. All-gather brings all
+tokens of the group to all of its devices; that is the faster way for few tokens or two devices. Both give what
+`run_experts` gives on one device. This file must never know a router, a model or its configuration.
+
+Letters: n tokens of a device, D hidden size, K experts of a token, P devices along `expert`, e experts of a device,
+F hidden width of an expert (or a device's part of it), C places that a round has for each pair of devices.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from models.experts import run_experts, run_experts_of_layer
+from rspo_jax.sharding import axes_of, free_axes, parts_of
+
+Array = jax.Array
+
+GATHER_UP_TO_DEVICES = 2
+"""All-gather moves (P − 1) · n rows to a device and all-to-all about K · n · (P − 1) / P; but then the products' rows
+have P · n · K places, of which one in P is filled."""
+GATHER_UP_TO_TOKENS = 64
+"""Of a device. So few, as in decoding, are sent whole rather than sorted by where they go."""
+SLACK = 4
+"""A round has room for 1 + 1/SLACK of an even share."""
+
+
+class Layout(NamedTuple):
+    """Which mesh axes split what; empty tuples where nothing does. Static."""
+
+    rows: tuple[str, ...]
+    tokens: tuple[str, ...]
+    experts: tuple[str, ...]
+    hidden: tuple[str, ...]
+    num_groups: int
+    """P."""
+    exchange: bool | None = None
+    """All-to-all or all-gather; None chooses."""
+
+    @classmethod
+    def in_use(cls, tokens: int, exchange: bool | None = None) -> "Layout":
+        """The mesh in use; `tokens` of a row, which stay whole if the mesh does not divide them."""
+        token_axes = axes_of("tokens") if tokens % parts_of("tokens") == 0 else ()
+        return cls(
+            axes_of("rows"), token_axes, axes_of("experts"), axes_of("expert_hidden"), parts_of("experts"), exchange
+        )
+
+    def activations(self) -> PartitionSpec:
+        return PartitionSpec(self.rows or None, self.tokens or None, None)
+
+    def gate_up(self) -> PartitionSpec:
+        return PartitionSpec(self.experts or None, None, None, self.hidden or None)
+
+    def down(self) -> PartitionSpec:
+        return PartitionSpec(self.experts or None, self.hidden or None, None)
+
+    def sum_rows(self, gradient: Array) -> Array:
+        """Sums a parameter's gradient over the devices that had tokens of their own for it."""
+        axes = tuple(axis for axis in (*self.rows, *self.tokens) if axis not in self.experts)
+        return jax.lax.psum(gradient, axes) if axes else gradient
+
+    def sum_hidden(self, partial: Array) -> Array:
+        """Sums over the parts of the experts' hidden layer."""
+        return jax.lax.psum(partial, self.hidden) if self.hidden else partial
+
+
+def mix_experts(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> Array:
+    """`run_experts` on rows of tokens, split over the mesh in use (`jax.set_mesh`) if there is one.
+
+    Args:
+      x: float [B, T, D].
+      weights: float [B, T, K], in the dtype of x.
+      expert_ids: int [B, T, K].
+      gate_up: float [E, D, 2, F], in the dtype of x.
+      down: float [E, F, D].
+
+    Returns:
+      float [B, T, D]. Differentiable (reverse mode) in x, weights and both projections.
+
+    Raises:
+      ValueError: if the mesh does not divide rows, experts or their hidden width.
+    """
+    if not free_axes():
+        return _by_tokens(run_experts, x, weights, expert_ids, gate_up, down)
+    layout = Layout.in_use(x.shape[1])
+    _check(layout, x, gate_up)
+    return _mix_spread(x, weights, expert_ids, gate_up, down, layout)
+
+
+def mix_experts_of_layer(
+    x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layer: Array
+) -> Array:
+    """`mix_experts` with the projections of one layer of a stack, [L, E, D, 2, F] and [L, E, F, D], for decoding."""
+    if not free_axes():
+        return _by_tokens(run_experts_of_layer, x, weights, expert_ids, gate_up, down, layer)
+    layout = Layout.in_use(x.shape[1])
+    _check(layout, x, gate_up[0])
+
+    def local(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layer: Array) -> Array:
+        flat = _flatten(x, weights, expert_ids)
+
+        def run(x: Array, weights: Array, expert_ids: Array) -> Array:
+            return run_experts_of_layer(x, weights, expert_ids, gate_up, down, layer)
+
+        mixed = _Gathered(layout, *flat, gate_up.shape[1]).forward(run) if layout.experts else run(*flat)
+        return layout.sum_hidden(mixed).reshape(x.shape)
+
+    spec = layout.activations()
+    stacks = (PartitionSpec(None, *layout.gate_up()), PartitionSpec(None, *layout.down()))
+    return _spread(local, (spec, spec, spec, *stacks, PartitionSpec()), spec)(
+        x, weights, expert_ids, gate_up, down, layer
+    )
+
+
+def _check(layout: Layout, x: Array, gate_up: Array) -> None:
+    for size, what, axes, parts in (
+        (x.shape[0], "rows of tokens", layout.rows, parts_of("rows")),
+        (gate_up.shape[0], "experts", layout.experts, layout.num_groups),
+        (gate_up.shape[-1], "numbers in the hidden layer of an expert", layout.hidden, parts_of("expert_hidden")),
+    ):
+        if size % parts:
+            raise ValueError(f"{size} {what} cannot be split into {parts} equal parts by the mesh axes {axes}")
+
+
+def _by_tokens(run: Callable[..., Array], x: Array, weights: Array, expert_ids: Array, *parameters: Array) -> Array:
+    return run(*_flatten(x, weights, expert_ids), *parameters).reshape(x.shape)
+
+
+def _flatten(x: Array, weights: Array, expert_ids: Array) -> tuple[Array, Array, Array]:
+    return _rows(x), _rows(weights), _rows(expert_ids)
+
+
+def _rows(array: Array) -> Array:
+    return array.reshape(-1, array.shape[-1])
+
+
+def _spread(function: Callable[..., Any], inputs: tuple, outputs: Any) -> Callable[..., Any]:
+    # Loops start from constants, which the check of varying axes refuses; the sums over the mesh are written out.
+    return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=set(free_axes()), check_vma=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _mix_spread(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layout: Layout) -> Array:
+    return _forward(x, weights, expert_ids, gate_up, down, layout)[0]
+
+
+def _forward(
+    x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layout: Layout
+) -> tuple[Array, tuple]:
+    def local(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> Array:
+        def run(x: Array, weights: Array, expert_ids: Array) -> Array:
+            return run_experts(x, weights, expert_ids, gate_up, down)
+
+        mixed = _transport(layout, *_flatten(x, weights, expert_ids), gate_up.shape[0]).forward(run)
+        return layout.sum_hidden(mixed).reshape(x.shape)
+
+    spec = layout.activations()
+    inputs = (x, weights, expert_ids, gate_up, down)
+    return _spread(local, (spec, spec, spec, layout.gate_up(), layout.down()), spec)(*inputs), inputs
+
+
+def _backward(layout: Layout, residuals: tuple, output_gradient: Array) -> tuple:
+    def local(
+        x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, output_gradient: Array
+    ) -> tuple[Array, ...]:
+        flat = _flatten(x, weights, expert_ids)
+        transport = _transport(layout, *flat, gate_up.shape[0])
+        x_gradient, weight_gradient, *of_parameters = transport.backward(
+            gate_up, down, output_gradient.reshape(flat[0].shape)
+        )
+        of_parameters = [
+            layout.sum_rows(gradient.astype(parameter.dtype))
+            for gradient, parameter in zip(of_parameters, (gate_up, down), strict=True)
+        ]
+        x_gradient, weight_gradient = layout.sum_hidden(x_gradient), layout.sum_hidden(weight_gradient)
+        return x_gradient.reshape(x.shape), weight_gradient.reshape(weights.shape), *of_parameters
+
+    spec, parameters = layout.activations(), (layout.gate_up(), layout.down())
+    spread = _spread(local, (spec, spec, spec, *parameters, spec), (spec, spec, *parameters))
+    x_gradient, weight_gradient, *of_parameters = spread(*residuals, output_gradient)
+    return x_gradient, weight_gradient, None, *of_parameters
+
+
+_mix_spread.defvjp(_forward, _backward)
+
+
+def _transport(layout: Layout, x: Array, weights: Array, expert_ids: Array, own_experts: int) -> Any:
+    """How these tokens get to their experts."""
+    if not layout.experts:
+        return _AtHome(x, weights, expert_ids)
+    few = layout.num_groups <= GATHER_UP_TO_DEVICES or x.shape[0] <= GATHER_UP_TO_TOKENS
+    exchange = layout.exchange if layout.exchange is not None else not few
+    return (_Exchanged if exchange else _Gathered)(layout, x, weights, expert_ids, own_experts)
+
+
+class _AtHome(NamedTuple):
+    """All experts are on this device."""
+
+    x: Array
+    weights: Array
+    expert_ids: Array
+
+    def forward(self, run: Callable[..., Array]) -> Array:
+        return run(*self)
+
+    def backward(self, gate_up: Array, down: Array, output_gradient: Array) -> tuple[Array, ...]:
+        return _gradients(*self, gate_up, down, output_gradient)
+
+
+def _gradients(
+    x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, output_gradient: Array
+) -> tuple[Array, ...]:
+    """Of x, weights, gate_up and down; the products of the forward pass that are needed are made again."""
+
+    def run(x: Array, weights: Array, gate_up: Array, down: Array) -> Array:
+        return run_experts(x, weights, expert_ids, gate_up, down)
+
+    return jax.vjp(run, x, weights, gate_up, down)[1](output_gradient)
+
+
+class _Gathered(NamedTuple):
+    """All tokens of the group come to every device, which adds what its own experts make of them."""
+
+    layout: Layout
+    x: Array
+    weights: Array
+    expert_ids: Array
+    own_experts: int
+
+    def _all(self) -> tuple[Array, Array, Array]:
+        """x, weights and own ids of all tokens of the group; the id `own_experts` is an expert elsewhere."""
+        gather = functools.partial(jax.lax.all_gather, axis_name=self.layout.experts, tiled=True)
+        own = gather(self.expert_ids) - jax.lax.axis_index(self.layout.experts) * self.own_experts
+        own = jnp.where((own >= 0) & (own < self.own_experts), own, self.own_experts)
+        return gather(self.x), gather(self.weights), own
+
+    def _sum(self, rows: Array) -> Array:
+        return jax.lax.psum_scatter(rows, self.layout.experts, scatter_dimension=0, tiled=True)
+
+    def forward(self, run: Callable[..., Array]) -> Array:
+        return self._sum(run(*self._all()))
+
+    def backward(self, gate_up: Array, down: Array, output_gradient: Array) -> tuple[Array, ...]:
+        output_gradient = jax.lax.all_gather(output_gradient, self.layout.experts, tiled=True)
+        of_x, of_weights, *of_parameters = _gradients(*self._all(), gate_up, down, output_gradient)
+        return self._sum(of_x), self._sum(of_weights), *of_parameters
+
+
+class _Round(NamedTuple):
+    """Which assignments one round moves: C places for each of the P devices, in the order of the devices."""
+
+    tokens: Array
+    """int32 [P·C]: the token of each place; some token where a place is empty."""
+    assignments: Array
+    """int32 [P·C]."""
+    used: Array
+    """bool [P·C]."""
+    places: Array
+    """int32 [n·K]: the place of each assignment."""
+    moved: Array
+    """bool [n·K]: whether this round moves it."""
+
+
+class _Exchanged(NamedTuple):
+    """Each assignment goes to the device of its expert, in rounds."""
+
+    layout: Layout
+    x: Array
+    weights: Array
+    expert_ids: Array
+    own_experts: int
+
+    @property
+    def capacity(self) -> int:
+        """C: in eighths of an even share, or what a pair can need at most."""
+        tokens, per_token = self.expert_ids.shape
+        share = -(-tokens * per_token // self.layout.num_groups)
+        return min(-(-(share + share // SLACK) // 8) * 8, tokens * min(per_token, self.own_experts))
+
+    def _rounds(self) -> tuple[Array, Callable[[Array], _Round]]:
+        """How many rounds there are, the same on all devices, and what a round moves."""
+        flat, per_token = self.expert_ids.reshape(-1).astype(jnp.int32), self.expert_ids.shape[1]
+        device = flat // self.own_experts
+        order = jnp.argsort(device, stable=True).astype(jnp.int32)
+        bounds = jnp.searchsorted(device[order], jnp.arange(self.layout.num_groups + 1, dtype=jnp.int32))
+        bounds = bounds.astype(jnp.int32)
+        row = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
+        rank = row - bounds[device]
+        fullest = jax.lax.pmax(jnp.max(jnp.diff(bounds)), tuple({*self.layout.rows, *self.layout.tokens}))
+
+        def round_of(index: Array) -> _Round:
+            first = index * self.capacity
+            place = first + jnp.arange(self.capacity, dtype=jnp.int32)
+            rows = bounds[:-1, None] + place[None, :]
+            used = (rows < bounds[1:, None]).reshape(-1)
+            assignments = order[jnp.minimum(rows, flat.size - 1).reshape(-1)]
+            moved = (rank >= first) & (rank < first + self.capacity)
+            places = jnp.where(moved, device * self.capacity + rank - first, 0)
+            return _Round(assignments // per_token, assignments, used, places, moved)
+
+        return -(-fullest // self.capacity), round_of
+
+    def _swap(self, rows: Array) -> Array:
+        """[P·C, …]: what place p·C + c held for device p comes to it, at the place of the device that sent it."""
+        return jax.lax.all_to_all(rows, self.layout.experts, split_axis=0, concat_axis=0, tiled=True)
+
+    def _send(self, round_: _Round) -> tuple[Array, Array, Array]:
+        """The tokens, weights and ids that came: [P·C, D], [P·C, 1] and [P·C, 1], one assignment a row."""
+        ids = self.expert_ids.reshape(-1)[round_.assignments] % self.own_experts
+        ids = jnp.where(round_.used, ids, self.own_experts).astype(jnp.int32)
+        weights = self.weights.reshape(-1)[round_.assignments]
+        return self._swap(self.x[round_.tokens]), self._swap(weights[:, None]), self._swap(ids[:, None])
+
+    def _back(self, rows: Array, round_: _Round) -> Array:
+        """[P·C, …] as computed -> [n, K, …] of the assignments that this round moved, 0 for the others."""
+        returned = self._swap(rows)[round_.places]
+        moved = round_.moved.reshape(-1, *(1,) * (rows.ndim - 1))
+        return jnp.where(moved, returned, 0).reshape(*self.expert_ids.shape, *rows.shape[1:])
+
+    def forward(self, run: Callable[..., Array]) -> Array:
+        num_rounds, round_of = self._rounds()
+
+        def step(index: Array, mixed: Array) -> Array:
+            round_ = round_of(index)
+            return mixed + jnp.sum(self._back(run(*self._send(round_)), round_), axis=1)
+
+        return jax.lax.fori_loop(0, num_rounds, step, jnp.zeros_like(self.x))
+
+    def backward(self, gate_up: Array, down: Array, output_gradient: Array) -> tuple[Array, ...]:
+        num_rounds, round_of = self._rounds()
+
+        def step(index: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            round_ = round_of(index)
+            came = self._swap(output_gradient[round_.tokens])
+            of_x, of_weights, *of_parameters = _gradients(*self._send(round_), gate_up, down, came)
+            of_rows = jnp.sum(self._back(of_x, round_), axis=1), self._back(of_weights, round_)[..., 0]
+            return tuple(
+                total + part.astype(total.dtype) for total, part in zip(sums, (*of_rows, *of_parameters), strict=True)
+            )
+
+        zeros = [jnp.zeros(parameter.shape, jnp.float32) for parameter in (gate_up, down)]
+        start = (jnp.zeros_like(self.x), jnp.zeros_like(self.weights), *zeros)
+        return jax.lax.fori_loop(0, num_rounds, step, start)
