@@ -19,7 +19,7 @@ from experiments.tasks.countdown.task import CountdownTask
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import LearnerConfig, OptimizerConfig
-from rspo_jax.trainer import TrainerConfig, WarmStartConfig, check_learner
+from rspo_jax.trainer_config import TrainerConfig, WarmStartConfig, check_learner
 
 Config = TypeVar("Config")
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rspo_jax.sharding import constrain
 from rspo_jax.types import Array, PackedBatch, PackedRows, RolloutBatch
 
 _INT32_MAX = np.iinfo(np.int32).max
@@ -170,10 +171,12 @@ def pack_rollout(rollout: RolloutBatch, plan: PackingPlan) -> PackedBatch:
 
     def by_response(array: Array) -> Array:
         """[B, T] over whole sequences, or [B] -> [parts, b, R] or [parts, b]."""
-        return (array[:, -response_width:] if array.ndim == 2 else array)[plan.responses]
+        of_parts = (array[:, -response_width:] if array.ndim == 2 else array)[plan.responses]
+        return constrain(of_parts, None, "rows", *(None,) * (of_parts.ndim - 2))
 
+    rows = pack_rows(rollout.tokens, plan.source, plan.segment_ids)
     return PackedBatch(
-        rows=pack_rows(rollout.tokens, plan.source, plan.segment_ids),
+        rows=PackedRows(*(constrain(array, None, "rows", "tokens") for array in rows)),
         places=plan.places,
         mask=by_response(rollout.mask),
         sampler_log_probs=by_response(rollout.sampler_log_probs),

@@ -5,6 +5,7 @@ chunks, so that the host judges one chunk while the device draws the next. This 
 updated, nor a concrete task.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from rspo_jax.packing import balanced_parts, pack_rollout, padding_fraction, plan_packing
 from rspo_jax.sampler import SamplerConfig, generate, pad_prompts
+from rspo_jax.sharding import fetch, fetch_own, from_own, own_rows, parts_of
 from rspo_jax.types import Array, PackedBatch, Params, Policy, RolloutBatch, Samples, Task, Tokenizer
 
 
@@ -36,6 +38,7 @@ class Judged(NamedTuple):
     truncated: np.ndarray
     """bool [B]."""
     texts: list[str]
+    """The responses; "" for a row on another process's devices."""
 
 
 def prompt_width(task: Task, problems: Sequence[Any]) -> int:
@@ -44,10 +47,19 @@ def prompt_width(task: Task, problems: Sequence[Any]) -> int:
 
 
 def encode_prompts(task: Task, problems: Sequence[Any], width: int, repeats: int = 1) -> Prompts:
-    """Encodes each problem's prompt `repeats` times in a row."""
-    encoded = [task.tokenizer.encode(task.prompt(problem)) for problem in problems]
-    tokens, mask = pad_prompts(encoded, width, task.tokenizer.pad_id)
-    return Prompts(jnp.asarray(np.repeat(tokens, repeats, axis=0)), jnp.asarray(np.repeat(mask, repeats, axis=0)))
+    """Encodes each problem's prompt `repeats` times in a row; each process those of its own rows."""
+    rows = own_rows(len(problems) * repeats)
+    own, copies = np.unique(rows // repeats, return_counts=True)
+    encoded = [task.tokenizer.encode(task.prompt(problems[index])) for index in own]
+    tokens, mask = (np.repeat(array, copies, axis=0) for array in pad_prompts(encoded, width, task.tokenizer.pad_id))
+    return Prompts(*(_from_own_rows(array, rows, len(problems) * repeats) for array in (tokens, mask)))
+
+
+def _from_own_rows(values: np.ndarray, rows: np.ndarray, count: int) -> Array:
+    """The global array [count, …] to which this process gives these rows."""
+    whole = np.zeros((count, *values.shape[1:]), values.dtype)
+    whole[rows] = values
+    return from_own(whole, "rows", *(None,) * (whole.ndim - 1))
 
 
 def check_solutions(task: Task, problems: Sequence[Any], response_width: int) -> None:
@@ -65,18 +77,16 @@ def check_solutions(task: Task, problems: Sequence[Any], response_width: int) ->
 
 
 def encode_solutions(task: Task, problems: Sequence[Any], width: int, response_width: int) -> RolloutBatch:
-    """Prompt and worked solution of each problem, as a rollout that nobody drew."""
+    """Prompt and worked solution of each problem, as a rollout that nobody drew; each process encodes its own rows."""
     tokenizer = task.tokenizer
-    prompts = [tokenizer.encode(task.prompt(problem)) for problem in problems]
-    prompt_tokens, prompt_mask = pad_prompts(prompts, width, tokenizer.pad_id)
     tokens = np.full((len(problems), response_width), tokenizer.pad_id, np.int32)
     mask = np.zeros((len(problems), response_width), bool)
-    for row, problem in enumerate(problems):
-        solution = [*tokenizer.encode(task.solution(problem)), tokenizer.eos_id]
+    for row in own_rows(len(problems)):
+        solution = [*tokenizer.encode(task.solution(problems[row])), tokenizer.eos_id]
         tokens[row, : len(solution)] = solution
         mask[row, : len(solution)] = True
-    samples = Samples(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(mask.shape))
-    return assemble(Prompts(jnp.asarray(prompt_tokens), jnp.asarray(prompt_mask)), [samples])
+    samples = (from_own(array, "rows", None) for array in (tokens, mask, np.zeros(mask.shape, np.float32)))
+    return assemble(encode_prompts(task, problems, width), [Samples(*samples)])
 
 
 class Packing(NamedTuple):
@@ -102,13 +112,26 @@ def pack(
       The parts, [mini_batches · micro_batches, ...], those of a mini-batch one after the other, and the metric
       `padding_fraction`, the share of the places in all rows that hold no token.
     """
-    used = np.asarray(rollout.segment_ids) > 0
-    prompt_width = used.shape[1] - response_width
-    prompt_lengths, response_lengths = used[:, :prompt_width].sum(axis=1), used[:, prompt_width:].sum(axis=1)
+    prompt_width = rollout.tokens.shape[1] - response_width
+    prompt_lengths, response_lengths = (fetch(lengths) for lengths in _lengths(rollout.segment_ids, prompt_width))
     parts = packing.mini_batches * packing.micro_batches
     responses = balanced_parts(prompt_lengths + response_lengths, order, parts)
-    plan = plan_packing(prompt_lengths, response_lengths, prompt_width, response_width, responses, packing.row_length)
+    plan = plan_packing(
+        prompt_lengths,
+        response_lengths,
+        prompt_width,
+        response_width,
+        responses,
+        packing.row_length,
+        rows_multiple=parts_of("rows"),
+    )
     return pack_rollout(rollout, plan), {"padding_fraction": padding_fraction(plan)}
+
+
+@functools.partial(jax.jit, static_argnames="prompt_width")
+def _lengths(segment_ids: Array, prompt_width: int) -> tuple[Array, Array]:
+    used = (segment_ids > 0).astype(jnp.int32)
+    return jnp.sum(used[:, :prompt_width], axis=1), jnp.sum(used[:, prompt_width:], axis=1)
 
 
 def sample_in_chunks(
@@ -129,7 +152,8 @@ def sample_in_chunks(
     rows, rest = divmod(prompts.tokens.shape[0], chunks)
     if rest or not rows:
         raise ValueError(f"{prompts.tokens.shape[0]} prompts do not divide into {chunks} chunks")
-    repeats = repeats if rows % repeats == 0 else 1
+    # On a mesh the rows of a chunk, and the prompts that are read once for several, go to equal parts of it.
+    repeats = repeats if rows % (repeats * parts_of("rows")) == 0 else 1
     return [
         generate(
             policy,
@@ -184,37 +208,43 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
     Args:
       task: the judge.
       problems: one a row, in the order of the chunks' rows.
-      chunks: from `sample_in_chunks`.
+      chunks: from `sample_in_chunks`, equally long.
+
+    Returns:
+      What all processes found. Each judges the rows on its own devices, and then only the verdicts cross.
     """
-    rewards: list[float] = []
-    correct: list[bool] = []
-    truncated: list[bool] = []
-    texts: list[str] = []
-    for chunk in chunks:
-        tokens, mask = np.asarray(chunk.tokens), np.asarray(chunk.mask)
-        for row_tokens, row_mask in zip(tokens, mask, strict=True):
-            response = row_tokens[row_mask].tolist()
-            problem, text = problems[len(texts)], task.tokenizer.decode(response)
-            texts.append(text)
-            truncated.append(response[-1] != task.tokenizer.eos_id)
-            rewards.append(0.0 if truncated[-1] else task.reward(problem, text))
-            correct.append(not truncated[-1] and task.is_correct(problem, text))
-    return Judged(np.asarray(rewards, np.float32), np.asarray(correct), np.asarray(truncated), texts)
+    rows = chunks[0].tokens.shape[0]
+    verdicts = np.zeros((len(chunks), rows, 3), np.float32)  # reward, correct, truncated
+    texts = [""] * (len(chunks) * rows)
+    for index, chunk in enumerate(chunks):
+        tokens, mask = fetch_own(chunk.tokens), fetch_own(chunk.mask)
+        for row in own_rows(rows):
+            response, problem = tokens[row][mask[row]].tolist(), problems[index * rows + row]
+            texts[index * rows + row] = text = task.tokenizer.decode(response)
+            truncated = response[-1] != task.tokenizer.eos_id
+            reward = 0.0 if truncated else task.reward(problem, text)
+            verdicts[index, row] = reward, not truncated and task.is_correct(problem, text), truncated
+    if jax.process_count() > 1:
+        verdicts = fetch(from_own(verdicts, None, "rows", None))
+    rewards, correct, truncated = verdicts.reshape(-1, 3).T
+    return Judged(rewards.copy(), correct > 0, truncated > 0, texts)
 
 
 def solve(
     policy: Policy, params: Params, task: Task, problems: Sequence[Any], key: Array, sampler: SamplerConfig, width: int
 ) -> Judged:
-    """One response to every problem, for evaluation, in batches of at most 512 rows."""
-    batch_size = min(512, len(problems))
+    """One response to every problem, for evaluation, in batches of about 512 rows."""
+    parts = parts_of("rows")
+    batch_size = -(-min(512, len(problems)) // parts) * parts
     chunks: list[Samples] = []
+    padded: list[Any] = []
     for start in range(0, len(problems), batch_size):
         # The last batch is filled up with copies, so that one shape is compiled.
         batch = [problems[min(row, len(problems) - 1)] for row in range(start, start + batch_size)]
         prompts = encode_prompts(task, batch, width)
         keys = jax.random.split(jax.random.fold_in(key, start), batch_size)
         chunks += sample_in_chunks(policy, params, prompts, keys, sampler, task.tokenizer, 1)
-    excess = len(chunks) * batch_size - len(problems)
-    if excess:
-        chunks[-1] = jax.tree.map(lambda leaf: leaf[:-excess], chunks[-1])
-    return judge(task, problems, chunks)
+        padded += batch
+    judged = judge(task, padded, chunks)
+    own = slice(len(problems))
+    return Judged(judged.rewards[own], judged.correct[own], judged.truncated[own], judged.texts[own])

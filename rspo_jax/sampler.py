@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rspo_jax.sharding import constrain
 from rspo_jax.types import Array, Params, Policy, Samples
 
 
@@ -143,6 +144,7 @@ def generate(
             "make them with jax.random.split(key, number of responses)"
         )
     num_slots = min(config.slots or batch_size, batch_size)
+    prompts, prompt_mask = (constrain(array, "rows", None) for array in (prompts, prompt_mask))
     requests = _Requests(prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), keys, repeats)
     # A ring of this many slots holds the longest sequence, whatever was in it before.
     logits, cache = _prefill(policy, params, requests, prompt_mask, num_slots, width + config.max_new_tokens)
@@ -166,7 +168,7 @@ def generate(
     first = take_in(start, logits)
     end = jax.lax.while_loop(lambda state: jnp.any(state.slots.active), decode, first)
     mask = jnp.arange(config.max_new_tokens, dtype=jnp.int32)[None, :] < end.lengths[:, None]
-    return Samples(end.tokens, mask, end.log_probs)
+    return Samples(*(constrain(array, "rows", None) for array in (end.tokens, mask, end.log_probs)))
 
 
 def _prefill(

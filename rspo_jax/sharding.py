@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -39,8 +40,6 @@ RULES: Rules = {
 size in parameters and `expert_embed` that in the parameters of experts, which lie on `expert` already; in activations
 the hidden size is whole. Each device of the axis `expert` brings rows of its own to the experts of all. While a token
 attends, all tokens of its row are at one place, and the heads (`attended_heads`) take the axis `context` too."""
-SAMPLING_RULES: Rules = {**RULES, "embed": (), "expert_embed": ()}
-"""For drawing: what training gathers layer by layer is gathered once for all tokens."""
 
 
 @dataclass(frozen=True)
@@ -201,28 +200,28 @@ def free_axes() -> tuple[str, ...]:
     return tuple(name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in mesh.manual_axes)
 
 
-def axes_of(name: str) -> tuple[str, ...]:
+def axes_of(name: str, rules: Rules = RULES) -> tuple[str, ...]:
     """The free axes that split a logical axis."""
     free = free_axes()
-    return tuple(axis for axis in RULES[name] if axis in free)
+    return tuple(axis for axis in rules[name] if axis in free)
 
 
-def parts_of(name: str) -> int:
+def parts_of(name: str, rules: Rules = RULES) -> int:
     """Into how many parts the mesh in use splits a logical axis."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in axes_of(name))
+    return math.prod(sizes[axis] for axis in axes_of(name, rules))
 
 
-def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks for an activation to lie as the table says; an axis that does not divide stays whole. The array itself
-    where no mesh is in use."""
+def constrain(array: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
+    """Asks for an array to lie as the table says; an axis that does not divide stays whole. The array itself where no
+    mesh is in use."""
     if not free_axes():
         return array
     fitting = tuple(
-        name if name is not None and size % parts_of(name) == 0 else None
+        name if name is not None and size % parts_of(name, rules) == 0 else None
         for name, size in zip(axes, array.shape, strict=True)
     )
-    return jax.lax.with_sharding_constraint(array, partition_spec(fitting, free_axes()))
+    return jax.lax.with_sharding_constraint(array, partition_spec(fitting, free_axes(), rules))
 
 
 def spread(
@@ -257,14 +256,48 @@ def spread(
     return checked
 
 
-def global_rows(mesh: Mesh, rows: Any, axes: LogicalAxes) -> jax.Array:
-    """A global array of which each process fills the parts on its own devices.
+def own_rows(count: int) -> np.ndarray:
+    """Which of `count` rows lie on devices of this process, under the mesh in use: int [n], ascending."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return np.arange(count)
+    sharding = sharding_of(mesh, "the batch", (count,), ("rows",))
+    own = np.zeros(count, bool)
+    for index in sharding.addressable_devices_indices_map((count,)).values():
+        own[index] = True
+    return np.flatnonzero(own)
+
+
+def from_own(values: Any, *axes: str | None) -> jax.Array:
+    """A global array of which each process gives the parts on its own devices, under the mesh in use.
 
     Args:
-      mesh: from `make_mesh`.
-      rows: the whole array in NumPy, or as much of it as belongs to this process's devices: other places are not read.
+      values: of the shape of the whole array; what is on other processes' devices is not read.
       axes: logical axes.
     """
-    rows = np.asarray(rows)
-    sharding = sharding_of(mesh, "the batch", rows.shape, axes)
-    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+    values, mesh = np.asarray(values), jax.sharding.get_mesh()
+    if mesh.empty:
+        return jnp.asarray(values)
+    sharding = sharding_of(mesh, "the batch", values.shape, axes)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """A global array, whole, on the host of every process. All processes must call it."""
+    if not array.is_fully_addressable and not array.is_fully_replicated:
+        array = jax.jit(lambda array: array, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(
+            array
+        )
+    return np.asarray(array)
+
+
+def fetch_own(array: jax.Array) -> np.ndarray:
+    """A global array [B, …] on the host: the rows of `own_rows(B)`; others hold 0."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    spec = partition_spec(("rows", *(None,) * (array.ndim - 1)), MESH_AXES)
+    array = jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), spec))  # already there: nothing moves
+    rows = np.zeros(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        rows[shard.index] = np.asarray(shard.data)
+    return rows

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rspo_jax.head_log_probs import TokenScores, head_log_probs
 from rspo_jax.log_probs import token_entropy, token_log_probs
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.packing import unpack
 from rspo_jax.router import LAYER_AGGREGATIONS, check_covers, drift_reader, gamma_of, trace_of, trace_reader
+from rspo_jax.sharding import RULES, MeshConfig, Rules, constrain, free_axes, shardings_of
 from rspo_jax.statistics import Mean, Statistic, Sum, masked_mean
 from rspo_jax.types import (
     Array,
@@ -32,6 +34,9 @@ from rspo_jax.types import (
     RouterTrace,
     ScoredBatch,
 )
+
+ROUTE_AXES = ("rows", "layers", None, "tokens")
+"""Logical axes of both arrays of a `RouterTrace`."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,32 @@ def init_train_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
     return TrainState(params, optimizer.build().init(params), jnp.int32(0), jnp.int32(0))
 
 
+def train_state_shardings(
+    policy: Policy, optimizer: OptimizerConfig, state: TrainState, mesh: Mesh, rules: Rules = RULES
+) -> Any:
+    """Where everything of a state lies: parameters by the table, the optimizer's copies of them beside them.
+
+    Args:
+      policy: knows the logical axes of its parameters.
+      optimizer: that of the state.
+      state: of arrays or `jax.ShapeDtypeStruct`s.
+      mesh: from `rspo_jax.sharding.make_mesh`.
+      rules: the table.
+
+    Returns:
+      A `TrainState` of `jax.sharding.NamedSharding`s.
+
+    Raises:
+      ValueError: if the mesh does not divide a parameter, or splits two axes of one, with its name.
+    """
+    params = shardings_of(mesh, state.params, policy.param_axes(), rules)
+    whole = NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.tree.map_params(
+        optimizer.build(), lambda _, sharding: sharding, state.opt_state, params, transform_non_params=lambda _: whole
+    )
+    return TrainState(params, opt_state, whole, whole)  # pyright: ignore[reportArgumentType]
+
+
 def score_rows(
     policy: Policy, params: Params, rows: PackedRows, temperature: float, router_reader: RouterReader | None = None
 ) -> tuple[TokenScores, RouterReading | None]:
@@ -187,15 +218,21 @@ def score(
             "entropy": masked_mean(entropy, part.mask),
             "sampler_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, part.mask),
         }
-        return log_probs, None if reading is None else trace_of(reading), statistics
+        route = None if reading is None else RouterTrace(*(constrain(leaf, *ROUTE_AXES) for leaf in trace_of(reading)))
+        return log_probs, route, statistics
 
     log_probs, route, statistics = jax.lax.map(score_part, batch)
     return ScoredBatch(batch, log_probs, route), statistics
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "optimizer", "config"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("policy", "optimizer", "config", "mesh"), donate_argnames=("state",))
 def update(
-    policy: Policy, optimizer: OptimizerConfig, state: TrainState, batch: ScoredBatch, config: LearnerConfig
+    policy: Policy,
+    optimizer: OptimizerConfig,
+    state: TrainState,
+    batch: ScoredBatch,
+    config: LearnerConfig,
+    mesh: MeshConfig = MeshConfig(),
 ) -> tuple[TrainState, dict[str, Statistic]]:
     """One optimizer update of the policy objective on one mini-batch.
 
@@ -205,6 +242,7 @@ def update(
       state: donated.
       batch: the micro-batches of a mini-batch, one after the other, [parts, ...].
       config: objective and scoring.
+      mesh: its rules say where the next state lies, if a mesh is in use (`jax.set_mesh`).
 
     Returns:
       The next state and the objective's statistics, with `loss`, `grad_norm` (before clipping) and `skipped_updates`.
@@ -226,12 +264,16 @@ def update(
             log_probs, part.old_log_probs, batch.advantages, batch.mask, gamma, config.objective_config
         )
 
-    return _apply_gradient(optimizer, state, terms, batch)
+    return _apply_gradient(optimizer, state, terms, batch, _Places(policy, mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "optimizer"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("policy", "optimizer", "mesh"), donate_argnames=("state",))
 def supervised_update(
-    policy: Policy, optimizer: OptimizerConfig, state: TrainState, batch: PackedBatch
+    policy: Policy,
+    optimizer: OptimizerConfig,
+    state: TrainState,
+    batch: PackedBatch,
+    mesh: MeshConfig = MeshConfig(),
 ) -> tuple[TrainState, dict[str, Statistic]]:
     """One optimizer update of the mean negative log-likelihood of the response tokens, for the warm start.
 
@@ -242,7 +284,36 @@ def supervised_update(
         scores, _ = score_rows(policy, params, part.rows, temperature=1.0)
         return masked_mean(-unpack(scores.log_probs, part.places), part.mask), {}
 
-    return _apply_gradient(optimizer, state, terms, batch)
+    return _apply_gradient(optimizer, state, terms, batch, _Places(policy, mesh))
+
+
+class _Places(NamedTuple):
+    """Where parameters, and what is shaped like them, lie on the mesh in use."""
+
+    policy: Policy
+    mesh: MeshConfig
+
+    def keep(self, params: Params) -> Params:
+        """Asks for a pytree like the parameters to lie where they do."""
+        if not free_axes():
+            return params
+        leaves, structure = jax.tree.flatten(params)
+        axes, rules = structure.flatten_up_to(self.policy.param_axes()), self.mesh.parameter_rules
+        return structure.unflatten(
+            [constrain(leaf, *names, rules=rules) for leaf, names in zip(leaves, axes, strict=True)]
+        )
+
+    def keep_in(self, optimizer: OptimizerConfig, opt_state: optax.OptState) -> optax.OptState:
+        """The same for what an optimizer keeps of each parameter."""
+        if not free_axes():
+            return opt_state
+        rules = self.mesh.parameter_rules
+        return optax.tree.map_params(
+            optimizer.build(),
+            lambda leaf, axes: constrain(leaf, *axes, rules=rules),
+            opt_state,
+            self.policy.param_axes(),
+        )
 
 
 def _apply_gradient(
@@ -250,6 +321,7 @@ def _apply_gradient(
     state: TrainState,
     terms: Callable[[Params, Any], tuple[Mean, dict[str, Statistic]]],
     parts: Any,
+    places: _Places,
 ) -> tuple[TrainState, dict[str, Statistic]]:
     """Sums the gradient of `terms` over the parts, divides by the summed weight, and applies it if it is finite."""
 
@@ -259,13 +331,15 @@ def _apply_gradient(
 
     def accumulate(gradient: Params, part: Any) -> tuple[Params, tuple[Mean, dict[str, Statistic]]]:
         part_gradient, auxiliary = jax.grad(total, has_aux=True)(state.params, part)
+        part_gradient = places.keep(part_gradient)
         return jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), gradient, part_gradient), auxiliary
 
     if len(jax.tree.leaves(parts)[0]) == 1:  # nothing to add up: no float32 sum beside the gradient
         only_part = jax.tree.map(lambda leaf: leaf[0], parts)
         gradient, (loss, statistics) = jax.grad(total, has_aux=True)(state.params, only_part)
+        gradient = places.keep(gradient)
     else:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params)
+        zeros = places.keep(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params))
         gradient, (loss, statistics) = jax.lax.scan(accumulate, zeros, parts)
     weight = jnp.maximum(jnp.sum(loss.weight), 1)
     gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / weight, gradient)
@@ -273,7 +347,8 @@ def _apply_gradient(
     gradient = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradient, state.params)
     finite = jnp.isfinite(loss.reduce()) & jnp.isfinite(gradient_norm)
     changes, opt_state = optimizer.build().update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, changes)
+    params = places.keep(optax.apply_updates(state.params, changes))
+    opt_state = places.keep_in(optimizer, opt_state)
 
     def keep_if_finite(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

@@ -5,7 +5,7 @@ checkpoint. Every step is a function of the run state, which holds all that a la
 parameters, optimizer, PRNG key, data cursor and step counts. This file must never know a concrete model or task.
 """
 
-import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,12 +38,13 @@ from rspo_jax.rollout import (
     sample_in_chunks,
     solve,
 )
+from rspo_jax.run_state import RunState, fresh_state, sampling_params, state_on_mesh
 from rspo_jax.sampler import SamplerConfig
+from rspo_jax.sharding import constrain, fetch, make_mesh
 from rspo_jax.statistics import Statistic, reduce
 from rspo_jax.train_step import (
     LearnerConfig,
     OptimizerConfig,
-    TrainState,
     init_train_state,
     score,
     split_parts,
@@ -52,152 +53,14 @@ from rspo_jax.train_step import (
     to_host,
     update,
 )
+from rspo_jax.trainer_config import (
+    TrainerConfig,
+    check_learner,
+    check_mesh,
+)
 from rspo_jax.types import Array, Params, Policy, RolloutBatch, Task
 
 Batch = TypeVar("Batch")
-
-
-@dataclass(frozen=True)
-class WarmStartConfig:
-    """Supervised learning on worked solutions before reinforcement learning: the stand-in for a pre-trained base."""
-
-    steps: int = 300
-    """0 leaves it out."""
-    batch_size: int = 256
-    """Solutions a step."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_updates=20)
-    """Decays over the whole phase unless it says otherwise."""
-
-    @property
-    def decaying_optimizer(self) -> OptimizerConfig:
-        """The optimizer with its decay spelled out."""
-        return _decaying_over(self.optimizer, self.steps)
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.batch_size < 1:
-            raise ValueError(
-                f"a warm start needs 0 or more steps of 1 or more solutions, got {self.steps}, {self.batch_size}"
-            )
-
-
-def _decaying_over(optimizer: OptimizerConfig, updates: int) -> OptimizerConfig:
-    if optimizer.decay_updates is not None or updates <= optimizer.warmup_updates:
-        return optimizer
-    return dataclasses.replace(optimizer, decay_updates=updates)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Solve rates on held-out problems, greedy and sampled at temperature 1."""
-
-    every: int = 25
-    """Steps of reinforcement learning between evaluations on the validation split."""
-    problems: int = 500
-    """Validation problems of each; the first and the final evaluation use the whole test split."""
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.problems < 1:
-            raise ValueError(f"evaluation needs every ≥ 1 and problems ≥ 1, got {self.every} and {self.problems}")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """How often the run state is saved."""
-
-    every: int = 25
-    """Steps, of either phase; the end of each phase is always saved."""
-    keep: int = 3
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise ValueError(f"checkpoints need every ≥ 1 and keep ≥ 1, got {self.every} and {self.keep}")
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """The run, apart from model, task and objective."""
-
-    steps: int = 150
-    """Rollouts to learn from."""
-    prompts: int = 64
-    """Prompts of a rollout."""
-    group_size: int = 8
-    """Responses to each prompt."""
-    mini_batches: int = 4
-    """Updates that a rollout is cut into: all but the first are off-policy."""
-    epochs: int = 1
-    """Passes over a rollout, each over the same mini-batches in an order of its own."""
-    rollout_chunks: int = 2
-    """Parts of a rollout: the host judges one while the device draws the next."""
-    learned_groups: int | None = None
-    """Groups of a rollout that are scored and learned from, all when absent. Groups whose rewards differ come first;
-    the others have no gradient, and leaving them out saves their time."""
-    scale_advantages: bool = True
-    """Divide by the group's standard deviation."""
-    seed: int = 0
-    sampler: SamplerConfig = SamplerConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    decay_learning_rate: bool = False
-    """Let the learning rate fall to 0 (cosine) over all steps, unless the optimizer says over how many updates."""
-    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "group_size", "mini_batches", "epochs", "rollout_chunks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.steps < 0:
-            raise ValueError(f"steps must be 0 or more, got {self.steps}")
-        if self.group_size < 2 and self.scale_advantages:
-            raise ValueError(
-                "a group of 1 has no standard deviation to scale by: raise group_size to 2 or more, or switch "
-                "scale_advantages off"
-            )
-        if self.learned_groups is not None and not 1 <= self.learned_groups <= self.prompts:
-            raise ValueError(
-                f"learned_groups must lie between 1 and prompts, {self.prompts}; got {self.learned_groups}"
-            )
-        if self.learned_rows % self.mini_batches:
-            raise ValueError(
-                f"{self.learned_rows} responses to learn from do not divide into {self.mini_batches} mini_batches"
-            )
-        rows = self.prompts * self.group_size
-        if rows % self.rollout_chunks:
-            raise ValueError(f"a rollout of {rows} responses does not divide into {self.rollout_chunks} rollout_chunks")
-        slots = self.sampler.slots
-        if slots is not None and rows % slots:
-            raise ValueError(f"a rollout of {rows} responses does not divide into batches of {slots} slots")
-        if not self.sampler.temperature > 0:
-            raise ValueError("sampler.temperature must be positive to train: greedy responses are all alike")
-
-    @property
-    def decaying_optimizer(self) -> OptimizerConfig:
-        """The optimizer with its decay, if any, spelled out."""
-        if not self.decay_learning_rate:
-            return self.optimizer
-        return _decaying_over(self.optimizer, self.steps * self.epochs * self.mini_batches)
-
-    @property
-    def learned_rows(self) -> int:
-        """Responses of a rollout that are learned from."""
-        return (self.learned_groups or self.prompts) * self.group_size
-
-
-class RunState(NamedTuple):
-    """All that a run needs to go on exactly; a checkpoint holds nothing else but its metadata."""
-
-    train: TrainState
-    key: Array
-    """PRNG key data; split once a step."""
-    cursor: Array
-    """int32 scalar: problems taken from the stream of the present phase."""
-    warm_start_step: Array
-    """int32 scalar: supervised steps made."""
-    step: Array
-    """int32 scalar: steps of reinforcement learning made."""
-    lengths: ResponseLengths
-    """Of the last rollout: they decide how the next is drawn."""
 
 
 @dataclass(frozen=True)
@@ -239,24 +102,6 @@ class Stopped(Exception):
     """The run was asked to stop by the signal that it names; its state has been saved."""
 
 
-def check_learner(config: TrainerConfig, learner: LearnerConfig) -> None:
-    """Refuses a learner and a trainer that do not fit together.
-
-    Raises:
-      ValueError: with the sizes and the way out.
-    """
-    mini_batch = config.learned_rows // config.mini_batches
-    if mini_batch % learner.micro_batches:
-        raise ValueError(
-            f"a mini-batch of {mini_batch} responses does not divide into {learner.micro_batches} micro_batches"
-        )
-    if learner.temperature != config.sampler.temperature:
-        raise ValueError(
-            f"the learner scores at temperature {learner.temperature}, but the sampler draws at "
-            f"{config.sampler.temperature}: give both the same"
-        )
-
-
 def train(
     policy: Policy,
     init_params: Callable[[Array], Params],
@@ -288,18 +133,34 @@ def train(
     splits = [task.problems(split) for split in ("train", "validation", "test")]
     width = max(prompt_width(task, problems) for problems in splits)
     run = Run(policy, task, learner, config, splits[0], splits[1][: config.evaluation.problems], splits[2], width)
-    with Preemption() as preemption, Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        template = jax.eval_shape(lambda: _fresh_state(init_params, config))
-        restored = checkpoints.restore_newest(template, say=print) if resume else None
-        state = _fresh_state(init_params, config) if restored is None else restored.state
+    mesh = make_mesh(config.mesh)
+    check_mesh(config, learner, mesh, width + config.sampler.max_new_tokens - 1)
+    with (
+        jax.set_mesh(mesh),
+        Preemption() as preemption,
+        Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+    ):
+        template = state_on_mesh(policy, init_params, config, mesh)
+        restored = checkpoints.restore_newest(template, say=_say) if resume else None
+        if restored is None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
+            state = jax.jit(functools.partial(fresh_state, init_params, config), out_shardings=shardings)()
+        else:
+            state = restored.state
         elapsed = 0.0 if restored is None else float(restored.metadata["elapsed_seconds"])
         if resume:
-            print(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")
+            _say(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")
         with MetricsLog(run_dir, resume_after=_position(state) if resume else None) as log:
             recorder = Recorder(log, checkpoints, preemption, elapsed)
             state = _warm_start(run, state, recorder)
             state = _reinforce(run, state, recorder)
             return state.train.params, recorder.elapsed
+
+
+def _say(text: str) -> None:
+    """Prints, on one of the processes that share a run."""
+    if jax.process_index() == 0:
+        print(text)
 
 
 def restore_params(init_params: Callable[[Array], Params], config: TrainerConfig, run_dir: Path) -> tuple[Params, int]:
@@ -309,19 +170,10 @@ def restore_params(init_params: Callable[[Array], Params], config: TrainerConfig
       ValueError: if there is no checkpoint, or it does not fit the model.
     """
     with Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore_newest(jax.eval_shape(lambda: _fresh_state(init_params, config)), say=print)
+        restored = checkpoints.restore_newest(jax.eval_shape(lambda: fresh_state(init_params, config)), say=print)
     if restored is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")
     return restored.state.train.params, int(restored.state.step)
-
-
-def _fresh_state(init_params: Callable[[Array], Params], config: TrainerConfig) -> RunState:
-    key, params_key = jax.random.split(jax.random.key(config.seed))
-    optimizer = config.warm_start.decaying_optimizer if config.warm_start.steps else config.decaying_optimizer
-    zero = jnp.int32(0)
-    train_state = init_train_state(init_params(params_key), optimizer)
-    no_lengths = ResponseLengths(jnp.float32(0), jnp.float32(0))
-    return RunState(train_state, jax.random.key_data(key), zero, zero, zero, no_lengths)
 
 
 def _position(state: RunState) -> tuple[str, int]:
@@ -344,11 +196,11 @@ def _warm_start(run: Run, state: RunState, recorder: Recorder) -> RunState:
             solutions = encode_solutions(run.task, problems, run.width, response_width)
             packing = Packing(row_length=run.learner.row_length)
             batch, packing_metrics = pack(solutions, response_width, np.arange(len(rows)), packing)
-            train_state, statistics = supervised_update(run.policy, optimizer, state.train, batch)
+            train_state, statistics = supervised_update(run.policy, optimizer, state.train, batch, run.config.mesh)
             cursor = state.cursor + config.batch_size
             state = state._replace(train=train_state, cursor=cursor, warm_start_step=jnp.int32(step))
             metrics = _to_host([statistics]) | packing_metrics | {"learning_rate": _learning_rate(optimizer, step - 1)}
-            metrics |= _speed(started, int(np.sum(solutions.mask)))
+            metrics |= _speed(started, int(jnp.sum(solutions.mask)))
             recorder.log.write("warm_start", step, metrics)
             progress.update(step, metrics)
             if step == config.steps:
@@ -426,7 +278,7 @@ def _start_rollout(run: Run, state: RunState) -> tuple[Draws, RunState]:
     num_chunks, sampler, refilled = _how_to_draw(config, prompts, state.lengths)
     chunks = sample_in_chunks(
         run.policy,
-        state.train.params,
+        sampling_params(run.policy, state.train.params, config),
         prompts,
         jax.random.split(sample_key, prompts.tokens.shape[0]),
         sampler,
@@ -444,7 +296,7 @@ def _how_to_draw(config: TrainerConfig, prompts: Prompts, lengths: ResponseLengt
     slots, rows = config.sampler.slots, config.prompts * config.group_size
     if slots is None or slots >= rows // config.rollout_chunks:
         return config.rollout_chunks, config.sampler, False
-    if refilling_pays(float(np.mean(np.sum(prompts.mask, axis=1))), lengths):
+    if refilling_pays(float(jnp.sum(prompts.mask) / prompts.mask.shape[0]), lengths):
         return config.rollout_chunks, config.sampler, True
     return rows // slots, config.sampler, False
 
@@ -474,7 +326,9 @@ def _learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecor
     for epoch in range(config.epochs):
         for index in np.asarray(jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), config.mini_batches)):
             mini_batch = to_device(scored[index]) if learner.route_on_host else scored[index]
-            train_state, update_statistics = update(run.policy, optimizer, train_state, mini_batch, learner)
+            train_state, update_statistics = update(
+                run.policy, optimizer, train_state, mini_batch, learner, config.mesh
+            )
             statistics.append(update_statistics)
     metrics = _rollout_metrics(judged, informative, draws, config) | packing_metrics | {"learning_rate": learning_rate}
     lengths = ResponseLengths(jnp.float32(metrics["response_length"]), jnp.float32(metrics["longest_response"]))
@@ -490,11 +344,11 @@ def _rows_of_groups(informative: np.ndarray, config: TrainerConfig) -> np.ndarra
 
 @jax.jit
 def _take_rows(batch: Batch, rows: ArrayLike) -> Batch:
-    return jax.tree.map(lambda leaf: leaf[rows], batch)
+    return jax.tree.map(lambda leaf: constrain(leaf[rows], "rows", *(None,) * (leaf.ndim - 1)), batch)
 
 
 def _rollout_metrics(judged: Judged, informative: np.ndarray, draws: Draws, config: TrainerConfig) -> dict[str, float]:
-    lengths = np.asarray(draws.rollout.mask).sum(axis=1)
+    lengths = fetch(jnp.sum(draws.rollout.mask, axis=1))
     unlearned = max(0, int(informative.sum()) - (config.learned_groups or config.prompts))
     return {
         "reward": float(judged.rewards.mean()),
@@ -512,12 +366,13 @@ def _rollout_metrics(judged: Judged, informative: np.ndarray, draws: Draws, conf
 def _evaluate(run: Run, state: RunState, final: bool) -> dict[str, float]:
     """Solve rates with 95 % intervals: `eval_*` on validation problems, and if final `test_*` on the test split."""
     metrics: dict[str, float] = {}
+    params = sampling_params(run.policy, state.train.params, run.config)
     splits = {"eval": run.validation_problems} | ({"test": run.test_problems} if final else {})
     for split, problems in splits.items():
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             sampler = SamplerConfig(run.config.sampler.max_new_tokens, temperature)
             key = jax.random.key(run.config.seed)
-            judged = solve(run.policy, state.train.params, run.task, problems, key, sampler, run.width)
+            judged = solve(run.policy, params, run.task, problems, key, sampler, run.width)
             low, high = wilson_interval(int(judged.correct.sum()), len(problems))
             name = f"{split}_{mode}"
             metrics |= {name: float(judged.correct.mean()), f"{name}_low": low, f"{name}_high": high}

@@ -88,6 +88,11 @@ class Policy(Protocol):
         """A cache in which each row of `cache` stands `repeats` times in a row."""
         ...
 
+    def param_axes(self) -> Any:
+        """A pytree like that of the parameters, with the logical axes of each (`rspo_jax.sharding.RULES`): a tuple of
+        names, or of None for axes that are never split."""
+        ...
+
 
 class RouterTrace(NamedTuple):
     """Which experts the old policy activated, and how sure it was: 3 bytes a slot with up to 256 experts, 4 with more.

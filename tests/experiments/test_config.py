@@ -11,7 +11,7 @@ from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig, Cou
 from rspo_jax.objectives import OBJECTIVES, GRPOConfig, GSPORSConfig, RSPOConfig
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import OptimizerConfig
-from rspo_jax.trainer import EvaluationConfig, TrainerConfig, WarmStartConfig
+from rspo_jax.trainer_config import EvaluationConfig, TrainerConfig, WarmStartConfig
 
 OTHER_RUN = CountdownRun(
     task=CountdownConfig(numbers_min=2, numbers_max=4, seed=7, train=300, validation=30, test=40),

@@ -17,7 +17,8 @@ from rspo_jax.checkpoint import Checkpoints
 from rspo_jax.rollout import Packing, ResponseLengths, encode_solutions, pack, prompt_width
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import OptimizerConfig, init_train_state, supervised_update
-from rspo_jax.trainer import EvaluationConfig, RunState, TrainerConfig
+from rspo_jax.run_state import RunState
+from rspo_jax.trainer_config import EvaluationConfig, TrainerConfig
 
 RESPONSE = 6
 OPTIMIZER = OptimizerConfig(learning_rate=0.03, warmup_updates=1)

@@ -17,16 +17,8 @@ from rspo_jax.checkpoint import CheckpointMismatch
 from rspo_jax.metrics import read_metrics
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import LearnerConfig, OptimizerConfig
-from rspo_jax.trainer import (
-    CheckpointConfig,
-    EvaluationConfig,
-    Stopped,
-    TrainerConfig,
-    WarmStartConfig,
-    check_learner,
-    restore_params,
-    train,
-)
+from rspo_jax.trainer import Stopped, restore_params, train
+from rspo_jax.trainer_config import CheckpointConfig, EvaluationConfig, TrainerConfig, WarmStartConfig, check_learner
 from rspo_jax.types import ModelOutput, RouterReading
 
 TIMINGS = {"step_seconds", "tokens_per_second"}
@@ -99,6 +91,9 @@ class TwoExperts:
 
     def repeat_cache(self, cache, repeats):
         return jnp.repeat(cache, repeats, axis=0)
+
+    def param_axes(self):
+        return {"experts": (None, None, None), "router": (None, None, None)}
 
 
 POLICY = TwoExperts()

@@ -1,0 +1,68 @@
+"""The state of a run, where on the mesh it lies, and how it begins: all that a later process needs to go on exactly.
+
+This file must never know what happens in a step.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rspo_jax.rollout import ResponseLengths
+from rspo_jax.sharding import shardings_of
+from rspo_jax.train_step import TrainState, init_train_state, train_state_shardings
+from rspo_jax.trainer_config import TrainerConfig
+from rspo_jax.types import Array, Params, Policy
+
+
+class RunState(NamedTuple):
+    """All that a run needs to go on exactly; a checkpoint holds nothing else but its metadata."""
+
+    train: TrainState
+    key: Array
+    """PRNG key data; split once a step."""
+    cursor: Array
+    """int32 scalar: problems taken from the stream of the present phase."""
+    warm_start_step: Array
+    """int32 scalar: supervised steps made."""
+    step: Array
+    """int32 scalar: steps of reinforcement learning made."""
+    lengths: ResponseLengths
+    """Of the last rollout: they decide how the next is drawn."""
+
+
+def fresh_state(init_params: Callable[[Array], Params], config: TrainerConfig) -> RunState:
+    """The state before the first step."""
+    key, params_key = jax.random.split(jax.random.key(config.seed))
+    zero = jnp.int32(0)
+    train_state = init_train_state(init_params(params_key), config.first_optimizer)
+    no_lengths = ResponseLengths(jnp.float32(0), jnp.float32(0))
+    return RunState(train_state, jax.random.key_data(key), zero, zero, zero, no_lengths)
+
+
+def state_on_mesh(
+    policy: Policy, init_params: Callable[[Array], Params], config: TrainerConfig, mesh: Mesh
+) -> RunState:
+    """The shapes of a run's state, each with its sharding: parameters and optimizer by the table, the rest whole.
+
+    Raises:
+      ValueError: if the mesh does not divide a parameter, with its name.
+    """
+    state = jax.eval_shape(functools.partial(fresh_state, init_params, config))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda _: whole, state)._replace(
+        train=train_state_shardings(policy, config.first_optimizer, state.train, mesh, config.mesh.parameter_rules)
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+    )
+
+
+def sampling_params(policy: Policy, params: Params, config: TrainerConfig) -> Params:
+    """Parameters as the sampler wants them on the mesh in use: gathered once, not layer by layer for every token."""
+    mesh = jax.sharding.get_mesh()
+    rules = {**config.mesh.parameter_rules, "embed": (), "expert_embed": ()}
+    return jax.device_put(params, shardings_of(mesh, params, policy.param_axes(), rules))
