@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models.experts import run_experts, run_experts_of_layer
-from rspo_jax.sharding import axes_of, free_axes, parts_of
+from rspo_jax.sharding import axes_of, free_axes, on_each_device, parts_of
 
 Array = jax.Array
 
@@ -91,7 +91,7 @@ def mix_experts(x: Array, weights: Array, expert_ids: Array, gate_up: Array, dow
         return _by_tokens(run_experts, x, weights, expert_ids, gate_up, down)
     layout = Layout.in_use(x.shape[1])
     _check(layout, x, gate_up)
-    return _mix_spread(x, weights, expert_ids, gate_up, down, layout)
+    return _mixon_each_device(x, weights, expert_ids, gate_up, down, layout)
 
 
 def mix_experts_of_layer(
@@ -114,7 +114,7 @@ def mix_experts_of_layer(
 
     spec = layout.activations()
     stacks = (PartitionSpec(None, *layout.gate_up()), PartitionSpec(None, *layout.down()))
-    return _spread(local, (spec, spec, spec, *stacks, PartitionSpec()), spec)(
+    return on_each_device(local, (spec, spec, spec, *stacks, PartitionSpec()), spec)(
         x, weights, expert_ids, gate_up, down, layer
     )
 
@@ -141,13 +141,10 @@ def _rows(array: Array) -> Array:
     return array.reshape(-1, array.shape[-1])
 
 
-def _spread(function: Callable[..., Any], inputs: tuple, outputs: Any) -> Callable[..., Any]:
-    # Loops start from constants, which the check of varying axes refuses; the sums over the mesh are written out.
-    return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=set(free_axes()), check_vma=False)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _mix_spread(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layout: Layout) -> Array:
+def _mixon_each_device(
+    x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layout: Layout
+) -> Array:
     return _forward(x, weights, expert_ids, gate_up, down, layout)[0]
 
 
@@ -163,7 +160,7 @@ def _forward(
 
     spec = layout.activations()
     inputs = (x, weights, expert_ids, gate_up, down)
-    return _spread(local, (spec, spec, spec, layout.gate_up(), layout.down()), spec)(*inputs), inputs
+    return on_each_device(local, (spec, spec, spec, layout.gate_up(), layout.down()), spec)(*inputs), inputs
 
 
 def _backward(layout: Layout, residuals: tuple, output_gradient: Array) -> tuple:
@@ -183,7 +180,7 @@ def _backward(layout: Layout, residuals: tuple, output_gradient: Array) -> tuple
         return x_gradient.reshape(x.shape), weight_gradient.reshape(weights.shape), *of_parameters
 
     spec, parameters = layout.activations(), (layout.gate_up(), layout.down())
-    spread = _spread(local, (spec, spec, spec, *parameters, spec), (spec, spec, *parameters))
+    spread = on_each_device(local, (spec, spec, spec, *parameters, spec), (spec, spec, *parameters))
     x_gradient, weight_gradient, *of_parameters = spread(*residuals, output_gradient)
     return x_gradient, weight_gradient, None, *of_parameters
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rspo_jax.log_probs import check_targets, check_temperature
-from rspo_jax.sharding import axes_of, free_axes, parts_of
+from rspo_jax.sharding import axes_of, free_axes, on_each_device, parts_of
 from rspo_jax.types import Array
 
 BLOCK_BYTES = 8 * 2**20
@@ -162,13 +162,10 @@ def _spread(
         "w": PartitionSpec(None, vocabulary or None),
         "t": PartitionSpec(rows or None, tokens or None),
     }
-    # Loops start from constants, which the check of varying axes refuses; the sums over the mesh are written out.
-    return jax.shard_map(
+    return on_each_device(
         function,
-        in_specs=tuple(specs[letter] for letter in inputs),
-        out_specs=tuple(specs[letter] for letter in outputs),
-        axis_names=set(free_axes()),
-        check_vma=False,
+        tuple(specs[letter] for letter in inputs),
+        tuple(specs[letter] for letter in outputs),
     )
 
 

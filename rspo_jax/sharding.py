@@ -200,6 +200,18 @@ def free_axes() -> tuple[str, ...]:
     return tuple(name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in mesh.manual_axes)
 
 
+def on_each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` over all axes of the mesh in use that none around has taken. Axes of a single device are among
+    them: a kernel must not be left to XLA to partition along any.
+
+    Args: as for `jax.shard_map`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = set(mesh.axis_names) - set(mesh.manual_axes)
+    # Kernels do not say over which axes their results vary, and loops start from constants: this cannot be checked.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+
+
 def axes_of(name: str, rules: Rules = RULES) -> tuple[str, ...]:
     """The free axes that split a logical axis."""
     free = free_axes()
@@ -242,10 +254,7 @@ def spread(
     if not free:
         return function
     specs = tuple(partition_spec(axes, free) for axes in inputs)
-    # The kernels do not say over which axes their results vary, so that this cannot be checked.
-    spread_function = jax.shard_map(
-        function, in_specs=specs, out_specs=partition_spec(outputs, free), axis_names=set(free), check_vma=False
-    )
+    spread_function = on_each_device(function, specs, partition_spec(outputs, free))
     sizes = jax.sharding.get_abstract_mesh().shape
 
     def checked(*arrays: jax.Array) -> Any:

@@ -206,7 +206,7 @@ def _warm_start(run: Run, state: RunState, recorder: Recorder) -> RunState:
             if step == config.steps:
                 train_state = init_train_state(state.train.params, run.config.decaying_optimizer)
                 state = state._replace(train=train_state, cursor=jnp.int32(0))
-            stop = recorder.preemption.requested
+            stop = recorder.preemption.agreed()
             if stop or step == config.steps or step % run.config.checkpoint.every == 0:
                 recorder.save(state)
             if stop:
@@ -254,13 +254,13 @@ def _reinforce(run: Run, state: RunState, recorder: Recorder) -> RunState:
             if previous is not None:  # the host has time: the device is drawing
                 write(previous.step, _finish(previous))
             state, previous = _learn(run, state, draws)
-            last, stop = step == config.steps, recorder.preemption.requested
+            last, stop = step == config.steps, recorder.preemption.agreed()
             evaluating = last or step % config.evaluation.every == 0
             saving = last or stop or step % config.checkpoint.every == 0
             if evaluating or saving:
                 metrics, previous = _finish(previous), None
                 write(step, metrics | (_evaluate(run, state, final=last) if evaluating else {}))
-                stop = recorder.preemption.requested  # once more: an evaluation takes its time
+                stop = recorder.preemption.agreed()  # once more: an evaluation takes its time
             if saving or stop:
                 recorder.save(state)
             if stop and not last:
