@@ -91,7 +91,7 @@ def mix_experts(x: Array, weights: Array, expert_ids: Array, gate_up: Array, dow
         return _by_tokens(run_experts, x, weights, expert_ids, gate_up, down)
     layout = Layout.in_use(x.shape[1])
     _check(layout, x, gate_up)
-    return _mixon_each_device(x, weights, expert_ids, gate_up, down, layout)
+    return _mix_spread(x, weights, expert_ids, gate_up, down, layout)
 
 
 def mix_experts_of_layer(
@@ -142,9 +142,7 @@ def _rows(array: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _mixon_each_device(
-    x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layout: Layout
-) -> Array:
+def _mix_spread(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layout: Layout) -> Array:
     return _forward(x, weights, expert_ids, gate_up, down, layout)[0]
 
 
