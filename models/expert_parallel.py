@@ -126,7 +126,9 @@ def _check(layout: Layout, x: Array, gate_up: Array) -> None:
         (gate_up.shape[-1], "numbers in the hidden layer of an expert", layout.hidden, parts_of("expert_hidden")),
     ):
         if size % parts:
-            raise ValueError(f"{size} {what} cannot be split into {parts} equal parts by the mesh axes {axes}")
+            raise ValueError(
+                f"{size} {what} cannot be split into {parts} equal parts by the mesh axes {', '.join(axes)}"
+            )
 
 
 def _by_tokens(run: Callable[..., Array], x: Array, weights: Array, expert_ids: Array, *parameters: Array) -> Array:
@@ -263,6 +265,37 @@ class _Round(NamedTuple):
     """bool [n·K]: whether this round moves it."""
 
 
+class _Filled(NamedTuple):
+    """How many of the C places for each device are in use: int32 [P] each."""
+
+    sent: Array
+    came: Array
+
+    def swapped(self) -> "_Filled":
+        """For the way back."""
+        return _Filled(self.came, self.sent)
+
+
+def _swap_all(axes: tuple[str, ...], rows: Array) -> Array:
+    """[P·C, …]: the places for device p go to it, the empty ones too."""
+    return jax.lax.all_to_all(rows, axes, split_axis=0, concat_axis=0, tiled=True)
+
+
+def swap_filled(rows: Array, sent: Array, came: Array, axes: tuple[str, ...]) -> Array:
+    """The same, but only places in use go; the others hold 0. For TPUs, which have the operation.
+
+    Args:
+      rows: [P·C, …].
+      sent: int32 [P]: how many of the places for each device are in use, the first ones.
+      came: int32 [P]: how many come from each device.
+      axes: of the mesh, with P devices.
+    """
+    places = rows.shape[0] // sent.size
+    theirs = jnp.arange(sent.size, dtype=jnp.int32) * places
+    mine = jnp.full(sent.shape, jax.lax.axis_index(axes) * places, jnp.int32)
+    return jax.lax.ragged_all_to_all(rows, jnp.zeros_like(rows), theirs, sent, mine, came, axis_name=axes)
+
+
 class _Exchanged(NamedTuple):
     """Each assignment goes to the device of its expert, in rounds."""
 
@@ -302,20 +335,31 @@ class _Exchanged(NamedTuple):
 
         return -(-fullest // self.capacity), round_of
 
-    def _swap(self, rows: Array) -> Array:
+    def _swap(self, rows: Array, filled: _Filled) -> Array:
         """[P·C, …]: what place p·C + c held for device p comes to it, at the place of the device that sent it."""
-        return jax.lax.all_to_all(rows, self.layout.experts, split_axis=0, concat_axis=0, tiled=True)
+        axes = self.layout.experts
 
-    def _send(self, round_: _Round) -> tuple[Array, Array, Array]:
-        """The tokens, weights and ids that came: [P·C, D], [P·C, 1] and [P·C, 1], one assignment a row."""
+        def all_places(rows: Array, sent: Array, came: Array) -> Array:
+            del sent, came
+            return _swap_all(axes, rows)
+
+        tpu = functools.partial(swap_filled, axes=axes)
+        return jax.lax.platform_dependent(rows, *filled, tpu=tpu, default=all_places)
+
+    def _send(self, round_: _Round) -> tuple[Array, Array, Array, _Filled]:
+        """The tokens, weights and ids that came, one assignment a row: [P·C, D], [P·C, 1] and [P·C, 1]; and how full
+        the places for each device are."""
         ids = self.expert_ids.reshape(-1)[round_.assignments] % self.own_experts
         ids = jnp.where(round_.used, ids, self.own_experts).astype(jnp.int32)
         weights = self.weights.reshape(-1)[round_.assignments]
-        return self._swap(self.x[round_.tokens]), self._swap(weights[:, None]), self._swap(ids[:, None])
+        sent = jnp.sum(round_.used.reshape(self.layout.num_groups, -1), axis=1, dtype=jnp.int32)
+        filled = _Filled(sent, _swap_all(self.layout.experts, sent))
+        ids, weights = (_swap_all(self.layout.experts, array[:, None]) for array in (ids, weights))
+        return self._swap(self.x[round_.tokens], filled), weights, ids, filled
 
-    def _back(self, rows: Array, round_: _Round) -> Array:
+    def _back(self, rows: Array, round_: _Round, filled: _Filled) -> Array:
         """[P·C, …] as computed -> [n, K, …] of the assignments that this round moved, 0 for the others."""
-        returned = self._swap(rows)[round_.places]
+        returned = self._swap(rows, filled)[round_.places]
         moved = round_.moved.reshape(-1, *(1,) * (rows.ndim - 1))
         return jnp.where(moved, returned, 0).reshape(*self.expert_ids.shape, *rows.shape[1:])
 
@@ -324,7 +368,8 @@ class _Exchanged(NamedTuple):
 
         def step(index: Array, mixed: Array) -> Array:
             round_ = round_of(index)
-            return mixed + jnp.sum(self._back(run(*self._send(round_)), round_), axis=1)
+            x, weights, ids, filled = self._send(round_)
+            return mixed + jnp.sum(self._back(run(x, weights, ids), round_, filled.swapped()), axis=1)
 
         return jax.lax.fori_loop(0, num_rounds, step, jnp.zeros_like(self.x))
 
@@ -333,12 +378,12 @@ class _Exchanged(NamedTuple):
 
         def step(index: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             round_ = round_of(index)
-            came = self._swap(output_gradient[round_.tokens])
-            of_x, of_weights, *of_parameters = _gradients(*self._send(round_), gate_up, down, came)
-            of_rows = jnp.sum(self._back(of_x, round_), axis=1), self._back(of_weights, round_)[..., 0]
-            return tuple(
-                total + part.astype(total.dtype) for total, part in zip(sums, (*of_rows, *of_parameters), strict=True)
-            )
+            x, weights, ids, filled = self._send(round_)
+            came_back = self._swap(output_gradient[round_.tokens], filled)
+            of_x, of_weights, *of_parameters = _gradients(x, weights, ids, gate_up, down, came_back)
+            of_x, of_weights = (self._back(rows, round_, filled.swapped()) for rows in (of_x, of_weights))
+            parts = (jnp.sum(of_x, axis=1), of_weights[..., 0], *of_parameters)
+            return tuple(total + part.astype(total.dtype) for total, part in zip(sums, parts, strict=True))
 
         zeros = [jnp.zeros(parameter.shape, jnp.float32) for parameter in (gate_up, down)]
         start = (jnp.zeros_like(self.x), jnp.zeros_like(self.weights), *zeros)

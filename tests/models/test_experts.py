@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from models import experts
+from models.grouped_matmul import block_matmul
 
 HIDDEN, EXPERT_SIZE = 6, 5
 NAMES = ("x", "weights", "gate_up", "down")
@@ -142,6 +143,36 @@ def test_assignments_without_a_place_count_like_the_others():
     assert_matches_oracle(compiled_value_and_gradients(*inputs), inputs)
 
 
+def unspecified_beyond_the_groups(rows, weights, group_sizes):
+    """`grouped_matmul` as on a TPU: what it leaves in rows of no group may be NaN, and so may their gradient."""
+    own = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
+
+    @jax.custom_vjp
+    def spoil_gradient(rows):
+        return rows
+
+    spoil_gradient.defvjp(lambda rows: (rows, None), lambda _, gradient: (jnp.where(own, gradient, jnp.nan),))
+    return jnp.where(own, block_matmul(spoil_gradient(rows), weights, group_sizes), jnp.nan)
+
+
+@pytest.mark.parametrize("way", ["run_experts", "run_experts_sorted"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_an_assignment_to_no_expert_adds_nothing_and_has_no_gradient(monkeypatch, way, share):
+    """The id E stands for no expert, as for an expert on another device: like weight 0, also in the gradient."""
+    x, weights, expert_ids, gate_up, down, cotangent = random_inputs(150, 2, 5)
+    nobody = np.random.default_rng(0).uniform(size=expert_ids.shape) < share
+    if way == "run_experts_sorted":  # behind the part of `run_experts` that all ways share
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **_: default(*arrays))
+        monkeypatch.setattr(experts, "grouped_matmul", unspecified_beyond_the_groups)
+    value, gradients = jax.jit(lambda *inputs: value_and_gradients(*inputs))(
+        x, weights, np.where(nobody, 5, expert_ids).astype(np.int32), gate_up, down, cotangent
+    )
+    expected, expected_gradients = dense_experts(x, np.where(nobody, 0, weights), expert_ids, gate_up, down, cotangent)
+    expected_gradients = (expected_gradients[0], np.where(nobody, 0, expected_gradients[1]), *expected_gradients[2:])
+    for found, wanted in zip((value, *gradients), (expected, *expected_gradients), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("unused", [0, 2, 4])
 def test_an_expert_without_tokens_is_not_touched(unused):
     x, weights, _, gate_up, down, cotangent = random_inputs(150, 2, 5)
@@ -254,6 +285,7 @@ def test_sharded_rows_and_replicated_experts_give_the_unsharded_result():
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import PartitionSpec as P
         from models import experts
+from models.grouped_matmul import block_matmul
 
         rng = np.random.default_rng(0)
         shapes = (16, 6), (16, 2), (3, 6, 2, 5), (3, 5, 6), (16, 6)
