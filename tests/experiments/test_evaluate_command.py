@@ -15,9 +15,9 @@ from experiments.config import CountdownRun, save_config
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
 from rspo_jax.checkpoint import Checkpoints
 from rspo_jax.rollout import Packing, ResponseLengths, encode_solutions, pack, prompt_width
+from rspo_jax.run_state import RunState
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import OptimizerConfig, init_train_state, supervised_update
-from rspo_jax.run_state import RunState
 from rspo_jax.trainer_config import EvaluationConfig, TrainerConfig
 
 RESPONSE = 6

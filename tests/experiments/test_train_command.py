@@ -245,7 +245,7 @@ def test_resuming_a_finished_run_changes_nothing(environment, finished, tmp_path
 
 def stop(environment, run_dir, moment, number, *arguments):
     code, output = call_until(environment, run_dir, moment, number, *arguments)
-    assert code == 0, output
+    assert code == train.STOPPED, output
     assert f"{number.name}: state saved" in output
     _, command_line = output.rstrip().rsplit("\n", 1)
     assert command_line.strip() == f"{sys.executable} -m experiments.train countdown --run-dir {run_dir} --resume"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from models import Transformer, TransformerConfig, init_params
 from models.transformer import (
@@ -19,6 +20,7 @@ from models.transformer import (
     RMSNorm,
     SharedInputs,
 )
+from rspo_jax.sharding import MESH_AXES, RULES, shardings_of
 from rspo_jax.types import RouterReader
 
 CONFIG = TransformerConfig(
@@ -435,3 +437,15 @@ def test_shapes_that_do_not_fit(arguments, message):
     )
     with pytest.raises(ValueError, match=message):
         Transformer(CONFIG).apply({"params": {}}, **({"tokens": jnp.asarray(ZEROS)} | arguments))
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_every_parameter_has_logical_axes(tie_embeddings):
+    model = Transformer(TransformerConfig(tie_embeddings=tie_embeddings))
+    params = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
+    leaves, structure = jax.tree.flatten(params)
+    axes = structure.flatten_up_to(model.param_axes())
+    assert [len(names) for names in axes] == [leaf.ndim for leaf in leaves]
+    assert {name for names in axes for name in names} - {None} <= set(RULES)
+    mesh = AbstractMesh((1, 2, 2, 2, 1), MESH_AXES)
+    assert len(jax.tree.leaves(shardings_of(mesh, params, model.param_axes()))) == len(leaves)

@@ -26,7 +26,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from rspo_jax.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, Restored, fingerprints
+from rspo_jax.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, Restored
+from rspo_jax.manifest import fingerprints
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIMIZER = optax.chain(
@@ -354,7 +355,7 @@ def test_a_fault_of_the_machine_is_not_damage(directory: Path, monkeypatch: pyte
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError("none left")
 
-    monkeypatch.setattr(ocp.Checkpointer, "restore", fail)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
     with Checkpoints(directory) as checkpoints, pytest.raises(MemoryError, match="none left"):
         checkpoints.restore_newest(make_state(0))
     assert not directory.with_name("checkpoints-damaged").exists()
@@ -474,7 +475,7 @@ def test_containers_without_leaves_do_not_matter(directory: Path) -> None:
 
 
 def test_another_format_is_a_mismatch(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rspo_jax.checkpoint.FORMAT", 2)
+    monkeypatch.setattr("rspo_jax.manifest.FORMAT", 2)
     with (
         Checkpoints(directory) as checkpoints,
         pytest.raises(CheckpointMismatch, match=r"format 1.*reads format 2 only"),
@@ -514,8 +515,8 @@ def test_leaves_that_cannot_be_held(tmp_path: Path, leaf: Any, message: str) -> 
 def test_other_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpoints(tmp_path, keep=0)
-    for address in ("gs://bucket/run", Path("gs://bucket/run")):
-        with pytest.raises(ValueError, match="mount the bucket"):
+    for address, message in (("s3://bucket/run", "mount that place"), (Path("gs://bucket/run"), "pass it as text")):
+        with pytest.raises(ValueError, match=message):
             Checkpoints(address)
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(ValueError, match="0 or more, got -1"):

@@ -12,13 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from rspo_jax.checkpoint import CheckpointMismatch
 from rspo_jax.metrics import read_metrics
 from rspo_jax.sampler import SamplerConfig
+from rspo_jax.sharding import MESH_AXES
 from rspo_jax.train_step import LearnerConfig, OptimizerConfig
 from rspo_jax.trainer import Stopped, restore_params, train
-from rspo_jax.trainer_config import CheckpointConfig, EvaluationConfig, TrainerConfig, WarmStartConfig, check_learner
+from rspo_jax.trainer_config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    TrainerConfig,
+    WarmStartConfig,
+    check_learner,
+    check_mesh,
+)
 from rspo_jax.types import ModelOutput, RouterReading
 
 TIMINGS = {"step_seconds", "tokens_per_second"}
@@ -664,3 +673,41 @@ def test_slots_change_how_responses_are_drawn_and_nothing_else(tmp_path):
 def test_slots_that_do_not_divide_a_rollout():
     with pytest.raises(ValueError, match="a rollout of 32 responses does not divide into batches of 5 slots"):
         change(CONFIG, sampler=SamplerConfig(slots=5))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "learner", "message"),
+    [
+        (
+            {"fsdp": 3},
+            {},
+            LearnerConfig(),
+            r"a rollout chunk .* is \d+ rows, which the 3 parts of the mesh .* multiple of 3",
+        ),
+        (
+            {"data": 2, "expert": 2},
+            {"rollout_chunks": 1, "sampler": SamplerConfig(3, slots=2)},
+            LearnerConfig(),
+            r"sampler\.slots is 2 rows, which the 4 parts",
+        ),
+        (
+            {"fsdp": 2},
+            {"rollout_chunks": 1, "warm_start": WarmStartConfig(steps=1, batch_size=3)},
+            LearnerConfig(),
+            r"warm_start\.batch_size is 3 rows, which the 2 parts",
+        ),
+        (
+            {"context": 4},
+            {},
+            LearnerConfig(),
+            r"rows of 6 tokens cannot be split into 4 equal parts by mesh\.context: set row_length to 8",
+        ),
+        ({"context": 4}, {}, LearnerConfig(row_length=7), "rows of 7 tokens cannot .* set row_length to 8"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_a_step_is_refused(sizes, changes, learner, message):
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+    config = TrainerConfig(prompts=8, group_size=2, mini_batches=2, rollout_chunks=2)
+    with pytest.raises(ValueError, match=message):
+        check_mesh(dataclasses.replace(config, **changes), learner, mesh, longest=6)
+    check_mesh(config, LearnerConfig(row_length=8), AbstractMesh((1, 2, 2, 1, 4), MESH_AXES), longest=6)
