@@ -399,6 +399,13 @@ class Transformer(nn.Module):
         layers = jax.tree.map(lambda leaf: constrain(leaf[:, rows], *CACHE_AXES), cache.layers)
         return Cache(layers, constrain(cache.segment_ids[rows], "rows", None), cache.length)
 
+    def cast_params(self, params: dict) -> dict:
+        """The parameters in the dtype of the activations, but for routers and norms, which are read in their own."""
+        dtype = jnp.dtype(self.config.dtype)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf if path[-1].key in ("router", "scale") else leaf.astype(dtype), params
+        )
+
     def param_axes(self) -> dict:
         """The logical axes of every parameter (`rspo_jax.sharding.RULES`), in a pytree like that of the parameters."""
         axes = {

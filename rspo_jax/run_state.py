@@ -62,7 +62,8 @@ def state_on_mesh(
 
 
 def sampling_params(policy: Policy, params: Params, config: TrainerConfig) -> Params:
-    """Parameters as the sampler wants them on the mesh in use: gathered once, not layer by layer for every token."""
-    mesh = jax.sharding.get_mesh()
-    rules = {**config.mesh.parameter_rules, "embed": (), "expert_embed": ()}
-    return jax.device_put(params, shardings_of(mesh, params, policy.param_axes(), rules))
+    """Parameters as the sampler wants them on the mesh in use: in the dtypes that it reads, and gathered once, not
+    layer by layer for every token."""
+    params = policy.cast_params(params)
+    rules = config.mesh.sampling_rules
+    return jax.device_put(params, shardings_of(jax.sharding.get_mesh(), params, policy.param_axes(), rules))

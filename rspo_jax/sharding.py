@@ -90,6 +90,11 @@ class MeshConfig:
             changed[name] = split
         return changed
 
+    @property
+    def sampling_rules(self) -> Rules:
+        """Where parameters lie while responses are drawn: what training gathers layer by layer is whole."""
+        return {**self.parameter_rules, "embed": (), "expert_embed": ()}
+
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices, or those given, laid out along their links.

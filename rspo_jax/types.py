@@ -88,6 +88,11 @@ class Policy(Protocol):
         """A cache in which each row of `cache` stands `repeats` times in a row."""
         ...
 
+    def cast_params(self, params: Params) -> Params:
+        """The parameters in the dtypes that products read them in: the same results from less memory, for a sampler
+        that needs no gradient."""
+        ...
+
     def param_axes(self) -> Any:
         """A pytree like that of the parameters, with the logical axes of each (`rspo_jax.sharding.RULES`): a tuple of
         names, or of None for axes that are never split."""

@@ -449,3 +449,23 @@ def test_every_parameter_has_logical_axes(tie_embeddings):
     assert {name for names in axes for name in names} - {None} <= set(RULES)
     mesh = AbstractMesh((1, 2, 2, 2, 1), MESH_AXES)
     assert len(jax.tree.leaves(shardings_of(mesh, params, model.param_axes()))) == len(leaves)
+
+
+def test_cast_parameters_give_the_same_bits_from_less_memory():
+    model = Transformer(TransformerConfig(dtype="bfloat16", hidden_size=16, expert_size=8))
+    params = init_params(model.config, jax.random.key(0))
+    cast = model.cast_params(params)
+    kept = {"float32": set(), "bfloat16": set()}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cast):
+        kept[leaf.dtype.name].add(path[-1].key)
+    assert kept["float32"] == {"router", "scale"} and len(kept["bfloat16"]) == 8
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 32)
+    prompt, token = tokens[:, :5], tokens[:, 5:]
+
+    @jax.jit
+    def read_and_decode(params):
+        output = model.apply({"params": params}, prompt, cache=model.init_cache(2, 8))
+        return output.logits, model.apply({"params": params}, token, cache=output.cache).logits
+
+    for logits, expected in zip(read_and_decode(cast), read_and_decode(params), strict=True):
+        np.testing.assert_array_equal(logits, expected)

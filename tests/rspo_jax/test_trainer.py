@@ -101,6 +101,9 @@ class TwoExperts:
     def repeat_cache(self, cache, repeats):
         return jnp.repeat(cache, repeats, axis=0)
 
+    def cast_params(self, params):
+        return params
+
     def param_axes(self):
         return {"experts": (None, None, None), "router": (None, None, None)}
 
