@@ -1,18 +1,19 @@
 """How a run is recorded and shown: one JSON line a step, TensorBoard scalars, a progress bar.
 
 A run has two phases, "warm_start" (supervised) and then "rl", each with a step count of its own from 1; a row of
-`metrics.jsonl` is `{"phase": "rl", "step": 12, "reward": 0.4, ...}`. This file takes finished numbers by name: it
-must never know how one is computed, and nothing of JAX, models or plots.
+`metrics.jsonl` is `{"phase": "rl", "step": 12, "reward": 0.4, ...}`. Of several processes the first one writes and
+shows, and the others check what they are given. This file takes finished numbers by name: it must never know how one
+is computed, and nothing of models or plots.
 """
 
 import collections
 import contextlib
+import functools
 import json
 import logging
 import math
 import operator
 import os
-import pathlib
 import re
 import sys
 import time
@@ -25,11 +26,13 @@ import rich.progress_bar
 import rich.table
 import rich.text
 import tensorboardX
+from etils import epath
+
+from rspo_jax.agreement import Agreement, is_primary
+from rspo_jax.files import FilePath, GrowingFiles, as_path, is_bucket, replace_file
 
 PHASES = ("warm_start", "rl")
 """The phases of a run, in the order in which they happen."""
-
-FilePath = str | os.PathLike[str]
 
 _METRICS_FILE = "metrics.jsonl"
 _POSITION_NAMES = ("phase", "step")
@@ -72,30 +75,11 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return low, high
 
 
-def replace_file(path: FilePath, content: bytes) -> None:
-    """Writes a file so that a reader, or a crash at any moment, finds the old content or the new, never a part.
-
-    Args:
-      path: the file, in a folder that exists.
-      content: all of its bytes.
-    """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: renaming is atomic only within one
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: FilePath, content: Any) -> None:
     """Writes an object as indented JSON, atomically; non-finite numbers become null, as JSON has none.
 
     Args:
-      path: the file, in a folder that exists.
+      path: the file, in a folder that exists, or in a bucket.
       content: what the json module can write: dicts, lists, strings, numbers, booleans, None.
 
     Raises:
@@ -121,7 +105,7 @@ def read_metrics(run_dir: FilePath) -> list[dict[str, Any]]:
     A last line that was cut while being written is left out, with a warning in the log.
 
     Args:
-      run_dir: the run's folder.
+      run_dir: the run's folder, or its address in a bucket.
 
     Returns:
       One dict a row: "phase" (str), "step" (int) and metrics (float).
@@ -130,14 +114,14 @@ def read_metrics(run_dir: FilePath) -> list[dict[str, Any]]:
       FileNotFoundError: if the folder holds no `metrics.jsonl`.
       ValueError: if any other line is not a row.
     """
-    path = pathlib.Path(run_dir) / _METRICS_FILE
+    path = as_path(run_dir) / _METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: is {run_dir} the folder of a run?")
     rows = _read_rows(path)
     return [{name: math.nan if value is None else value for name, value in row.items()} for _, row in rows]
 
 
-def _read_rows(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _read_rows(path: epath.Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Each row as its line and its content."""
     *lines, last = path.read_bytes().split(b"\n")
     rows = [(line, _parse_row(path, number, line)) for number, line in enumerate(lines, 1)]
@@ -151,7 +135,7 @@ def _read_rows(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
     return rows
 
 
-def _parse_row(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
+def _parse_row(path: epath.Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
         _position(row["phase"], row["step"])
@@ -175,34 +159,34 @@ def _position(phase: str, step: int) -> tuple[int, int]:
 class MetricsLog:
     """Writes a run's metrics to `metrics.jsonl` and to TensorBoard event files in `tensorboard/<phase>/`.
 
-    A context manager. A run that is interrupted and resumed ends with exactly the rows of an uninterrupted one.
+    A context manager. A run that is interrupted and resumed ends with exactly the rows of an uninterrupted one. All
+    processes of a run make one, at the same point, with the same arguments: the first writes, the others do not.
+
+    In a bucket, files grow on the machine and are copied up now and then: call `flush` before a checkpoint is saved, so
+    that a run which goes on from it finds all rows before it.
     """
 
     def __init__(self, run_dir: FilePath, resume_after: tuple[str, int] | None) -> None:
         """Opens the log, and rolls it back first where a run is resumed.
 
         Args:
-          run_dir: the run's folder; made if it does not exist.
+          run_dir: the run's folder; made if it does not exist. Or its address in a bucket, gs://.
           resume_after: phase and step of the last row to keep, as of the checkpoint that the run goes on from. Later
             rows are removed from the file and hidden in TensorBoard. None for a new run.
 
         Raises:
           FileExistsError: if `resume_after` is None and the folder holds rows already.
           ValueError: if `resume_after` is not a phase and a step, or a line of the file, except for a last one that
-            was cut while being written, is not a row.
+            was cut while being written, is not a row; or `run_dir` is an address that cannot be written to.
         """
-        self._run_dir = pathlib.Path(run_dir)
-        path = self._run_dir / _METRICS_FILE
+        self._run_dir = as_path(run_dir)
         self._last = _BEFORE_ANY_STEP if resume_after is None else _position(*resume_after)
-        if resume_after is not None:
-            self._roll_back(path, *resume_after)
-        elif path.exists() and path.stat().st_size > 0:
-            raise FileExistsError(f"{path} already holds a run: resume that run, or choose another folder.")
-        self._run_dir.mkdir(parents=True, exist_ok=True)
         self._boards: dict[str, tensorboardX.SummaryWriter] = {}
         self._open_files = contextlib.ExitStack()
-        self._file = self._open_files.enter_context(open(path, "ab"))  # noqa: SIM115, closed by close()
-        self._hide_removed_points()
+        self._writes = is_primary()
+        Agreement("metrics").from_primary(functools.partial(self._open, resume_after))
+        if not self._writes:
+            self._file = self._open_files.enter_context(open(os.devnull, "ab"))  # noqa: SIM115, closed by close()
 
     def __enter__(self) -> Self:
         return self
@@ -232,21 +216,48 @@ class MetricsLog:
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
         self._last = position
-        board = self._boards.get(phase) or self._open_board(phase)
-        for name, value in finite.items():
-            board.add_scalar(f"{phase}/{name}", value, step)
+        if self._writes:
+            board = self._boards.get(phase) or self._open_board(phase)
+            for name, value in finite.items():
+                board.add_scalar(f"{phase}/{name}", value, step)
+            self._files.copy_soon()
+
+    def flush(self) -> None:
+        """Returns once all rows so far are in `metrics.jsonl`, be it in a bucket. TensorBoard may be seconds behind."""
+        if self._writes:
+            for board in self._boards.values():
+                board.flush()
+            self._files.copy()
 
     def close(self) -> None:
         """Closes all files; a second call does nothing."""
         self._open_files.close()
 
-    def _roll_back(self, path: pathlib.Path, phase: str, step: int) -> None:
+    def _open(self, resume_after: tuple[str, int] | None) -> None:
+        path = self._run_dir / _METRICS_FILE
+        content = path.read_bytes() if path.exists() else b""
+        if resume_after is not None:
+            content = self._roll_back(path, *resume_after)
+        elif content:
+            raise FileExistsError(f"{path} already holds a run: resume that run, or choose another folder.")
+        self._files = self._open_files.enter_context(GrowingFiles(self._run_dir))
+        self._files.folder.mkdir(parents=True, exist_ok=True)
+        local = self._files.folder / _METRICS_FILE
+        if is_bucket(self._run_dir):
+            local.write_bytes(content)
+        self._file = self._open_files.enter_context(open(local, "ab"))  # noqa: SIM115, closed by close()
+        self._hide_removed_points()
+
+    def _roll_back(self, path: epath.Path, phase: str, step: int) -> bytes:
+        """Removes the rows after a step; what remains."""
         rows = _read_rows(path) if path.exists() else []
         kept = [(line, row) for line, row in rows if _position(row["phase"], row["step"]) <= self._last]
         if step > 0 and (not kept or (kept[-1][1]["phase"], kept[-1][1]["step"]) != (phase, step)):
             _logger.warning("%s has no row for %s step %d, after which the run goes on.", path, phase, step)
+        content = b"".join(line + b"\n" for line, _ in kept)
         if path.exists():
-            replace_file(path, b"".join(line + b"\n" for line, _ in kept))
+            replace_file(path, content)
+        return content
 
     def _hide_removed_points(self) -> None:
         last_phase, last_step = self._last
@@ -254,14 +265,14 @@ class MetricsLog:
             if index >= last_phase and self._event_files(phase):
                 self._open_board(phase, purge_step=last_step + 1 if index == last_phase else 0)
 
-    def _event_files(self, phase: str) -> list[pathlib.Path]:
+    def _event_files(self, phase: str) -> list[epath.Path]:
         return list((self._run_dir / "tensorboard" / phase).glob("events.out.tfevents.*"))
 
     def _open_board(self, phase: str, purge_step: int | None = None) -> tensorboardX.SummaryWriter:
         # A folder for each phase, as purging hides all points of a folder from a step on. File names hold the time in
         # seconds; the suffix keeps a run that is resumed within one from overwriting the file before.
         board = self._boards[phase] = tensorboardX.SummaryWriter(
-            str(self._run_dir / "tensorboard" / phase),
+            str(self._files.folder / "tensorboard" / phase),
             purge_step=purge_step,
             flush_secs=2,
             filename_suffix=f".{len(self._event_files(phase)):04d}",
@@ -303,7 +314,7 @@ class Progress:
 
     A context manager. On a terminal it is a live bar with the latest metrics under it. Elsewhere (a file, the log of
     a job) it is plain lines: after the first step, after about every 5 % of the steps, after the last one, and
-    whenever there is an evaluation. A metric that is missing shows as "–".
+    whenever there is an evaluation. A metric that is missing shows as "–". Of several processes the first one shows.
     """
 
     def __init__(
@@ -331,6 +342,8 @@ class Progress:
         if not (total >= 1 and 0 <= completed <= total):
             raise ValueError(f"There must be 1 step or more and no more completed, got {completed} of {total}.")
         self._phase, self._total, self._step, self._clock = phase, total, completed, clock
+        if not is_primary():
+            console = rich.console.Console(quiet=True, force_interactive=False)
         # Colours may be forced where there is no terminal; a bar that redraws itself there would fill the log.
         self._console = console or rich.console.Console(force_interactive=None if sys.stdout.isatty() else False)
         self._metrics: Mapping[str, float] = {}

@@ -95,6 +95,7 @@ class Recorder:
 
     def save(self, state: RunState) -> None:
         index = int(state.warm_start_step) + int(state.step)
+        self.log.flush()  # the rows up to a checkpoint must outlive a kill, as it does
         self.checkpoints.save(index, state, {"elapsed_seconds": self.elapsed})
 
 

@@ -1,0 +1,211 @@
+"""What a checkpoint says of itself: names, shapes, dtypes and fingerprints of its arrays, under a checksum.
+
+A manifest decides whether a checkpoint fits a run, and whether what was read is what was saved. This file must never
+know where arrays are kept, nor what the state of a run consists of.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rspo_jax.types import Array
+
+FORMAT = 1
+UNSIGNED = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint32}
+"""Bits of a dtype -> the words that it is read as; 64 bits are two words."""
+MAX_NAMES = 5
+MAX_REASON = 300
+
+
+class CheckpointMismatch(ValueError):
+    """A sound checkpoint holds other arrays than the run expects."""
+
+
+class Damage(Exception):
+    """Why a checkpoint cannot be trusted."""
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves by their names, as in `state.params['embedding']`, in the order of the tree.
+
+    Raises:
+      TypeError: if a leaf is no array, or of a dtype that is not supported.
+      ValueError: if there is no element in any of them.
+    """
+    leaves = {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise TypeError(f"{name} is a {type(leaf).__name__}, not an array: wrap it, as in jnp.int32(3)")
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"{name} is a typed PRNG key: pass jax.random.key_data of it, and wrap that again later")
+        is_real = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+        if not is_real or jax.dtypes.itemsize_bits(leaf.dtype) not in UNSIGNED:
+            raise TypeError(f"{name} is {leaf.dtype}: checkpoints hold bool, integers and floats of 8 to 64 bits")
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise TypeError(f"{name} is {leaf.dtype}, which JAX would narrow: convert it, or set jax_enable_x64")
+    if not any(leaf.size for leaf in leaves.values()):
+        raise ValueError("the state holds no arrays with elements, so there is nothing to checkpoint")
+    return leaves
+
+
+def is_spread(leaf: Any) -> bool:
+    """Whether an array has parts that only other processes can read."""
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+
+
+def host_fingerprints(leaves: Mapping[str, Any]) -> dict[str, int]:
+    """The fingerprint of each array, in every process. All processes call this together."""
+    found = {}
+    for spread in (False, True):  # one computation cannot take arrays of one process and arrays of all
+        group = {name: leaf for name, leaf in leaves.items() if is_spread(leaf) == spread}
+        if group:
+            numbers = fingerprints(list(group.values()))
+            found |= dict(zip(group, _on_host(numbers).tolist(), strict=True))
+    return found
+
+
+def _on_host(numbers: Array) -> np.ndarray:
+    return multihost_utils.process_allgather(numbers, tiled=True) if is_spread(numbers) else np.asarray(numbers)
+
+
+@jax.jit
+def fingerprints(leaves: Sequence[Array]) -> Array:
+    """One number for each array, which any change of one element changes.
+
+    Changes of several elements, their order included, go unnoticed once in 2^32. Sums of integers that wrap around come
+    out the same in any order, hence under any sharding.
+
+    Args:
+      leaves: n arrays.
+
+    Returns:
+      uint32 [n].
+    """
+    return jnp.stack([_fingerprint(leaf) for leaf in leaves])
+
+
+def _fingerprint(leaf: Array) -> Array:
+    """Σ_i mix(word_i ⊕ mix(i)) mod 2^32; mix is a bijection, so a change of a single word always shows."""
+    unsigned = UNSIGNED[jax.dtypes.itemsize_bits(leaf.dtype)]
+    words = leaf if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, unsigned)
+    words = words.astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(_mix(words ^ _mix(position)), dtype=jnp.uint32)
+
+
+def _mix(word: Array) -> Array:
+    """The finalizer of MurmurHash3 (Appleby, 2008), on uint32."""
+    word = (word ^ (word >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> jnp.uint32(16))
+
+
+def make_manifest(leaves: Mapping[str, Any], found: Mapping[str, int], metadata: Mapping[str, Any]) -> str:
+    """The manifest of arrays with the fingerprints `found`, as text.
+
+    Raises:
+      TypeError: if `metadata` is not for JSON.
+    """
+    described = {name: {"array": _spec(leaf), "fingerprint": found[name]} for name, leaf in leaves.items()}
+    content = {"format": FORMAT, "metadata": dict(metadata), "leaves": described}
+    content = json.loads(json.dumps(content))  # as it will be read: tuples become lists
+    return json.dumps(content | {"checksum": _checksum(content)})
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises TypeError if `metadata` is not for JSON."""
+    try:
+        json.dumps(dict(metadata))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata must be a dict of what JSON knows: {error}") from error
+
+
+def parse_manifest(text: str) -> dict[str, Any]:
+    """What `make_manifest` wrote.
+
+    Raises:
+      Damage: if it is not that.
+    """
+    content = dict(json.loads(text))
+    if content.pop("checksum", None) != _checksum(content):
+        raise Damage("the manifest does not agree with its checksum")
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_fit(where: object, manifest: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """Compares names, shapes and dtypes.
+
+    Raises:
+      CheckpointMismatch: if a checkpoint at `where` with this manifest is not like `leaves`.
+    """
+    if manifest["format"] != FORMAT:
+        raise CheckpointMismatch(
+            f"{where} is of format {manifest['format']}, and this version reads format {FORMAT} only: "
+            "resume with the version it was written with, or start a new run folder"
+        )
+    saved = {name: leaf["array"] for name, leaf in manifest["leaves"].items()}
+    expected = {name: _spec(leaf) for name, leaf in leaves.items()}
+    changed = [name for name in expected if name in saved and saved[name] != expected[name]]
+    missing = [name for name in expected if name not in saved]
+    extra = [name for name in saved if name not in expected]
+    differences = []
+    if changed:
+        name, *others = changed
+        more = f", and so on for {join(others)}" if others else ""
+        differences.append(f"{name} was saved as {saved[name]}, but {expected[name]} is expected{more}")
+    if missing:
+        differences.append(f"it lacks {join(missing)}")
+    if extra:
+        differences.append(f"it also holds {join(extra)}")
+    if differences:
+        raise CheckpointMismatch(
+            f"{where} does not fit this run: {'; '.join(differences)}. "
+            "Resume with the configuration it was written with, or start a new run folder."
+        )
+
+
+def check_specs(arrays: Mapping[str, Array], leaves: Mapping[str, Any]) -> None:
+    """Raises Damage if arrays that were read have other shapes or dtypes than `leaves`."""
+    _check_none([name for name, leaf in leaves.items() if _spec(arrays[name]) != _spec(leaf)])
+
+
+def check_contents(found: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
+    """Raises Damage if the fingerprints `found` are not those of the manifest."""
+    _check_none([name for name in found if found[name] != manifest["leaves"][name]["fingerprint"]])
+
+
+def _check_none(wrong: Sequence[str]) -> None:
+    if wrong:
+        raise Damage(f"the contents of {join(wrong)} are not what was saved")
+
+
+def _spec(leaf: Any) -> str:
+    """Dtype and shape, as in `float32[2, 3]`."""
+    return f"{jnp.dtype(leaf.dtype).name}[{', '.join(map(str, leaf.shape))}]"
+
+
+def join(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error without the appendices of TensorStore."""
+    text = re.split(r" \[(?:tensorstore_spec|source locations)", f"{type(error).__name__}: {error}")[0]
+    text = " ".join(text.split())
+    half = MAX_REASON // 2
+    return text if len(text) <= MAX_REASON else f"{text[:half]} … {text[-half:]}"
