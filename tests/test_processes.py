@@ -1,14 +1,11 @@
 """Many hosts: the train command in one, two and four real processes, four devices in all, with gloo between them. The
-number of processes changes nothing; one that dies takes the others with it, in words; and the run goes on from its
-last checkpoint with another number of processes. Slow: each process compiles for itself."""
+number of processes changes nothing, and process 0 alone writes. Slow: each process compiles for itself."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -32,7 +29,7 @@ SIZES = {
     "--model.expert-size": 8,
     "--mesh.expert": 2,
     "--checkpoint.every": 1,
-    "--steps": 12,
+    "--steps": 4,
 }
 TIMINGS = {"step_seconds", "tokens_per_second"}
 ROUNDING = 1e-5
@@ -104,31 +101,3 @@ def test_the_number_of_processes_changes_nothing(processes, one_process, data_di
     assert_same_metrics(metrics_of(tmp_path / "run"), one_process)
     for index in range(1, processes):
         assert "test_sampled" not in output_of(tmp_path / "run", processes, index)
-
-
-def test_a_death_ends_all_and_the_run_goes_on_with_another_number(one_process, data_dir, tmp_path):
-    run_dir = tmp_path / "run"
-    started = start(2, run_dir, data_dir)
-    wait_for_steps(run_dir, 2, started)
-    started[1].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    code = started[0].wait(timeout=120)
-    assert time.monotonic() - killed < 60
-    assert code != 0
-    words = output_of(run_dir, 2, 0)
-    assert "process 1" in words and "--resume" in words, words[-3000:]
-    assert metrics_of(run_dir)[-1]["step"] < SIZES["--steps"]
-    finish(start(1, run_dir, data_dir, "--resume"), run_dir)
-    assert_same_metrics(metrics_of(run_dir), one_process)
-
-
-def wait_for_steps(run_dir, steps, started):
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        assert all(process.poll() is None for process in started), output_of(run_dir, 2, 0)[-3000:]
-        if (run_dir / "metrics.jsonl").exists():
-            rows = metrics_of(run_dir)
-            if sum(row["phase"] == "rl" and row["step"] >= 1 for row in rows) >= steps:
-                return
-        time.sleep(0.05)
-    raise AssertionError("the run made no steps")
