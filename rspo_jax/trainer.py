@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.typing import ArrayLike
 
 from rspo_jax.advantages import group_advantages
@@ -109,7 +110,7 @@ def train(
     task: Task,
     learner: LearnerConfig,
     config: TrainerConfig,
-    run_dir: Path,
+    run_dir: Path | epath.Path,
     resume: bool = False,
 ) -> tuple[Params, float]:
     """Runs both phases to their end.
@@ -120,7 +121,7 @@ def train(
       task: problems and judge.
       learner: the objective.
       config: everything else.
-      run_dir: gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
+      run_dir: a folder, or an address as `rspo_jax.files.as_path` makes it; gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
       resume: go on from the newest checkpoint in `run_dir`, or start where there is none.
 
     Returns:
@@ -164,7 +165,9 @@ def _say(text: str) -> None:
         print(text)
 
 
-def restore_params(init_params: Callable[[Array], Params], config: TrainerConfig, run_dir: Path) -> tuple[Params, int]:
+def restore_params(
+    init_params: Callable[[Array], Params], config: TrainerConfig, run_dir: Path | epath.Path
+) -> tuple[Params, int]:
     """The parameters of the newest checkpoint in `run_dir`, and the step of reinforcement learning it was saved at.
 
     Raises:
