@@ -121,7 +121,8 @@ def train(
       task: problems and judge.
       learner: the objective.
       config: everything else.
-      run_dir: a folder, or an address as `rspo_jax.files.as_path` makes it; gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
+      run_dir: a folder, or an address of `rspo_jax.files.as_path`; gets `metrics.jsonl`, `tensorboard/` and
+        `checkpoints/`.
       resume: go on from the newest checkpoint in `run_dir`, or start where there is none.
 
     Returns:
