@@ -6,22 +6,35 @@ be wrong with a run is refused before the first compile.
 
 import dataclasses
 import json
+import os
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
+from etils import epath
 
 import models
 from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownConfig, CountdownReward
 from experiments.tasks.countdown.task import CountdownTask
+from rspo_jax.files import FilePath, as_path
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import LearnerConfig, OptimizerConfig
 from rspo_jax.trainer_config import TrainerConfig, WarmStartConfig, check_learner
 
 Config = TypeVar("Config")
+Place = Annotated[
+    epath.Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda texts: as_path(texts[0]),
+        is_instance=lambda value: isinstance(value, epath.Path),
+        str_from_instance=lambda path: [os.fspath(path)],
+    ),
+]
+"""A folder, or an address that starts with gs://."""
 
 
 @dataclass(frozen=True)
@@ -131,19 +144,20 @@ RUNS: dict[str, type[CountdownRun]] = {"countdown": CountdownRun}
 """The one table of tasks; the commands' choices come from it."""
 
 
-def save_config(path: Path, name: str, run: CountdownRun) -> None:
+def save_config(path: FilePath, name: str, run: CountdownRun) -> None:
     """Writes `config.json`."""
     from rspo_jax.metrics import write_json
 
     write_json(path, {"task_name": name} | dataclasses.asdict(run))
 
 
-def load_config(path: Path) -> tuple[str, CountdownRun]:
+def load_config(path: FilePath) -> tuple[str, CountdownRun]:
     """Reads what `save_config` wrote.
 
     Raises:
       ValueError: if the file is missing, is not such a config, or has a field that is not known (any more).
     """
+    path = as_path(path)
     if not path.exists():
         raise ValueError(f"{path.parent} is not the folder of a run: it has no {path.name}")
     try:
@@ -167,6 +181,8 @@ def _from_dict(config_type: type[Config], values: dict[str, Any], where: str) ->
 def _from_value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, dict):
         return _from_dict(hint, value, where)
+    if isinstance(value, list) and typing.get_origin(hint) is tuple:
+        return tuple(value)
     return value
 
 

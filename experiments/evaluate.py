@@ -6,7 +6,6 @@ This file must never train.
 import functools
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
@@ -15,7 +14,7 @@ import rich.table
 import tyro
 
 import models
-from experiments.config import load_config
+from experiments.config import Place, load_config
 from rspo_jax.checkpoint import CheckpointError
 from rspo_jax.metrics import wilson_interval
 from rspo_jax.rollout import Judged, prompt_width, solve
@@ -27,8 +26,8 @@ from rspo_jax.trainer import restore_params
 class Evaluation:
     """Evaluate the newest checkpoint of a run."""
 
-    run_dir: Annotated[Path, tyro.conf.Positional]
-    """The folder of a run."""
+    run_dir: Annotated[Place, tyro.conf.Positional]
+    """The folder of a run, or its address in a bucket."""
     split: Literal["train", "validation", "test"] = "test"
     samples: int = 4
     """Sampled responses to each problem, besides the greedy one."""

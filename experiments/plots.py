@@ -7,17 +7,17 @@ must never know how a metric is computed, and never need a metric to be there.
 import io
 import math
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
+from etils import epath
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from rspo_jax import metrics
+from rspo_jax import files, metrics
 
 Rows = list[dict[str, Any]]
 
@@ -28,7 +28,7 @@ _DASHED = (0, (4, 2))
 _FEWEST_FOR_A_MEAN = 10
 
 
-def draw_curves(run_dir: str | os.PathLike[str]) -> pathlib.Path:
+def draw_curves(run_dir: str | os.PathLike[str]) -> epath.Path:
     """Draws a run's curves into its `curves.png`, in place of an older one.
 
     Six panels over the steps of the "rl" phase: reward, solve rate, entropy, router shift γ, clip fraction and
@@ -44,7 +44,7 @@ def draw_curves(run_dir: str | os.PathLike[str]) -> pathlib.Path:
       FileNotFoundError: if there is no `metrics.jsonl`.
       ValueError: if `metrics.jsonl` is damaged.
     """
-    run_dir = pathlib.Path(run_dir)
+    run_dir = files.as_path(run_dir)
     rows = metrics.read_metrics(run_dir)
     warm_start, rl = ([row for row in rows if row["phase"] == phase] for phase in metrics.PHASES)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.02, hspace=0.04)
@@ -66,7 +66,7 @@ def draw_curves(run_dir: str | os.PathLike[str]) -> pathlib.Path:
     picture = io.BytesIO()
     canvas.print_png(picture)
     path = run_dir / "curves.png"
-    metrics.replace_file(path, picture.getvalue())
+    files.replace_file(path, picture.getvalue())
     return path
 
 

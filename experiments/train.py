@@ -3,28 +3,41 @@
 Wires a task, a model and the trainer together; it must never hold training logic of its own.
 """
 
+import dataclasses
 import functools
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import tyro
+from etils import epath
 
 import models
-from experiments.config import RUNS, CountdownRun, differences, load_config, save_config
+from experiments.config import RUNS, CountdownRun, Place, differences, load_config, save_config
 from experiments.plots import draw_curves
 from experiments.tasks.countdown import SPLITS
+from rspo_jax.agreement import Agreement, is_primary
 from rspo_jax.checkpoint import CheckpointError, CheckpointMismatch
+from rspo_jax.distributed import ClusterConfig, ClusterError, joined
+from rspo_jax.files import as_path
 from rspo_jax.metrics import read_metrics, write_json
-from rspo_jax.rollout import check_solutions
+from rspo_jax.rollout import check_solutions, prompt_width
+from rspo_jax.run_state import state_on_mesh
+from rspo_jax.sharding import make_mesh
 from rspo_jax.trainer import Stopped, train
+from rspo_jax.trainer_config import check_mesh
 
-RUNS_FOLDER = Path("runs")
+RUNS_FOLDER = epath.Path("runs")
+CACHE_FOLDER = "compiled"
+MISTAKE = 2
+"""Exit code: the user has something to mend, and another try would end the same."""
+STOPPED = 75
+"""Exit code: the run was asked to stop, has saved its state, and is to be resumed (EX_TEMPFAIL of sysexits.h)."""
 
 
 class UserError(Exception):
@@ -33,25 +46,43 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the run lives."""
+    """Where the run lives. Nothing of it is kept in the run's configuration: the next start may have it otherwise."""
 
-    run_dir: Path | None = None
-    """Gets configuration, metrics, curves and checkpoints; runs/TASK-DATE-TIME when absent."""
+    run_dir: Place | None = None
+    """Gets configuration, metrics, curves and checkpoints: a folder, or an address in a bucket, gs://BUCKET/RUN.
+    runs/TASK-DATE-TIME when absent, which is for a single process only."""
     resume: bool = False
     """Go on with the run in run_dir (when absent: the newest of this task), with the configuration that it was
     started with, except for the flags given now."""
+    resume_or_start: bool = False
+    """Go on with the run in run_dir if there is one, and start one there if not: for scripts that start a run again
+    and again until it is done."""
+    compilation_cache: Place | None = None
+    """Keeps compiled programs for the next start. When absent: JAX_COMPILATION_CACHE_DIR, or else compiled/ beside
+    run_dir, but nothing on CPUs, where a program fits the very processor that it was compiled on."""
+    cluster: ClusterConfig = ClusterConfig()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 after training or a stop that saved, 2 for something that the user can mend."""
+    """Returns the exit code: 0 after training, `STOPPED` after a stop that saved, `MISTAKE` for a mistake."""
     try:
         name, run, folder = parse(sys.argv[1:] if arguments is None else arguments)
-        check_data(run)
-        run_dir = prepare_folder(name, run, folder)
-        return train_in(run_dir, run, folder.resume)
-    except (UserError, CheckpointError, CheckpointMismatch) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with joined(folder.cluster, way_out="start all processes again with --resume") as membership:
+            try:
+                keep_compiled_programs(folder)
+                check_data(run)
+                check_devices(run)
+                return train_in(agree_on_folder(name, run, folder), run, folder.resume)
+            except (UserError, CheckpointError, CheckpointMismatch) as error:
+                return membership.give_up(str(error), complain(error))
+    except (UserError, ClusterError) as error:
+        return complain(error)
+
+
+def complain(error: Exception) -> int:
+    """Says what to mend; returns the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return MISTAKE
 
 
 def parse(arguments: list[str]) -> tuple[str, CountdownRun, Folder]:
@@ -65,9 +96,8 @@ def parse(arguments: list[str]) -> tuple[str, CountdownRun, Folder]:
         arguments = ["--help"]
     try:
         defaults = {name: run_type() for name, run_type in RUNS.items()}
-        resumed = None
-        if arguments[0] in RUNS and "--resume" in arguments:
-            resumed = _resumed_folder(arguments[0], _flag_value(arguments, "--run-dir"))
+        resumed = _resumed_folder(arguments) if arguments[0] in RUNS else None
+        if resumed is not None:
             name, defaults[arguments[0]] = load_config(resumed / "config.json")
             if name != arguments[0]:
                 raise ValueError(f"{resumed} is a run of {name}, not of {arguments[0]}")
@@ -80,7 +110,7 @@ def parse(arguments: list[str]) -> tuple[str, CountdownRun, Folder]:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    return name, run, Folder(resumed, True) if resumed is not None else folder
+    return name, run, folder if resumed is None else dataclasses.replace(folder, run_dir=resumed, resume=True)
 
 
 def _command(name: str, default: CountdownRun) -> Callable[..., tuple[str, CountdownRun, Folder]]:
@@ -94,21 +124,34 @@ def _command(name: str, default: CountdownRun) -> Callable[..., tuple[str, Count
     return command
 
 
-def _flag_value(arguments: list[str], flag: str) -> Path | None:
+def _flag_value(arguments: list[str], flag: str) -> str | None:
     for position, argument in enumerate(arguments):
         if argument == flag and position + 1 < len(arguments):
-            return Path(arguments[position + 1])
+            return arguments[position + 1]
         if argument.startswith(f"{flag}="):
-            return Path(argument.removeprefix(f"{flag}="))
+            return argument.removeprefix(f"{flag}=")
     return None
 
 
-def _resumed_folder(name: str, run_dir: Path | None) -> Path:
-    if run_dir is not None:
+def _resumed_folder(arguments: list[str]) -> epath.Path | None:
+    """The folder whose configuration gives the defaults, if one does."""
+    name, given = arguments[0], _flag_value(arguments, "--run-dir")
+    run_dir = None if given is None else as_path(given)
+    if "--resume" in arguments:
+        if run_dir is None:
+            return _newest_folder(name)
         if not (run_dir / "config.json").exists():
             raise ValueError(f"there is no run to resume in {run_dir}; leave --resume out to start one there")
         return run_dir
-    candidates = sorted(RUNS_FOLDER.glob(f"{name}-*/config.json"), key=lambda path: path.stat().st_mtime)
+    if "--resume-or-start" in arguments:
+        if run_dir is None:
+            raise ValueError("--resume-or-start needs the folder of the run: name it with --run-dir")
+        return run_dir if (run_dir / "config.json").exists() else None
+    return None
+
+
+def _newest_folder(name: str) -> epath.Path:
+    candidates = sorted(RUNS_FOLDER.glob(f"{name}-*/config.json"), key=lambda path: path.stat().mtime)
     if not candidates:
         raise ValueError(f"there is no run of {name} in {RUNS_FOLDER}/ to resume; name its folder with --run-dir")
     return candidates[-1].parent
@@ -129,7 +172,66 @@ def check_data(run: CountdownRun) -> None:
         raise UserError(str(error)) from error
 
 
-def prepare_folder(name: str, run: CountdownRun, folder: Folder) -> Path:
+def check_devices(run: CountdownRun) -> None:
+    """Finds what is wrong with a run's mesh on the devices that there are, before anything is written or compiled.
+
+    Raises:
+      UserError: if the mesh does not fit the devices, or does not divide what a step works on or a parameter.
+    """
+    task, model = run.build_task(), run.model
+    width = max(prompt_width(task, task.problems(split)) for split in SPLITS)
+    try:
+        mesh = make_mesh(run.trainer.mesh)
+        check_mesh(run.trainer, run.learner(), mesh, width + run.trainer.sampler.max_new_tokens - 1)
+        state_on_mesh(models.Transformer(model), functools.partial(models.init_params, model), run.trainer, mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def keep_compiled_programs(folder: Folder) -> None:
+    """Switches JAX's persistent compilation cache on; before anything is compiled, or JAX would not look again."""
+    place = folder.compilation_cache
+    if place is None:
+        if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.default_backend() == "cpu":
+            return
+        place = (RUNS_FOLDER if folder.run_dir is None else folder.run_dir.parent) / CACHE_FOLDER
+    jax.config.update("jax_compilation_cache_dir", os.fspath(place))
+
+
+def agree_on_folder(name: str, run: CountdownRun, folder: Folder) -> epath.Path:
+    """Lets process 0 prepare the run's folder for all; returns its path.
+
+    Raises:
+      UserError: in every process, if the folder cannot be used, or one of them does not see it or was started with
+        other flags.
+    """
+    agreement = Agreement("folder")
+    if jax.process_count() > 1 and folder.run_dir is None:
+        raise UserError(
+            "several processes need a folder that all of them see: name it with --run-dir, as gs://BUCKET/RUN"
+        )
+    place = None if folder.run_dir is None else os.fspath(folder.run_dir)
+    _check_same(agreement.gather((name, run, (place, folder.resume))))
+    run_dir = as_path(agreement.from_primary(lambda: os.fspath(prepare_folder(name, run, folder))))
+    shared = (run_dir / "config.json").exists() and load_config(run_dir / "config.json") == (name, run)
+    agreement.settle(
+        None
+        if shared
+        else UserError(f"{run_dir} is not one folder for all hosts: choose a --run-dir as gs://BUCKET/RUN")
+    )
+    return run_dir
+
+
+def _check_same(given: dict[int, tuple[str, CountdownRun, tuple[str | None, bool]]]) -> None:
+    name, run, place = given[0]
+    for process, (other_name, other_run, other_place) in given.items():
+        if (other_name, other_run, other_place) != (name, run, place):
+            changes = differences(run, other_run) if other_name == name else []
+            what = changes[0] if changes else f"{name}, {place} -> {other_name}, {other_place}"
+            raise UserError(f"process {process} was started otherwise than process 0 ({what}): give all the same flags")
+
+
+def prepare_folder(name: str, run: CountdownRun, folder: Folder) -> epath.Path:
     """Makes the run's folder and writes its `config.json`; says how a resumed run's configuration changed.
 
     Raises:
@@ -165,11 +267,11 @@ def _check_same_shapes(saved: models.TransformerConfig, given: models.Transforme
             )
 
 
-def train_in(run_dir: Path, run: CountdownRun, resume: bool) -> int:
-    """Trains, then writes summary and curves and says where they are."""
+def train_in(run_dir: epath.Path, run: CountdownRun, resume: bool) -> int:
+    """Trains; process 0 then writes summary and curves and says where they are. Returns the exit code."""
     name = next(name for name, run_type in RUNS.items() if type(run) is run_type)
-    command = f"{sys.executable} -m experiments.train {name} --run-dir {run_dir} --resume"
-    print(f"run folder: {run_dir}")
+    say = print if is_primary() else _say_nothing
+    say(f"run folder: {run_dir}")
     try:
         _, seconds = train(
             models.Transformer(run.model),
@@ -181,23 +283,33 @@ def train_in(run_dir: Path, run: CountdownRun, resume: bool) -> int:
             resume,
         )
     except Stopped as stop:
-        print(f"{stop}: state saved. To go on:\n  {command}")
-        return 0
-    curves = draw_curves(run_dir)
-    summary = summarize(run_dir, run, seconds)
-    write_json(run_dir / "summary.json", summary)
-    print(report(summary))
-    print(f"  curves:  {curves}\n  summary: {run_dir / 'summary.json'}")
-    print(
-        "What to try next:\n"
-        f"  {sys.executable} -m experiments.evaluate {run_dir}\n"
-        f"  {sys.executable} -m experiments.train {name} --objective gmpo    # the same without router shift\n"
-        f"  {sys.executable} -m experiments.train {name} --help"
-    )
+        say(f"{stop}: state saved. To go on:\n  {_resume_command(name, run_dir)}")
+        return STOPPED
+    if is_primary():
+        curves = draw_curves(run_dir)
+        summary = summarize(run_dir, run, seconds)
+        write_json(run_dir / "summary.json", summary)
+        say(report(summary))
+        say(f"  curves:  {curves}\n  summary: {run_dir / 'summary.json'}")
+        say(
+            "What to try next:\n"
+            f"  {sys.executable} -m experiments.evaluate {run_dir}\n"
+            f"  {sys.executable} -m experiments.train {name} --objective gmpo    # the same without router shift\n"
+            f"  {sys.executable} -m experiments.train {name} --help"
+        )
     return 0
 
 
-def summarize(run_dir: Path, run: CountdownRun, seconds: float) -> dict[str, Any]:
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _resume_command(name: str, run_dir: epath.Path) -> str:
+    others = "" if jax.process_count() == 1 else "    # on every host, as before"
+    return f"{sys.executable} -m experiments.train {name} --run-dir {run_dir} --resume{others}"
+
+
+def summarize(run_dir: epath.Path, run: CountdownRun, seconds: float) -> dict[str, Any]:
     """What `summary.json` holds: solve rates on the test split before and after, with 95 % intervals."""
     rows = [row for row in read_metrics(run_dir) if "test_sampled" in row]
     first, last = rows[0], rows[-1]

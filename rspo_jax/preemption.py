@@ -1,17 +1,29 @@
 """Turns SIGTERM and SIGINT into a flag that the training loop reads between steps, so that it can save and leave.
 
-A second SIGINT interrupts at once, as usual. This file must never know what is being saved.
+A second SIGINT interrupts at once, as usual. With several processes, a signal to any one of them stops all of them at
+the same step. What a cloud says before it takes a machine away comes as SIGTERM: GKE sends it to the pods of a node
+that is drained, preempted or due for maintenance, SLURM to the steps of a job that is preempted or (`--signal`) near
+its time limit, and an operating system that shuts down to every process. This file must never know what is being saved.
+
+Why not JAX's preemption sync point, `multihost_utils.reached_preemption_sync_point(step)`: it has no other source than
+SIGTERM either, for which it takes the place of our handler; it knows no SIGINT; a signal that comes before its first
+call is lost in a run that is resumed, as the agreed step is then counted from 0; and Orbax's CheckpointManager, which
+calls it with step numbers of its own while it writes in the background, can move the agreed step into the past.
+`rspo_jax.distributed` therefore switches JAX's service off.
 """
 
 import signal
 from types import FrameType
 
+from rspo_jax.agreement import Agreement
+
 
 class Preemption:
-    """A context manager; `requested` becomes the name of the signal that asked to stop."""
+    """A context manager; `requested` becomes the name of the signal that asked this process to stop."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._agreement = Agreement("preemption")
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Preemption":
@@ -22,6 +34,15 @@ class Preemption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def agreed(self) -> str | None:
+        """The name of a signal that asked any of the processes to stop; the same in all of them.
+
+        To be called by every process at the same points of the program, and nowhere else. It waits for the other
+        hosts to get there, but not for any device.
+        """
+        requests = self._agreement.gather(self.requested)
+        return requests[min(requests)] if requests else None
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.requested is not None and number == signal.SIGINT:

@@ -9,18 +9,17 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.typing import ArrayLike
 
 from rspo_jax.advantages import group_advantages
 from rspo_jax.checkpoint import Checkpoints
 from rspo_jax.data import take
+from rspo_jax.files import FilePath, as_path
 from rspo_jax.metrics import MetricsLog, Progress, wilson_interval
 from rspo_jax.preemption import Preemption
 from rspo_jax.rollout import (
@@ -110,7 +109,7 @@ def train(
     task: Task,
     learner: LearnerConfig,
     config: TrainerConfig,
-    run_dir: Path | epath.Path,
+    run_dir: FilePath,
     resume: bool = False,
 ) -> tuple[Params, float]:
     """Runs both phases to their end.
@@ -141,7 +140,7 @@ def train(
     with (
         jax.set_mesh(mesh),
         Preemption() as preemption,
-        Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        Checkpoints(as_path(run_dir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     ):
         template = state_on_mesh(policy, init_params, config, mesh)
         restored = checkpoints.restore_newest(template, say=_say) if resume else None
@@ -167,14 +166,14 @@ def _say(text: str) -> None:
 
 
 def restore_params(
-    init_params: Callable[[Array], Params], config: TrainerConfig, run_dir: Path | epath.Path
+    init_params: Callable[[Array], Params], config: TrainerConfig, run_dir: FilePath
 ) -> tuple[Params, int]:
     """The parameters of the newest checkpoint in `run_dir`, and the step of reinforcement learning it was saved at.
 
     Raises:
       ValueError: if there is no checkpoint, or it does not fit the model.
     """
-    with Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    with Checkpoints(as_path(run_dir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         restored = checkpoints.restore_newest(jax.eval_shape(lambda: fresh_state(init_params, config)), say=print)
     if restored is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")

@@ -298,7 +298,8 @@ def test_kills_at_other_moments(environment, finished, tmp_path, moment):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(environment, finished, tmp_path):
     run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
     newest = run_dir / "checkpoints" / "14"
-    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    arrays = [path for path in newest.rglob("ocdbt.process_*/**/*") if path.is_file()]
+    largest = max(arrays, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     output = resume_to_the_same_end(environment, run_dir, finished)
     assert f"{newest} is damaged or incomplete" in output

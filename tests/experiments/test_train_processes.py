@@ -1,0 +1,354 @@
+"""`python -m experiments.train` where several processes work on a run, where a run lives in a bucket, and where a
+script starts it again and again. Real processes share this machine and find each other by flags; the bucket is a
+dictionary."""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import jax
+import pytest
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+
+from experiments import train
+from experiments.config import CountdownRun, load_config, save_config
+from rspo_jax import distributed
+from rspo_jax.distributed import ClusterConfig
+from rspo_jax.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 600  # after which a process is taken to hang
+WARM_START_STEPS, STEPS = 2, 4
+SMALL = {
+    "--task.train": 200,
+    "--task.validation": 20,
+    "--task.test": 20,
+    "--model.hidden-size": 16,
+    "--model.head-dim": 8,
+    "--model.num-heads": 2,
+    "--model.num-kv-heads": 1,
+    "--model.num-layers": 1,
+    "--model.expert-size": 16,
+    "--model.num-experts": 4,
+    "--model.num-experts-per-token": 2,
+    "--steps": STEPS,
+    "--prompts": 4,
+    "--group-size": 4,
+    "--mini-batches": 2,
+    "--rollout-chunks": 1,
+    "--learned-groups": "None",
+    "--sampler.max-new-tokens": 12,
+    "--warm-start.steps": WARM_START_STEPS,
+    "--warm-start.batch-size": 8,
+    "--warm-start.optimizer.warmup-updates": 1,
+    "--evaluation.every": 4,
+    "--evaluation.problems": 20,
+    "--checkpoint.every": 2,
+}
+FLAGS = [str(part) for pair in SMALL.items() for part in pair]
+
+
+def parse(*arguments):
+    return train.parse(["countdown", *map(str, arguments)])
+
+
+def refusal(capsys, *arguments):
+    """The one sentence that a mistake gets."""
+    assert train.main(["countdown", *map(str, arguments)]) == train.MISTAKE
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+# --- flags ---
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A folder in which a run was started."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    _, run, _ = parse(*FLAGS)
+    save_config(folder / "config.json", "countdown", run)
+    return folder
+
+
+def test_the_flags_of_a_cluster_are_no_part_of_the_run(tmp_path):
+    flags = ("--cluster.coordinator", "host:1234", "--cluster.num-processes", 4, "--cluster.process-id", 3)
+    name, run, folder = parse("--run-dir", tmp_path / "run", *flags, "--cluster.heartbeat-timeout-seconds", 20)
+    assert folder.cluster == ClusterConfig("host:1234", 4, 3, heartbeat_timeout_seconds=20)
+    assert run == CountdownRun()
+    train.prepare_folder(name, run, folder)
+    assert "host:1234" not in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_half_a_cluster_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit:  # by the parser, which draws a box around its errors
+        parse("--cluster.coordinator", "host:1234")
+    assert exit.value.code == train.MISTAKE
+    assert "cluster.num_processes is missing" in " ".join(capsys.readouterr().err.split())
+
+
+def test_resume_or_start_starts_where_there_is_nothing(tmp_path):
+    _, run, folder = parse("--run-dir", tmp_path / "run", "--resume-or-start", *FLAGS)
+    assert (folder.run_dir, folder.resume) == (tmp_path / "run", False)
+    assert train.prepare_folder("countdown", run, folder) == tmp_path / "run"
+    assert load_config(tmp_path / "run" / "config.json") == ("countdown", run)
+
+
+def test_resume_or_start_goes_on_where_there_is_a_run(run_dir, capsys):
+    name, run, folder = parse("--run-dir", run_dir, "--resume-or-start", "--steps", 20)
+    assert (folder.run_dir, folder.resume) == (run_dir, True)
+    assert (run.trainer.steps, run.trainer.prompts) == (20, 4)  # the rest is as it was started
+    train.prepare_folder(name, run, folder)
+    assert f"trainer.steps: {STEPS} -> 20" in capsys.readouterr().out
+
+
+def test_resume_or_start_does_not_mix_with_something_else(tmp_path, capsys):
+    (tmp_path / "notes").touch()
+    assert f"{tmp_path} is not empty" in refusal(capsys, "--run-dir", tmp_path, "--resume-or-start", *FLAGS)
+
+
+def test_resume_or_start_needs_a_folder(capsys):
+    error = refusal(capsys, "--resume-or-start")
+    assert "--resume-or-start needs the folder of the run: name it with --run-dir" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--mesh.tensor", 3), "needs a multiple of 3 devices"),
+        (("--mesh.fsdp", 5), "needs 5 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(capsys, tmp_path, flags, words):
+    data = ("--data-dir", tmp_path / "data")
+    assert words in refusal(capsys, "--run-dir", tmp_path / "run", *FLAGS, *data, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+# --- what was compiled ---
+
+
+@pytest.fixture
+def cache_place(monkeypatch):
+    """Where compiled programs are kept after `keep_compiled_programs`, on a platform."""
+    before = jax.config.jax_compilation_cache_dir
+
+    def place(platform, *arguments):
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        _, _, folder = parse(*arguments)
+        train.keep_compiled_programs(folder)
+        return jax.config.jax_compilation_cache_dir
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    yield place
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_accelerators_keep_programs_beside_the_run(cache_place, platform):
+    assert cache_place(platform, "--run-dir", "there/run") == "there/compiled"
+    assert cache_place(platform) == "runs/compiled"
+    assert cache_place(platform, "--run-dir", "there/run", "--compilation-cache", "here") == "here"
+
+
+def test_cpus_keep_programs_only_where_they_are_told(cache_place):
+    assert cache_place("cpu", "--run-dir", "there/run") is None
+    assert cache_place("cpu", "--compilation-cache", "here") == "here"
+
+
+def test_the_environment_has_said_already_where_programs_are_kept(cache_place, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    assert cache_place("tpu", "--run-dir", "there/run") is None  # which JAX reads itself, when it is imported
+    assert cache_place("tpu", "--run-dir", "there/run", "--compilation-cache", "here") == "here"
+
+
+# --- buckets ---
+
+
+class Bucket(MemoryFileSystem):
+    """Google Cloud Storage as fsspec would show it, for the few calls here."""
+
+    protocol = ("gs", "gcs")
+    store: dict = {}  # noqa: RUF012
+
+    def __init__(self, *arguments, finalize_on_close=None, **options):
+        super().__init__(*arguments, **options)
+
+
+@pytest.fixture
+def bucket():
+    for name in Bucket.protocol:
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    yield epath.Path("gs://bucket")
+    Bucket.store.clear()
+    for name in Bucket.protocol:
+        importlib.import_module("fsspec.registry")._registry.pop(name)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_a_run_in_a_bucket_is_started_and_resumed(bucket):
+    place = "gs://bucket/runs/mine"
+    name, run, folder = parse("--run-dir", place, "--resume-or-start", *FLAGS)
+    assert folder.resume is False
+    run_dir = train.prepare_folder(name, run, folder)
+    assert os.fspath(run_dir) == place
+    assert json.loads((bucket / "runs/mine/config.json").read_text())["trainer"]["steps"] == STEPS
+    _, resumed, folder = parse("--run-dir", place, "--resume-or-start")
+    assert (resumed, folder.resume, os.fspath(folder.run_dir)) == (run, True, place)
+    _, resumed, folder = parse(f"--run-dir={place}", "--resume")
+    assert (resumed, folder.resume, os.fspath(folder.run_dir)) == (run, True, place)
+
+
+def test_a_run_in_a_bucket_is_not_mixed_with_another(bucket, capsys):
+    (bucket / "runs/mine/config.json").write_text("{}")
+    error = refusal(capsys, "--run-dir", "gs://bucket/runs/mine", *FLAGS)
+    assert "gs://bucket/runs/mine is not empty: add --resume" in error
+
+
+def test_programs_are_kept_beside_a_run_in_a_bucket(bucket, cache_place):
+    assert cache_place("tpu", "--run-dir", "gs://bucket/runs/mine") == "gs://bucket/runs/compiled"
+
+
+# --- several processes ---
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One data set and one cache of compiled programs for all processes."""
+    folder = tmp_path_factory.mktemp("shared")
+    environ = {name: value for name, value in os.environ.items() if name not in distributed.SIGNS}
+    return environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TFDS_DATA_DIR": str(folder / "data"),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+class Cluster:
+    """Two processes with the same flags, and those of each."""
+
+    def __init__(self, environment, folder, flags, differing=((), ()), folders=(ROOT, ROOT)):
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        self.logs = [folder / f"{time.monotonic_ns()}-{process}.log" for process in range(2)]
+        self.processes = []
+        for process in range(2):
+            cluster = ("--cluster.coordinator", f"localhost:{port}", "--cluster.num-processes", 2)
+            arguments = (*flags, *differing[process], *cluster, "--cluster.process-id", process)
+            with open(self.logs[process], "w") as log:
+                command = [sys.executable, "-m", "experiments.train", "countdown", *map(str, arguments)]
+                self.processes.append(
+                    subprocess.Popen(command, cwd=folders[process], env=environment, stdout=log, stderr=log)
+                )
+
+    def end(self):
+        """Exit codes and outputs."""
+        try:
+            codes = [process.wait(SECONDS) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+        return codes, [log.read_text() for log in self.logs]
+
+    def send(self, process, number, moment):
+        """Sends a signal to one of them at a moment."""
+        deadline = time.monotonic() + SECONDS
+        while not moment():
+            alive = [process.poll() is None for process in self.processes]
+            assert all(alive) and time.monotonic() < deadline, [log.read_text() for log in self.logs]
+            time.sleep(0.01)
+        self.processes[process].send_signal(number)
+
+
+def errors(output):
+    return [line for line in output.splitlines() if line.startswith("error: ")]
+
+
+def test_mistakes_of_several_processes(environment, tmp_path):
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+    clusters = {
+        "no folder": Cluster(environment, tmp_path, FLAGS),
+        "other flags": Cluster(
+            environment, tmp_path, ["--run-dir", tmp_path / "run", *FLAGS], (("--seed", 1), ("--seed", 2))
+        ),
+        "not one folder": Cluster(environment, tmp_path, ["--run-dir", "run", *FLAGS], folders=folders),
+    }
+    ends = {name: cluster.end() for name, cluster in clusters.items()}
+    words = {
+        "no folder": "several processes need a folder that all of them see: name it with --run-dir, as gs://BUCKET/RUN",
+        "other flags": "process 1 was started otherwise than process 0 (trainer.seed: 1 -> 2): give all the same flags",
+        "not one folder": "run is not one folder for all hosts: choose a --run-dir as gs://BUCKET/RUN",
+    }
+    for name, (codes, outputs) in ends.items():
+        assert codes == [train.MISTAKE] * 2, (name, outputs)
+        for output in outputs:
+            assert any(words[name] in line for line in errors(output)), (name, output)
+    assert not (tmp_path / "run").exists()
+
+
+def row_written(run_dir, phase, step):
+    def moment():
+        rows = run_dir / "metrics.jsonl"
+        return rows.exists() and f'"phase": "{phase}", "step": {step},' in rows.read_text()
+
+    return moment
+
+
+@pytest.mark.slow
+def test_two_processes_are_stopped_killed_and_resumed_also_by_one(environment, tmp_path):
+    run_dir = tmp_path / "run"
+    flags = ["--run-dir", run_dir, "--resume-or-start", *FLAGS]
+
+    cluster = Cluster(environment, tmp_path, flags)
+    cluster.send(1, signal.SIGTERM, row_written(run_dir, "warm_start", 1))
+    codes, outputs = cluster.end()
+    assert codes == [train.STOPPED] * 2, outputs
+    assert "SIGTERM: state saved. To go on:" in outputs[0]
+    assert "# on every host, as before" in outputs[0]
+    assert "state saved" not in outputs[1] and "run folder" not in outputs[1]  # one of them speaks
+
+    cluster = Cluster(environment, tmp_path, flags)
+    cluster.send(1, signal.SIGKILL, row_written(run_dir, "rl", 1))
+    codes, outputs = cluster.end()
+    assert codes == [1, -signal.SIGKILL], outputs
+    assert "going on after" in outputs[0]
+    assert any("process 1 of 2" in line and "with --resume" in line for line in errors(outputs[0]))
+
+    cluster = Cluster(environment, tmp_path, flags)
+    cluster.send(1, signal.SIGINT, row_written(run_dir, "rl", 2))
+    codes, outputs = cluster.end()
+    assert codes == [train.STOPPED] * 2, outputs
+    assert not (run_dir / "summary.json").exists()
+
+    alone = subprocess.run(
+        [sys.executable, "-m", "experiments.train", "countdown", "--run-dir", str(run_dir), "--resume"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    steps = [(row["phase"], row["step"]) for row in read_metrics(run_dir)]
+    expected = [("warm_start", step + 1) for step in range(WARM_START_STEPS)]
+    assert steps == expected + [("rl", step) for step in range(STEPS + 1)]
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == STEPS
