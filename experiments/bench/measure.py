@@ -121,6 +121,7 @@ _GOOGLE = "published: dense bfloat16 matrix products and HBM, docs.cloud.google.
 _NVIDIA = "published: dense bfloat16 matrix products and HBM, SXM, nvidia.com data sheet"
 # `device_kind` as JAX gives it -> peak of one JAX device.
 PEAKS = {
+    "TPU v4": Peak(275e12, 1228e9, _GOOGLE),
     "TPU v5 lite": Peak(197e12, 819e9, _GOOGLE),
     "TPU v5e": Peak(197e12, 819e9, _GOOGLE),
     "TPU v5": Peak(459e12, 2765e9, _GOOGLE),

@@ -16,6 +16,7 @@ import numpy as np
 
 import models
 from experiments.bench import measure, tpu
+from experiments.bench.presets import MODELS
 from experiments.bench.programs import METRICS, Program, Shape, no_call
 from rspo_jax import OBJECTIVES
 from rspo_jax.rollout import Packing, pack
@@ -25,35 +26,6 @@ from rspo_jax.types import Array, PackedBatch, Params, RolloutBatch, RouterTrace
 
 UPDATE, SCORE = "update", "score"
 CONTROL = "again, as a control"
-MODELS = {
-    "small": models.TransformerConfig(
-        vocab_size=512,
-        hidden_size=128,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        num_experts=16,
-        num_experts_per_token=4,
-        expert_size=128,
-    ),
-    # The public config.json of Qwen/Qwen3-30B-A3B.
-    "qwen3-30b-a3b": models.TransformerConfig(
-        vocab_size=151_936,
-        hidden_size=2048,
-        num_layers=48,
-        num_heads=32,
-        num_kv_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_token=8,
-        expert_size=768,
-        rope_theta=1e6,
-        dtype="bfloat16",
-        param_dtype="bfloat16",
-        remat="full",
-    ),
-}
 OPTIMIZER = OptimizerConfig(learning_rate=1e-6)  # GMPO's: the routing, and with it the work, stays what it is
 ROUTE_BYTES_A_SLOT = 3  # what the library means to store: an id of one byte, a log-probability of two
 

@@ -7,8 +7,11 @@ being compiled.
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -27,12 +30,9 @@ _ENVIRONMENT = {
 def topology_mesh(name: str, axes: Mapping[str, int]) -> Mesh:
     """A mesh over the devices of a TPU pod that need not exist.
 
-    Sets the environment variables of libtpu that are not set yet; they count where libtpu has not been loaded.
-
     Args:
-      name: generation and chips, as "v5p:2x2x1", "v5e:4x4", "v6e:16x16" or "tpu7x:4x4x4".
-      axes: mesh axis -> number of devices; -1 on at most one axis takes all that are left. tpu7x has two devices a
-        chip, the others one.
+      name: as for `topology_of`.
+      axes: mesh axis -> number of devices; -1 on at most one axis takes all that are left.
 
     Returns:
       A mesh with these axes, laid out along the pod's links.
@@ -41,6 +41,29 @@ def topology_mesh(name: str, axes: Mapping[str, int]) -> Mesh:
       RuntimeError: if libtpu is not installed.
       ValueError: if libtpu does not know the topology, or the axes do not multiply to its devices.
     """
+    topology = topology_of(name)
+    shape = fill_in(axes, len(topology.devices), name)
+    return topologies.make_mesh(topology, tuple(shape.values()), tuple(shape))
+
+
+def topology_devices(name: str) -> Sequence[Any]:
+    """The devices of a TPU pod that need not exist; see `topology_of`."""
+    return topology_of(name).devices
+
+
+def topology_of(name: str) -> topologies.TopologyDescription:
+    """A TPU pod that need not exist.
+
+    Sets the environment variables of libtpu that are not set yet; they count where libtpu has not been loaded.
+
+    Args:
+      name: generation and chips, as "v5p:2x2x1", "v5e:4x4", "v6e:16x16" or "tpu7x:4x4x4". tpu7x has two devices a
+        chip, the others one.
+
+    Raises:
+      RuntimeError: if libtpu is not installed.
+      ValueError: if libtpu does not know the topology.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise RuntimeError("compiling for TPU needs the compiler in the package libtpu: pip install libtpu")
     for variable, value in _ENVIRONMENT.items():
@@ -48,14 +71,12 @@ def topology_mesh(name: str, axes: Mapping[str, int]) -> Mesh:
     if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU as soon as it needs a device
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        return topologies.get_topology_desc(platform="tpu", topology_name=name)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"libtpu cannot build the topology {name!r}; name a generation and its chips, as v5p:2x2x1 or v5e:4x4 "
             f"(libtpu says: {str(error).splitlines()[0]})"
         ) from error
-    shape = fill_in(axes, len(topology.devices), name)
-    return topologies.make_mesh(topology, tuple(shape.values()), tuple(shape))
 
 
 def fill_in(axes: Mapping[str, int], devices: int, name: str) -> dict[str, int]:
@@ -90,3 +111,49 @@ def compile_for(function: Callable[..., Any], *arguments: Any, **jit_options: An
       The compiled program; `memory_analysis()`, `cost_analysis()` and `as_text()` are per device.
     """
     return jax.jit(function, **jit_options).lower(*arguments).compile()
+
+
+class Reading(NamedTuple):
+    """What the TPU compiler says of a program, in its own words."""
+
+    compiled: jax.stages.Compiled | None
+    """None where the program does not fit the device."""
+    text: str
+    """The optimized HLO, for one device."""
+    buffers: str
+    """Which buffers the program has, and where they lie."""
+    peak: str
+    """What is alive when most is."""
+    seconds: float
+    """Of the compilation."""
+    refusal: str
+    """Why the program does not fit; empty where it does."""
+
+
+def compile_and_read(lowered: jax.stages.Lowered) -> Reading:
+    """Compiles a program for TPUs and takes what the compiler writes down of it, also where it does not fit.
+
+    `jax.stages.Compiled.as_text` knows neither the compiler's estimates nor programs that do not fit, and fails on
+    some that do.
+
+    Raises:
+      jax.errors.JaxRuntimeError: if the compiler fails for any reason but too little memory.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled, refusal = None, ""
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            refusal = str(error)
+            if "RESOURCE_EXHAUSTED" not in refusal:
+                raise
+        seconds = time.perf_counter() - started
+
+        def read(*endings: str) -> str:
+            found = [path for ending in endings for path in Path(folder).glob(f"*{ending}.txt")]
+            return found[0].read_text() if found else ""
+
+        text = read(".after_codegen", ".after_optimizations", ".after_optimizations_before_buffer_assignment")
+        buffers, peak = read(".after_optimizations-buffer-assignment"), read(".after_optimizations-live-range")
+    return Reading(compiled, text, buffers, peak, seconds, refusal)

@@ -427,6 +427,7 @@ def verbs(cloud):
     return (cloud / "verbs").read_text().split()
 
 
+@pytest.mark.slow
 def test_a_slice_is_made_and_a_run_that_dies_on_it_is_resumed(repository, bin_dir, cloud, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
@@ -540,6 +541,7 @@ with joined(folder.cluster):
 """
 
 
+@pytest.mark.slow
 def test_slurm_tasks_find_each_other_and_a_job_that_loses_one_queues_again(tmp_path, checkout, bin_dir):
     put(bin_dir / "srun", SRUN)
     program = tmp_path / "program.py"

@@ -130,6 +130,7 @@ def sentence(member):
     return line
 
 
+@pytest.mark.slow
 def test_processes_join_and_leave_together(scenarios):
     members = scenarios["leaves"]
     assert codes(members) == [0, 0]
@@ -138,12 +139,14 @@ def test_processes_join_and_leave_together(scenarios):
         assert member.output.endswith("left in good order\n")
 
 
+@pytest.mark.slow
 def test_a_cluster_of_one(scenarios):
     (member,) = scenarios["alone"]
     assert codes([member]) == [0]
     assert "process 0 of 1" in member.output
 
 
+@pytest.mark.slow
 def test_the_death_of_a_process_ends_the_others_with_a_sentence(scenarios):
     members = scenarios["dies"]
     assert codes(members) == [1, 1, -signal.SIGKILL]
@@ -154,6 +157,7 @@ def test_the_death_of_a_process_ends_the_others_with_a_sentence(scenarios):
         )
 
 
+@pytest.mark.slow
 def test_the_death_of_process_0_does_so_too(scenarios):
     members = scenarios["process 0 dies"]
     assert members[0].process.returncode == -signal.SIGKILL
@@ -162,12 +166,14 @@ def test_the_death_of_process_0_does_so_too(scenarios):
         assert "process 0 of 3, on localhost, died" in sentence(members[process])
 
 
+@pytest.mark.slow
 def test_so_does_a_death_that_a_collective_notices_first(scenarios):
     survivor, dead = scenarios["dies in a collective"]
     assert codes([survivor, dead]) == [1, -signal.SIGKILL]
     assert "process 1 of 2" in sentence(survivor)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_as_a_whole_is_named_by_jax(scenarios):
     survivor, _ = scenarios["hangs"]
     assert codes([survivor]) == [-signal.SIGABRT]
@@ -175,6 +181,7 @@ def test_a_process_that_hangs_as_a_whole_is_named_by_jax(scenarios):
     assert re.search(r"unhealthy \(stopped sending heartbeats\):\n1\n", survivor.output)
 
 
+@pytest.mark.slow
 def test_an_exception_in_one_process_ends_all_and_is_told_to_all(scenarios):
     other, guilty = scenarios["raises"]
     assert codes([other, guilty]) == [1, 1]
@@ -184,6 +191,7 @@ def test_an_exception_in_one_process_ends_all_and_is_told_to_all(scenarios):
     assert guilty.output.endswith("ValueError: a bad row\n")
 
 
+@pytest.mark.slow
 def test_a_process_that_gives_up_takes_all_with_it_by_its_exit_code(scenarios):
     members = scenarios["gives up"]
     assert codes(members) == [2, 2, 2]
@@ -192,12 +200,14 @@ def test_a_process_that_gives_up_takes_all_with_it_by_its_exit_code(scenarios):
         assert "gave up (no such file)" in sentence(members[process])
 
 
+@pytest.mark.slow
 def test_sys_exit_in_one_process_ends_all(scenarios):
     members = scenarios["exits"]
     assert codes(members) == [7, 7]
     assert "gave up (SystemExit: 7)" in sentence(members[1])
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_come_are_waited_for_only_so_long(scenarios):
     (member,) = scenarios["others are missing"]
     assert codes([member]) == [1]

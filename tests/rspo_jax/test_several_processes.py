@@ -23,6 +23,8 @@ import pytest
 from rspo_jax.checkpoint import Checkpoints
 from rspo_jax.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Gloo prints to the standard output, in pieces; here that goes to the standard error.

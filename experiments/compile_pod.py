@@ -1,0 +1,246 @@
+"""`python -m experiments.compile_pod`: what the TPU compiler says of a training step on a whole pod, without a TPU.
+
+Score, update, prefill and decode are compiled for every device of the pod. Memory, arithmetic and what moves between
+devices are read from the compiled programs, shown, and written as JSON. Nothing runs. This file must never be needed
+by a run.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import rich.console
+import tyro
+
+from experiments.bench import tpu
+from experiments.bench.presets import MODELS
+from experiments.pod import programs, report, sweep
+from experiments.pod.advice import advise
+from experiments.pod.analysis import analyse
+from experiments.pod.chips import Chip, chip_of, pods_of
+from experiments.pod.meshes import MeshFlags
+from experiments.pod.programs import PROGRAMS, SCORE, UPDATE, Setting, uses_route
+from rspo_jax import OBJECTIVES
+from rspo_jax.metrics import write_json
+from rspo_jax.sharding import make_mesh
+
+ALL = "all"
+
+
+class UserError(Exception):
+    """Something that the user can mend, said in one sentence."""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """Compile a training step for a pod of TPUs that need not exist."""
+
+    model: Literal["small", "qwen3-30b-a3b", "qwen3-235b-a22b"] = "qwen3-30b-a3b"
+    topology: str = "v5p:4x4x4"
+    """Generation and chips, as v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4."""
+    batch: int = 128
+    """Responses of a mini-batch. Each fills a row."""
+    seq_len: int = 8192
+    """Tokens of a row, prompt and response."""
+    prompt_len: int | None = None
+    """Tokens of a prompt; an eighth of the row when absent."""
+    micro_batches: int = 1
+    """Parts of a mini-batch, one after the other."""
+    objective: tuple[str, ...] = ("rspo",)
+    """Names in rspo_jax.OBJECTIVES, or "all" for a comparison."""
+    programs: tuple[Literal["score", "update", "prefill", "decode"], ...] = PROGRAMS
+    layers: tuple[int, ...] = ()
+    """Depths of the model, all of which are compiled; the model's own when absent."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of parameters and optimizer; activations are in bfloat16."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass computes again."""
+    mesh: MeshFlags = field(default_factory=MeshFlags)
+    sweep: tuple[Literal["fixed-work-a-chip", "fixed-total-work"], ...] = ()
+    """Compile the first of --programs for pods of 16 to 512 chips instead, and draw what a chip does. --batch is that
+    of --topology."""
+    fewest_chips: int = 16
+    most_chips: int = 512
+    output: Path = Path("runs/compile_pod")
+    """A folder for the figures as JSON, and for the picture of a sweep."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 if all fits, 1 if something does not fit or compile, 2 for a mistake of the user's."""
+    pod = tyro.cli(Pod, args=arguments, prog="python -m experiments.compile_pod")
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 180)
+    try:
+        check(pod)
+        return run_sweep(pod, console) if pod.sweep else run_pod(pod, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def check(pod: Pod) -> None:
+    """Refuses what cannot be compiled, as far as the flags alone tell.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    for name in ("batch", "micro_batches", "fewest_chips", "most_chips"):
+        if getattr(pod, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(pod, name)}")
+    if pod.seq_len < 16:
+        raise UserError(f"--seq-len must be at least 16, got {pod.seq_len}")
+    if pod.prompt_len is not None and not 1 <= pod.prompt_len < pod.seq_len:
+        raise UserError(f"--prompt-len must lie between 1 and --seq-len, {pod.seq_len}; got {pod.prompt_len}")
+    if pod.batch % pod.micro_batches:
+        raise UserError(f"--batch {pod.batch} does not divide into {pod.micro_batches} --micro-batches")
+    if not pod.programs or not pod.objective:
+        raise UserError("--programs and --objective need at least one value each")
+    if unknown := [name for name in pod.objective if name not in (*OBJECTIVES, ALL)]:
+        raise UserError(f"unknown objective {unknown[0]!r}; choose from {', '.join((*OBJECTIVES, ALL))}")
+    if list(pod.layers) != sorted(set(pod.layers)) or any(depth < 1 for depth in pod.layers):
+        raise UserError(f"--layers must be positive and rise, got {' '.join(map(str, pod.layers))}")
+    if pod.sweep and (len(pod.layers) > 1 or len(objectives_of(pod)) > 1):
+        raise UserError("a sweep compiles one program for each pod: give one of --layers and one --objective")
+    try:
+        chip_of(pod.topology)
+    except ValueError as error:
+        raise UserError(f"--topology: {error}") from error
+
+
+def objectives_of(pod: Pod) -> tuple[str, ...]:
+    return tuple(OBJECTIVES) if ALL in pod.objective else tuple(dict.fromkeys(pod.objective))
+
+
+def jobs(pod: Pod) -> list[tuple[str, str]]:
+    """(program, objective), none twice: scoring differs by whether the route is kept, drawing does not differ."""
+    objectives, found = objectives_of(pod), []
+    for program in dict.fromkeys(pod.programs):
+        if program == UPDATE:
+            found += [(program, objective) for objective in objectives]
+        elif program == SCORE:
+            kinds: dict[bool, str] = {}
+            for objective in objectives:
+                kinds.setdefault(uses_route(objective), objective)
+            found += [(program, objective) for objective in kinds.values()]
+        else:
+            found.append((program, objectives[0]))
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """A pod, its mesh and what runs there."""
+
+    topology: str
+    chip: Chip
+    devices: int
+    mesh: jax.sharding.Mesh
+    setting: Setting
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return dict(self.mesh.shape)
+
+
+def place_of(pod: Pod, topology: str, batch: int, layers: int | None = None) -> Place:
+    """The mesh and the setting.
+
+    Raises:
+      UserError: if libtpu is missing or does not know the topology, or no mesh or model is possible.
+    """
+    try:
+        config = replace(MODELS[pod.model], dtype="bfloat16", param_dtype=pod.param_dtype, remat=pod.remat)
+        config = replace(config, num_layers=layers or config.num_layers)
+        devices = tpu.topology_devices(topology)
+        mesh_config = pod.mesh.config(config, len(devices), batch // pod.micro_batches)
+        mesh = make_mesh(mesh_config, devices)
+        prompt = pod.prompt_len or max(1, pod.seq_len // 8)
+        setting = Setting(config, mesh_config, batch, pod.seq_len, prompt, pod.micro_batches)
+        programs.check(setting, mesh)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return Place(topology, chip_of(topology), len(devices), mesh, setting)
+
+
+def compile_one(place: Place, program: str, objective: str, console: rich.console.Console) -> dict[str, Any]:
+    """One program's figures, with advice where it does not fit.
+
+    Raises:
+      UserError: if the mesh does not divide something.
+    """
+    console.print(f"compiling {program} of {objective}, {place.setting.model.num_layers} layers …", style="dim")
+    try:
+        figures = analyse(program, place.setting, objective, place.mesh, place.chip)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    does_not_fit = not figures["fits"] and not figures["error"]
+    return figures | {"advice": advise(figures, place.setting, place.axes) if does_not_fit else []}
+
+
+def describe(pod: Pod, place: Place) -> dict[str, Any]:
+    """What a report needs to say besides its figures."""
+    return {
+        "model": pod.model,
+        "topology": place.topology,
+        "devices": place.devices,
+        "mesh": place.axes,
+        "rules": list(place.setting.mesh.rules),
+        "batch": place.setting.batch,
+        "seq_len": pod.seq_len,
+        "prompt_len": place.setting.prompt_length,
+        "micro_batches": pod.micro_batches,
+        "param_dtype": pod.param_dtype,
+        "remat": pod.remat,
+        "jax": jax.__version__,
+    }
+
+
+def run_pod(pod: Pod, console: rich.console.Console) -> int:
+    """Compiles all programs for one pod, shows and writes the figures."""
+    started = time.perf_counter()
+    places = [place_of(pod, pod.topology, pod.batch, depth) for depth in pod.layers or (None,)]
+    figures = [compile_one(place, *job, console) for place in places for job in jobs(pod)]
+    found = describe(pod, places[0]) | {"programs": figures, "comparison": report.compare(figures)}
+    report.show(console, found)
+    console.print(report.NOTES, style="dim")
+    console.print(f"{len(figures)} programs compiled in {time.perf_counter() - started:.0f} s")
+    path = pod.output / f"{pod.model}-{pod.topology.replace(':', '-')}.json"
+    _write(path, found, console)
+    return 0 if all(row["fits"] for row in figures) else 1
+
+
+def run_sweep(pod: Pod, console: rich.console.Console) -> int:
+    """Compiles one program for pods of all sizes, shows, writes and draws what a chip does."""
+    program, objective = jobs(pod)[0]
+    generation = pod.topology.partition(":")[0]
+    depth = pod.layers[0] if pod.layers else None
+    base = place_of(pod, pod.topology, pod.batch, depth)
+    base_chips = base.devices // base.chip.devices
+    points, fits = [], True
+    for mode in pod.sweep:
+        for topology in pods_of(generation, pod.fewest_chips, pod.most_chips):
+            chips = sweep.chips_of(topology)
+            place = place_of(pod, topology, sweep.batch_for(mode, pod.batch, chips, base_chips), depth)
+            figures = compile_one(place, program, objective, console)
+            found = describe(pod, place) | {"programs": [figures], "comparison": []}
+            report.show(console, found)
+            points.append(sweep.point(mode, found, chips))
+            fits = fits and figures["fits"]
+            # After every pod: a sweep takes long, and what is there should not be lost.
+            name = f"{pod.model}-{generation}-{program}"
+            _write(pod.output / f"sweep-{name}.json", {"points": points}, console)
+            title = f"{program} {objective}, {pod.model}, {generation}, rows of {pod.seq_len} tokens"
+            sweep.draw(points, title, pod.output / f"sweep-{name}.png")
+    return 0 if fits else 1
+
+
+def _write(path: Path, figures: dict[str, Any], console: rich.console.Console) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, figures)
+    console.print(f"written to {path}", style="dim")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What the TPU compiler says of one program of a pod, as plain figures of one device. It must never know how they are
+shown."""
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+import jax
+
+from experiments.bench import hlo, measure, memory, tpu, work
+from experiments.bench.hlo import Instruction
+from experiments.pod import programs
+from experiments.pod.chips import Chip
+from experiments.pod.model_flops import model_flops
+from experiments.pod.programs import Setting
+
+ARGUMENTS = {
+    "parameters": ("state.params", "params"),
+    "optimizer": ("state.opt_state",),
+    "route": ("batch.old_route",),
+    "kv_cache": ("cache.layers",),
+}
+_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+"""Matrix products of the attention kernels, each over all pairs of a token and an earlier one."""
+
+
+def attention_flops(kernel: Instruction, operands: list[Instruction]) -> float | None:
+    """FLOPs of JAX's splash attention, which declares none to the compiler: of the pairs under the causal mask.
+
+    The kernel skips tiles above the diagonal and computes whole tiles on it. None for another kernel.
+    """
+    products = next((number for name, number in _PRODUCTS.items() if name in kernel.op_name), None)
+    floats = [array for operand in operands for array in operand.arrays if array.dtype in ("bf16", "f32")]
+    if products is None or not floats or len(floats[0].dims) < 3:
+        return None
+    *rows, heads, tokens, head_dim = floats[0].dims  # the queries; no axis of rows where a device has one
+    return 2.0 * products * math.prod(rows) * heads * head_dim * tokens * (tokens + 1) / 2
+
+
+def analyse(program: str, setting: Setting, objective: str, mesh: jax.sharding.Mesh, chip: Chip) -> dict[str, Any]:
+    """Compiles one of `programs.PROGRAMS` and reads what the compiler says.
+
+    Returns:
+      Plain figures of one device, ready for JSON; `error` says why there are none where the compiler fails.
+
+    Raises:
+      ValueError: if the mesh does not divide something, before anything is compiled.
+    """
+    started, cpu_started = time.perf_counter(), time.process_time()
+    figures: dict[str, Any] = {"program": program, "objective": objective, "layers": setting.model.num_layers}
+    lowered = programs.lower(program, setting, objective, mesh)
+    figures["lower_seconds"] = time.perf_counter() - started
+    try:
+        reading = tpu.compile_and_read(lowered)
+    except jax.errors.JaxRuntimeError as error:
+        return figures | {"error": str(error).splitlines()[0], "fits": False}
+    cpu_seconds = time.process_time() - cpu_started
+    figures |= {"compile_seconds": reading.seconds, "cpu_seconds": cpu_seconds, "error": "", "refusal": reading.refusal}
+    optimal = reading.compiled.cost_analysis().get("optimal_seconds") if reading.compiled else None  # pyright: ignore
+    read = hlo.parse(reading.text)
+    done = work.count(read, dict(mesh.shape), attention_flops)
+    held = _memory(memory.read(read, reading.buffers, reading.peak), chip)
+    held["alive"] = measure.analyse(reading.compiled).peak_bytes if reading.compiled else None
+    return figures | {
+        "fits": reading.compiled is not None,
+        "memory": held,
+        "flops": _flops(done, program, setting, mesh.size, chip),
+        "collectives": _collectives(done),
+        "optimal_seconds_loops_once": optimal if optimal and optimal > 0 else None,
+        "cycles": done.cycles,
+        "unknown_loops": list(done.unknown_loops),
+        "undeclared_kernels": list(done.undeclared_kernels),
+    }
+
+
+def _memory(held: memory.Memory, chip: Chip) -> dict[str, Any]:
+    parts = {name: held.of(*prefixes) for name, prefixes in ARGUMENTS.items()}
+    return parts | {
+        "other_arguments": sum(held.arguments.values()) - sum(parts.values()),
+        "results": held.results,
+        "activations": held.temporaries,
+        "constants": held.constants,
+        "peak": held.peak,
+        "hbm": chip.hbm_bytes,
+        "largest": [asdict(buffer) for buffer in held.largest],
+    }
+
+
+def _flops(done: work.Work, program: str, setting: Setting, devices: int, chip: Chip) -> dict[str, float]:
+    needed = model_flops(program, setting)
+    return {
+        "total": done.flops,
+        "matrix": done.matrix_flops,
+        "kernels": done.kernel_flops,
+        "elementwise": done.elementwise_flops,
+        "model": needed.needed / devices,
+        "model_with_remat": needed.with_remat / devices,
+        "seconds_at_peak": done.flops / chip.flops_per_second,
+    }
+
+
+def _collectives(done: work.Work, most: int = 12) -> dict[str, Any]:
+    largest = sorted(done.collectives, key=lambda moved: -moved.total_bytes)[:most]
+    return {
+        "bytes": done.bytes_received,
+        "by_kind": [
+            {"kind": kind, "axes": list(axes), "bytes": size} for (kind, axes), size in done.by_collective().items()
+        ],
+        "largest": [asdict(moved) | {"bytes": moved.total_bytes} for moved in largest],
+    }
