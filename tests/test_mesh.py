@@ -38,7 +38,7 @@ def report():
 @pytest.mark.parametrize("mesh", MESHES)
 def test_all_numbers_are_those_of_one_device(report, mesh):
     distances = report[mesh]["distances"]
-    assert {"old_log_probs", "statistics/loss", "statistics/router_shift", "statistics/grad_norm"} <= set(distances)
+    assert {"old_log_probs", "statistics/loss", "statistics/gamma_mean", "statistics/grad_norm"} <= set(distances)
     assert sum(name.startswith("state/opt_state") for name in distances) > 20  # the first moment is the gradient
     assert {name: value for name, value in distances.items() if not value < 1e-5} == {}
 
