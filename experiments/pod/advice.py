@@ -3,6 +3,7 @@ compiler counted. This file must never compile anything.
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from experiments.pod.programs import DECODE, PREFILL, UPDATE, Setting
@@ -17,49 +18,66 @@ def missing_bytes(figures: dict[str, Any]) -> int:
     return 0 if figures["fits"] else max(held["peak"] - held["hbm"], 0)
 
 
-def smaller_parts(setting: Setting, mesh: dict[str, int]) -> int | None:
-    """The next larger number of micro-batches that the mesh can share equally, if any."""
+def micro_batches(setting: Setting, mesh: Mapping[str, int]) -> list[int]:
+    """The larger numbers of micro-batches that the mesh can share equally."""
     ways = math.prod(mesh[axis] for axis in _ROW_AXES)
-    for parts in range(setting.micro_batches + 1, setting.batch + 1):
-        if setting.batch % parts == 0 and (setting.batch // parts) % ways == 0:
-            return parts
-    return None
+    larger = range(setting.micro_batches + 1, setting.batch + 1)
+    return [parts for parts in larger if setting.batch % parts == 0 and (setting.batch // parts) % ways == 0]
 
 
-def advise(figures: dict[str, Any], setting: Setting, mesh: dict[str, int]) -> list[str]:
-    """Sentences, those that free the most first.
+def advise(figures: dict[str, Any], setting: Setting, mesh: Mapping[str, int]) -> list[str]:
+    """Sentences, those that free the most first, each with the bytes and whether they are enough.
 
     Args:
       figures: of a program that does not fit.
       setting: what it was compiled for.
       mesh: axis -> size.
     """
-    held, program = figures["memory"], figures["program"]
-    state = held["parameters"] + held["optimizer"]
-    found: list[tuple[float, str]] = []
-    if program == UPDATE:
-        parts = smaller_parts(setting, mesh)
-        # Gradients stay: one number in float32 for each parameter.
-        freed = max(0.0, held["activations"] - held["parameters"]) * (1 - setting.micro_batches / (parts or 1))
-        if parts is not None:
-            found.append((freed, f"--micro-batches {parts}: activations of fewer rows at a time"))
-        if mesh["data"] > 1:
-            found.append(
-                (state * (1 - 1 / mesh["data"]), f"--mesh.data 1 --mesh.fsdp {mesh['data'] * mesh['fsdp']}: no copies")
-            )
-        if held["route"]:
-            found.append((held["route"], "the old route on the host (LearnerConfig.route_on_host)"))
-    if program in (PREFILL, DECODE):
-        found.append((held["parameters"] / 2, f"--mesh.expert {2 * mesh['expert']}: fewer experts a device"))
-        if held["kv_cache"]:
-            found.append((held["kv_cache"] / 2, "half as many responses at once (SamplerConfig.slots)"))
-    elif mesh["context"] * 2 <= setting.model.num_kv_heads:
-        rows = math.prod(mesh[axis] for axis in _ROW_AXES)
-        freed = held["activations"] / 2 if setting.batch % (rows // 2) == 0 else 0
-        found.append((freed, f"--mesh.context {2 * mesh['context']} on twice the devices: half the tokens a device"))
-    found.append(((state + held["activations"]) / 2, "a pod of twice the size, for the same batch"))
+    held, missing = figures["memory"], missing_bytes(figures)
+    ways = _to_draw if figures["program"] in (PREFILL, DECODE) else _to_learn
+    found = sorted(ways(held, missing, setting, mesh, figures["program"]), key=lambda item: -item[0])
     return [
-        f"{sentence} (about {freed / 2**30:.1f} GiB)"
-        for freed, sentence in sorted(found, key=lambda item: -item[0])
+        f"{sentence}: about {freed / 2**30:.1f} GiB{', enough' if freed >= missing else ''}"
+        for freed, sentence in found
         if freed > 0
     ]
+
+
+Way = tuple[float, str]
+
+
+def _to_learn(
+    held: Mapping[str, int], missing: int, setting: Setting, mesh: Mapping[str, int], program: str
+) -> Iterator[Way]:
+    """For scoring and updating. Of an update's temporaries, one number for each parameter is its gradient, and a copy
+    of float32 parameters in bfloat16 is made ahead of the layers."""
+    state = held["parameters"] + held["optimizer"]
+    gradients = held["parameters"] if program == UPDATE else 0
+    copy = held["parameters"] / 2 if setting.model.param_dtype == "float32" else 0
+    of_rows = max(0, held["activations"] - gradients - copy)
+    # A sum of gradients in float32 comes beside the gradient of a part.
+    sums = gradients if setting.micro_batches == 1 else 0
+    frees = {parts: of_rows * (1 - setting.micro_batches / parts) - sums for parts in micro_batches(setting, mesh)}
+    if frees:
+        enough = [parts for parts, freed in frees.items() if freed >= missing]
+        parts = enough[0] if enough else max(frees)
+        yield frees[parts], f"--micro-batches {parts}"
+    if setting.model.param_dtype == "float32":
+        yield (state + gradients) / 2, "--param-dtype bfloat16"
+    if mesh["data"] > 1:
+        copies = 1 - 1 / mesh["data"]
+        yield copies * (state + gradients), f"--mesh.data 1 --mesh.fsdp {mesh['data'] * mesh['fsdp']}"
+    if held["route"]:
+        yield held["route"], "the old route on the host (LearnerConfig.route_on_host)"
+    yield (state + held["activations"]) / 2, "a pod of twice the size"
+
+
+def _to_draw(
+    held: Mapping[str, int], missing: int, setting: Setting, mesh: Mapping[str, int], program: str
+) -> Iterator[Way]:
+    """For prefill and decode, which have each expert whole on the devices of its place along `expert`."""
+    del missing, program
+    if setting.model.num_experts % (2 * mesh["expert"]) == 0 and mesh["fsdp"] % 2 == 0:
+        yield held["parameters"] / 2, f"--mesh.expert {2 * mesh['expert']} --mesh.fsdp {mesh['fsdp'] // 2}"
+    # Prefill returns the cache, decode is given one.
+    yield max(held["kv_cache"], held["results"]) / 2, "half as many responses at once (SamplerConfig.slots)"

@@ -82,7 +82,7 @@ def _work_table(report: dict[str, Any], programs: list[dict[str, Any]]) -> rich.
             f"{flops['total'] / flops['model_with_remat']:.3f}",
             f"{flops['seconds_at_peak']:.3f}",
             f"{figures['collectives']['bytes'] / 1e9:.3f}",
-            f"{figures['cycles'] / 1e9:.3f}",
+            f"{figures['cycles'] / 1e9:.3f}" if figures["cycles"] else "",
             "" if optimal is None else f"{optimal:.3f}",
             f"{figures['compile_seconds']:.0f}",
             f"{figures['cpu_seconds']:.0f}",

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import rich.console
@@ -15,7 +16,7 @@ import rich.console
 from experiments import compile_pod
 from experiments.bench.presets import MODELS
 from experiments.pod import report, sweep
-from experiments.pod.advice import advise, missing_bytes, smaller_parts
+from experiments.pod.advice import advise, micro_batches, missing_bytes
 from experiments.pod.chips import CHIPS, chip_of, pods_of
 from experiments.pod.meshes import MeshFlags, suitable_sizes
 from experiments.pod.programs import Setting
@@ -144,19 +145,31 @@ SETTING = Setting(QWEN, MeshConfig(fsdp=8, expert=8), batch=128, row_length=8192
 
 def test_what_would_help_is_counted():
     assert missing_bytes(figures()) == 25 * 2**30 and missing_bytes(figures(fits=True)) == 0
-    assert smaller_parts(SETTING, MESH) == 2
-    first, *others = advise(figures(), SETTING, MESH)
-    # Half of what is alive beside the gradients, 113 - 2 GiB.
-    assert first == "a pod of twice the size, for the same batch (about 59.5 GiB)"
-    assert any(sentence.startswith("--micro-batches 2") and "55.5 GiB" in sentence for sentence in others)
-    assert any("route on the host" in sentence and "1.0 GiB" in sentence for sentence in others)
-    drawing = advise(figures("decode"), SETTING, MESH)
-    assert any("--mesh.expert 16" in sentence for sentence in drawing)
+    assert micro_batches(SETTING, MESH) == [2]
+    setting = Setting(replace(QWEN, param_dtype="float32"), SETTING.mesh, 128, 8192, 1024)
+    assert advise(figures(), setting, MESH) == [
+        "a pod of twice the size: about 59.5 GiB, enough",
+        # Half of what is alive beside gradients and a copy of the parameters, 113 - 3 GiB, but a sum of gradients more.
+        "--micro-batches 2: about 53.0 GiB, enough",
+        "--param-dtype bfloat16: about 4.0 GiB",
+        "the old route on the host (LearnerConfig.route_on_host): about 1.0 GiB",
+    ]
+    assert "--mesh.data 1 --mesh.fsdp 8: about 4.0 GiB" in advise(figures(), setting, MESH | {"data": 2, "fsdp": 4})
+    assert advise(figures("decode"), SETTING, MESH) == ["--mesh.expert 16 --mesh.fsdp 4: about 1.0 GiB"]
+
+
+def test_the_fewest_micro_batches_that_are_enough():
+    setting = Setting(QWEN, MeshConfig(), batch=128, row_length=8192, prompt_length=1024)
+    small = MESH | {"fsdp": 2}
+    assert micro_batches(setting, small) == [2, 4, 8]
+    assert any(sentence.startswith("--micro-batches 2:") for sentence in advise(figures(), setting, small))
+    assert any(sentence.startswith("--micro-batches 4:") for sentence in advise(figures(peak=250), setting, small))
+    assert any(sentence.startswith("--micro-batches 8:") for sentence in advise(figures(peak=1000), setting, small))
 
 
 def test_no_smaller_parts_than_the_mesh_has():
     setting = Setting(QWEN, MeshConfig(), batch=64, row_length=8192, prompt_length=1024)
-    assert smaller_parts(setting, MESH) is None
+    assert micro_batches(setting, MESH) == []
     assert not any("micro-batches" in sentence for sentence in advise(figures(), setting, MESH))
 
 
