@@ -285,7 +285,6 @@ def test_sharded_rows_and_replicated_experts_give_the_unsharded_result():
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import PartitionSpec as P
         from models import experts
-from models.grouped_matmul import block_matmul
 
         rng = np.random.default_rng(0)
         shapes = (16, 6), (16, 2), (3, 6, 2, 5), (3, 5, 6), (16, 6)
