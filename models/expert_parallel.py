@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models.experts import run_experts, run_experts_of_layer
-from rspo_jax.sharding import axes_of, free_axes, on_each_device, parts_of
+from rspo_jax.sharding import axes_of, check_split, free_axes, on_each_device, parts_of, split_axes
 
 Array = jax.Array
 
@@ -39,17 +39,24 @@ class Layout(NamedTuple):
     tokens: tuple[str, ...]
     experts: tuple[str, ...]
     hidden: tuple[str, ...]
+    embed: tuple[str, ...]
+    """Of the hidden size of the experts' gradients; the parameters themselves are whole along it."""
     num_groups: int
     """P."""
     exchange: bool | None = None
     """All-to-all or all-gather; None chooses."""
 
     @classmethod
-    def in_use(cls, tokens: int, exchange: bool | None = None) -> "Layout":
-        """The mesh in use; `tokens` of a row, which stay whole if the mesh does not divide them."""
-        token_axes = axes_of("tokens") if tokens % parts_of("tokens") == 0 else ()
+    def in_use(cls, tokens: int, hidden_size: int, exchange: bool | None = None) -> "Layout":
+        """The mesh in use; `tokens` of a row and `hidden_size` stay whole if the mesh does not divide them."""
         return cls(
-            axes_of("rows"), token_axes, axes_of("experts"), axes_of("expert_hidden"), parts_of("experts"), exchange
+            rows=axes_of("rows"),
+            tokens=split_axes("tokens", tokens),
+            experts=axes_of("experts"),
+            hidden=axes_of("expert_hidden"),
+            embed=split_axes("expert_embed", hidden_size),
+            num_groups=parts_of("experts"),
+            exchange=exchange,
         )
 
     def activations(self) -> PartitionSpec:
@@ -61,10 +68,21 @@ class Layout(NamedTuple):
     def down(self) -> PartitionSpec:
         return PartitionSpec(self.experts or None, self.hidden or None, None)
 
-    def sum_rows(self, gradient: Array) -> Array:
-        """Sums a parameter's gradient over the devices that had tokens of their own for it."""
+    def gate_up_gradient(self) -> PartitionSpec:
+        return PartitionSpec(self.experts or None, self.embed or None, None, self.hidden or None)
+
+    def down_gradient(self) -> PartitionSpec:
+        return PartitionSpec(self.experts or None, self.hidden or None, self.embed or None)
+
+    def sum_rows(self, gradient: Array, embed_axis: int) -> Array:
+        """Sums a parameter's gradient over the devices that had tokens of their own for it. Where the parameter's
+        hidden size is split, each device gets its own part of the sum."""
         axes = tuple(axis for axis in (*self.rows, *self.tokens) if axis not in self.experts)
-        return jax.lax.psum(gradient, axes) if axes else gradient
+        scattered = tuple(axis for axis in self.embed if axis in axes)
+        if scattered:
+            gradient = jax.lax.psum_scatter(gradient, scattered, scatter_dimension=embed_axis, tiled=True)
+        rest = tuple(axis for axis in axes if axis not in scattered)
+        return jax.lax.psum(gradient, rest) if rest else gradient
 
     def sum_hidden(self, partial: Array) -> Array:
         """Sums over the parts of the experts' hidden layer."""
@@ -89,8 +107,8 @@ def mix_experts(x: Array, weights: Array, expert_ids: Array, gate_up: Array, dow
     """
     if not free_axes():
         return _by_tokens(run_experts, x, weights, expert_ids, gate_up, down)
-    layout = Layout.in_use(x.shape[1])
-    _check(layout, x, gate_up)
+    layout = Layout.in_use(*x.shape[1:])
+    _check(x, gate_up)
     return _mix_spread(x, weights, expert_ids, gate_up, down, layout)
 
 
@@ -100,8 +118,8 @@ def mix_experts_of_layer(
     """`mix_experts` with the projections of one layer of a stack, [L, E, D, 2, F] and [L, E, F, D], for decoding."""
     if not free_axes():
         return _by_tokens(run_experts_of_layer, x, weights, expert_ids, gate_up, down, layer)
-    layout = Layout.in_use(x.shape[1])
-    _check(layout, x, gate_up[0])
+    layout = Layout.in_use(*x.shape[1:])
+    _check(x, gate_up[0])
 
     def local(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layer: Array) -> Array:
         flat = _flatten(x, weights, expert_ids)
@@ -119,16 +137,9 @@ def mix_experts_of_layer(
     )
 
 
-def _check(layout: Layout, x: Array, gate_up: Array) -> None:
-    for size, what, axes, parts in (
-        (x.shape[0], "rows of tokens", layout.rows, parts_of("rows")),
-        (gate_up.shape[0], "experts", layout.experts, layout.num_groups),
-        (gate_up.shape[-1], "numbers in the hidden layer of an expert", layout.hidden, parts_of("expert_hidden")),
-    ):
-        if size % parts:
-            raise ValueError(
-                f"{size} {what} cannot be split into {parts} equal parts by the mesh axes {', '.join(axes)}"
-            )
+def _check(x: Array, gate_up: Array) -> None:
+    check_split("the batch", x.shape, ("rows", None, None))
+    check_split("gate_up", gate_up.shape, ("experts", None, None, "expert_hidden"))
 
 
 def _by_tokens(run: Callable[..., Array], x: Array, weights: Array, expert_ids: Array, *parameters: Array) -> Array:
@@ -173,14 +184,15 @@ def _backward(layout: Layout, residuals: tuple, output_gradient: Array) -> tuple
             gate_up, down, output_gradient.reshape(flat[0].shape)
         )
         of_parameters = [
-            layout.sum_rows(gradient.astype(parameter.dtype))
-            for gradient, parameter in zip(of_parameters, (gate_up, down), strict=True)
+            layout.sum_rows(gradient.astype(parameter.dtype), embed_axis)
+            for gradient, parameter, embed_axis in zip(of_parameters, (gate_up, down), (1, 2), strict=True)
         ]
         x_gradient, weight_gradient = layout.sum_hidden(x_gradient), layout.sum_hidden(weight_gradient)
         return x_gradient.reshape(x.shape), weight_gradient.reshape(weights.shape), *of_parameters
 
     spec, parameters = layout.activations(), (layout.gate_up(), layout.down())
-    spread = on_each_device(local, (spec, spec, spec, *parameters, spec), (spec, spec, *parameters))
+    gradients = (layout.gate_up_gradient(), layout.down_gradient())
+    spread = on_each_device(local, (spec, spec, spec, *parameters, spec), (spec, spec, *gradients))
     x_gradient, weight_gradient, *of_parameters = spread(*residuals, output_gradient)
     return x_gradient, weight_gradient, None, *of_parameters
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from models.attention import attend, attend_newest
 from models.config import TransformerConfig
 from models.expert_parallel import mix_experts, mix_experts_of_layer
-from rspo_jax.sharding import axes_of, constrain, free_axes, parts_of, spread
+from rspo_jax.sharding import axes_of, constrain, free_axes, parts_of, split_axes, spread
 from rspo_jax.types import ModelOutput, RouterReader, RouterReading
 
 Array = jax.Array
@@ -159,9 +159,9 @@ def _look_up(embedding: Array, tokens: Array) -> Array:
     On a mesh each device looks up its own part of every row for the tokens of all devices that hold the other parts,
     and the parts then go to where the tokens are: the embedding itself never moves.
     """
-    split, vocabulary = axes_of("embed"), axes_of("vocabulary")
     if not free_axes() or embedding.shape[1] % parts_of("embed"):
         return embedding[tokens]
+    split, vocabulary = axes_of("embed"), axes_of("vocabulary")
 
     def local(embedding: Array, tokens: Array) -> Array:
         tokens = jax.lax.all_gather(tokens, split, tiled=True) if split else tokens
@@ -172,7 +172,7 @@ def _look_up(embedding: Array, tokens: Array) -> Array:
             x = jax.lax.all_to_all(x, split, split_axis=0, concat_axis=2, tiled=True)
         return jax.lax.psum(x, vocabulary) if vocabulary else x
 
-    by_token = "tokens" if tokens.shape[1] % parts_of("tokens") == 0 else None
+    by_token = "tokens" if split_axes("tokens", tokens.shape[1]) else None
     inputs = (("vocabulary", "embed"), ("rows", by_token))
     return spread(local, inputs, ("rows", by_token, None), ("embedding", "tokens"))(embedding, tokens)
 

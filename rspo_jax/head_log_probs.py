@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rspo_jax.log_probs import check_targets, check_temperature
-from rspo_jax.sharding import axes_of, free_axes, on_each_device, parts_of
+from rspo_jax.sharding import axes_of, check_split, free_axes, on_each_device, split_axes
 from rspo_jax.types import Array
 
 BLOCK_BYTES = 8 * 2**20
@@ -147,16 +147,11 @@ def _spread(
     A letter an array: h is split like hidden, w like the head, t like the targets.
     """
     rows = axes_of("rows")
-    tokens = axes_of("tokens") if hidden.shape[1] % parts_of("tokens") == 0 else ()
-    vocabulary = axes_of("vocabulary") if head.shape[1] % parts_of("vocabulary") == 0 else ()
+    tokens, vocabulary = split_axes("tokens", hidden.shape[1]), split_axes("vocabulary", head.shape[1])
     function = functools.partial(function, settings=settings._replace(mesh=_Mesh(rows, tokens, vocabulary)))
     if not free_axes():
         return function
-    if hidden.shape[0] % parts_of("rows"):
-        raise ValueError(
-            f"hidden has {hidden.shape[0]} rows, which the mesh axes {', '.join(rows)} cannot split into "
-            f"{parts_of('rows')} equal groups; pad the batch or use a smaller mesh"
-        )
+    check_split("hidden", hidden.shape, ("rows", None, None))
     specs = {
         "h": PartitionSpec(rows or None, tokens or None, None),
         "w": PartitionSpec(None, vocabulary or None),

@@ -229,13 +229,24 @@ def parts_of(name: str, rules: Rules = RULES) -> int:
     return math.prod(sizes[axis] for axis in axes_of(name, rules))
 
 
+def check_split(name: str, shape: Sequence[int], axes: LogicalAxes) -> None:
+    """Raises ValueError, in which the array is called `name`, if the mesh in use does not divide an axis of it."""
+    free = free_axes()
+    _check_divides(name, shape, axes, _parts(axes, free, RULES), jax.sharding.get_abstract_mesh().shape)
+
+
+def split_axes(name: str, size: int, rules: Rules = RULES) -> tuple[str, ...]:
+    """The free axes that split a logical axis of that size, or none if they do not divide it."""
+    return axes_of(name, rules) if size % parts_of(name, rules) == 0 else ()
+
+
 def constrain(array: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
     """Asks for an array to lie as the table says; an axis that does not divide stays whole. The array itself where no
     mesh is in use."""
     if not free_axes():
         return array
     fitting = tuple(
-        name if name is not None and size % parts_of(name, rules) == 0 else None
+        name if name is not None and split_axes(name, size, rules) else None
         for name, size in zip(axes, array.shape, strict=True)
     )
     return jax.lax.with_sharding_constraint(array, partition_spec(fitting, free_axes(), rules))
@@ -260,11 +271,10 @@ def spread(
         return function
     specs = tuple(partition_spec(axes, free) for axes in inputs)
     spread_function = on_each_device(function, specs, partition_spec(outputs, free))
-    sizes = jax.sharding.get_abstract_mesh().shape
 
     def checked(*arrays: jax.Array) -> Any:
         for name, array, axes in zip(names, arrays, inputs, strict=True):
-            _check_divides(name, array.shape, axes, _parts(axes, free, RULES), sizes)
+            check_split(name, array.shape, axes)
         return spread_function(*arrays)
 
     return checked

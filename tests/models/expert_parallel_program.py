@@ -109,13 +109,13 @@ def main():
 
     for name, (sizes, exchange) in cases.items():
         expert_parallel.Layout.in_use = classmethod(
-            lambda cls, tokens, exchange=exchange: in_use(tokens)._replace(exchange=exchange)
+            lambda cls, *sizes, exchange=exchange: in_use(*sizes)._replace(exchange=exchange)
         )
         compare(name, sizes, ROUTES if name == "exchanged" else ROUTES[1:2])
     # The way of TPUs, with the operation that CPUs lack written out.
     jax.lax.ragged_all_to_all = ragged_all_to_all
     jax.lax.platform_dependent = lambda *arguments, **ways: ways.get("tpu" if "tpu" in ways else "cpu")(*arguments)
-    expert_parallel.Layout.in_use = classmethod(lambda cls, tokens: in_use(tokens)._replace(exchange=True))
+    expert_parallel.Layout.in_use = classmethod(lambda cls, *sizes: in_use(*sizes)._replace(exchange=True))
     compare("ragged", {"fsdp": 1, "expert": 4}, ROUTES[1:2])
     print(json.dumps(report))
 

@@ -54,9 +54,9 @@ def test_there_is_no_other_case(report):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"fsdp": 3}, "4 rows of tokens cannot be split into 3 equal parts by the mesh axes fsdp"),
-        ({"expert": 4}, "6 experts cannot be split into 4 equal parts by the mesh axes expert"),
-        ({"tensor": 2}, "5 numbers in the hidden layer of an expert cannot be split into 2 equal parts"),
+        ({"fsdp": 3}, "the batch has 4 rows, which the mesh axes fsdp cannot split into 3 equal parts"),
+        ({"expert": 4}, "gate_up has 6 experts, which the mesh axes expert cannot split into 4 equal parts"),
+        ({"tensor": 2}, "gate_up has 5 expert_hidden, which the mesh axes tensor cannot split into 2 equal parts"),
     ],
 )
 def test_a_mesh_that_does_not_divide_is_refused(sizes, message):
