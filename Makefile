@@ -12,12 +12,17 @@ LOCK := $(RUN) uv pip compile --quiet --universal --python-version 3.11 --fork-s
 	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types lock clean
+.PHONY: help setup parity demo test test-slow lint types lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv from requirements-dev.txt (PYTHON=python3.12 chooses the interpreter)
+
+# torch comes by pip and outside the lock: a lock would bring CUDA to every machine, and pip takes a CPU build where it
+# is given one (`pip config set global.find-links`, say).
+parity: setup ## add torch to .venv, which the families of models are compared with
+	@$(RUN) pip install --quiet --disable-pip-version-check torch==2.13.0
 
 demo: setup ## train a small mixture of experts on Countdown with RSPO
 	$(RUN) experiments.train countdown $(ARGS)
