@@ -21,7 +21,7 @@ import rspo_jax
 from experiments.bench import measure, tpu
 from experiments.bench_experts import route as route_tokens
 from models.attention import attend
-from models.experts import run_experts
+from models.experts import Experts, run_experts
 from models.grouped_matmul import tile_rows
 from rspo_jax.metrics import write_json
 
@@ -84,7 +84,8 @@ def experts(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
 
             def block(parameters: dict[str, Array], x: Array) -> Array:
                 weights, expert_ids = route_tokens(parameters["router"], x.astype(jnp.float32), b.experts_per_token)
-                return run_experts(x, weights.astype(x.dtype), expert_ids, parameters["gate_up"], parameters["down"])
+                experts = Experts(parameters["gate_up"], parameters["down"])
+                return run_experts(x, weights.astype(x.dtype), expert_ids, experts)
 
             def forward_and_backward(parameters: dict[str, Array], x: Array, gradient: Array) -> tuple[Array, Any]:
                 output, vjp = jax.vjp(block, parameters, x)
@@ -131,7 +132,9 @@ def attention(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
         queries = compiler.array((1, tokens, b.num_heads, b.head_dim), jnp.bfloat16)
         keys = compiler.array((1, tokens, b.num_kv_heads, b.head_dim), jnp.bfloat16)
         segments = compiler.array((1, tokens), jnp.int32)
-        mebibytes = [gradient_mebibytes(compiler, form, 3, queries, keys, keys, segments) for form in (kernel, plain)]
+        with jax.numpy_dtype_promotion("standard"):  # the plain form promotes bfloat16, in its gradient too
+            forms = (kernel, plain)
+            mebibytes = [gradient_mebibytes(compiler, form, 3, queries, keys, keys, segments) for form in forms]
         yield Figure("attention", f"{tokens} tokens, bfloat16", "temporary MiB", *mebibytes)
 
 

@@ -1,17 +1,23 @@
 """Causal grouped-query attention within segments: one pure function, and the form of it that suits each platform.
 
 On a TPU, sequences of 128 tokens or more go through the splash kernels of JAX, whose memory grows with T and which skip
-what lies above the diagonal. Everywhere else, and for short sequences and caches, blocks of queries go through
-`jax.nn.dot_product_attention`. This file must never know Flax, a model or its configuration.
+what lies above the diagonal or before the window. Everywhere else, and for short sequences, caches and windows that are
+not known when compiling, blocks of queries go through `jax.nn.dot_product_attention`, or through the same written out
+where there are sinks or values of another size, which that function does not take. This file must never know Flax, a
+model or its configuration.
 
 cuDNN's kernel is left out on purpose. It takes segments only as a bias [B, 1, T, T], and JAX then always asks it for
 the gradient of that bias, which not every version can plan. On a GPU the blocks run as plain XLA.
 
-Letters: B rows, T tokens, S cache slots, N heads, K key/value heads, H head size.
+Letters: B rows, T tokens, S cache slots, N heads, K key/value heads, H head size, V head size of the values.
 """
+
+import functools
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 Array = jax.Array
@@ -33,57 +39,112 @@ def attend(
     query_segments: Array,
     key_segments: Array,
     offset: Array | None = None,
+    *,
+    sinks: Array | None = None,
+    window: Array | int | None = None,
+    scale: float | None = None,
 ) -> Array:
-    """softmax(queries · keys / √H) · values, over the earlier tokens of a token's own segment and itself.
+    """softmax(scale · queries · keys) · values, over the earlier tokens of a token's own segment and itself.
 
-    Differentiable in queries, keys and values (reverse mode). The softmax is in float32. In bfloat16 the TPU kernel
-    rounds queries / √H before the first product, the other form scales the logits in float32.
+    Differentiable in queries, keys, values and sinks (reverse mode). The softmax is in float32. In bfloat16 the TPU
+    kernel rounds scale · queries and the sinks first, the other forms scale the logits and read the sinks in float32.
     Under a mesh of several TPUs call it inside `jax.shard_map(..., check_vma=False)`: XLA cannot split the kernel.
 
     Args:
       queries: float [B, T, N, H].
       keys: [B, S, K, H] in the dtype of queries; N is a multiple of K, and head n reads key/value head n // (N // K).
-      values: as keys.
+      values: [B, S, K, V] in the dtype of queries.
       query_segments: int32 [B, T]; 0 is padding.
       key_segments: int32 [B, S]; 0 is padding or an empty slot.
       offset: int32 scalar, the cache slot of the first query; slots beyond a query's own are not seen. None means
         that the keys are the queries' own tokens: S = T.
+      sinks: float32 [N], a logit of each head that joins the softmax's denominator and adds no value (gpt-oss).
+      window: a token sees itself and the window − 1 tokens before it. An int is known when compiling: the TPU kernel
+        and the blocks then skip what lies before it. An int32 scalar may differ from layer to layer of a scan, at the
+        price of the kernel, whose mask is built when compiling. None, or any number beyond T, is no window.
+      scale: of the logits; 1 / √H when absent.
 
     Returns:
-      [B, T, N, H] in the dtype of queries. Rows of padding hold finite values that mean nothing.
+      [B, T, N, V] in the dtype of queries. Rows of padding hold finite values that mean nothing.
 
     Raises:
-      ValueError: if shapes or dtypes do not fit.
+      ValueError: if shapes or dtypes do not fit, or the window is not a positive whole number.
     """
     _check_inputs(queries, keys, values, query_segments, key_segments, offset)
-    if offset is not None:
-        return _attend_in_blocks(queries, keys, values, query_segments, key_segments, offset)
+    _check_options(queries.shape[2], sinks, window)
     inputs = (queries, keys, values, query_segments, key_segments)
-    if queries.shape[1] < KERNEL_MIN_TOKENS:
-        return _attend_in_blocks(*inputs)
-    return jax.lax.platform_dependent(*inputs, tpu=_attend_with_kernel, default=_attend_in_blocks)
+    if offset is not None:
+        return _attend_in_blocks(*inputs, sinks, offset, window=window, scale=scale)
+    if _is_static(window) and window >= queries.shape[1]:
+        window = None
+    in_blocks = functools.partial(_attend_in_blocks, window=window, scale=scale)
+    if queries.shape[1] < KERNEL_MIN_TOKENS or not (window is None or _is_static(window)):
+        return in_blocks(*inputs, sinks)
+    with_kernel = functools.partial(_attend_with_kernel, window=window, scale=scale)
+    return jax.lax.platform_dependent(*inputs, sinks, tpu=with_kernel, default=in_blocks)
 
 
-def attend_newest(queries: Array, keys: Array, values: Array, query_segments: Array, key_segments: Array) -> Array:
+def attend_newest(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    query_segments: Array,
+    key_segments: Array,
+    newest_slot: Array | None = None,
+    *,
+    sinks: Array | None = None,
+    window: Array | int | None = None,
+    scale: float | None = None,
+) -> Array:
     """Attention of one token a row over everything of its segment in a cache, its own slot included.
+
+    The cache is a ring whose newest token is the query's own. With a window, what a slot holds is as old as the steps
+    from it to that of the query, around the ring: the order of the slots, not the place of a token in its row, so
+    padding on the left of a prompt and slots that were written again make no difference.
 
     Args:
       queries: float [B, 1, N, H].
       keys: [B, K, S, H], as a cache keeps them: heads before slots, so that both products read it where it lies.
-      values: as keys.
+      values: [B, K, S, V].
       query_segments: int32 [B, 1].
       key_segments: int32 [B, S].
+      newest_slot: int32 scalar, the slot of the queries' own tokens. Only a window needs it.
+      sinks: as for `attend`.
+      window: as for `attend`; known when compiling or not makes no difference here.
+      scale: as for `attend`.
 
     Returns:
-      [B, 1, N, H] in the dtype of queries.
+      [B, 1, N, V] in the dtype of queries.
+
+    Raises:
+      ValueError: if the sinks do not fit, the window is not a positive whole number, or it comes without a slot.
     """
     rows, _, num_heads, head_dim = queries.shape
-    num_kv_heads = keys.shape[1]
+    num_kv_heads, slots = keys.shape[1:3]
+    _check_options(num_heads, sinks, window)
     grouped = queries.reshape(rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    logits = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
-    same = (query_segments == key_segments)[:, None, None, :]
-    weights = jax.nn.softmax(jnp.where(same, logits, jnp.finfo(jnp.float32).min), axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgs,bksh->bkgh", weights, values).reshape(queries.shape)
+    logits = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+    logits = logits * (head_dim**-0.5 if scale is None else scale)
+    seen = (query_segments == key_segments)[:, None, None, :]
+    if window is not None:
+        if newest_slot is None:
+            raise ValueError("a window counts from the query's own slot: give newest_slot")
+        age = (newest_slot - jnp.arange(slots, dtype=jnp.int32)) % slots
+        seen = seen & (age < window)[None, None, None, :]
+    grouped_sinks = None if sinks is None else sinks.reshape(1, num_kv_heads, num_heads // num_kv_heads, 1)
+    weights = _masked_softmax(logits, seen, grouped_sinks).astype(values.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", weights, values).reshape(rows, 1, num_heads, values.shape[-1])
+
+
+def _masked_softmax(logits: Array, seen: Array, sinks: Array | None) -> Array:
+    """Weights over the last axis in float32; the sinks share that axis with them and are left out of the result."""
+    logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
+    if sinks is None:
+        return jax.nn.softmax(logits, axis=-1)
+    sinks = sinks.astype(jnp.float32)
+    highest = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), sinks))
+    weights = jnp.exp(logits - highest)
+    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - highest))
 
 
 def _attend_in_blocks(
@@ -92,30 +153,39 @@ def _attend_in_blocks(
     values: Array,
     query_segments: Array,
     key_segments: Array,
+    sinks: Array | None = None,
     offset: Array | None = None,
+    *,
+    window: Array | int | None = None,
+    scale: float | None = None,
 ) -> Array:
-    """One block of queries at a time, each against no more keys than its last query may see.
+    """One block of queries at a time, each against no more keys than its queries may see.
 
     The backward pass computes each block's attention weights again, so that no block's weights outlive it. This also
     keeps them out of the residuals that `jax.lax.platform_dependent` carries for all of its branches.
     """
     tokens = queries.shape[1]
     block = _query_block(tokens)
+    masked = functools.partial(_attend_masked, scale=scale)
     if block >= tokens:
-        return _attend_masked(queries, keys, values, query_segments, key_segments, 0 if offset is None else offset)
+        first_slot = 0 if offset is None else offset
+        return masked(queries, keys, values, query_segments, key_segments, first_slot, sinks, window)
     attended = []
     for start in range(0, tokens, block):
         of_block = slice(start, start + block)
-        seen = slice(0, start + block) if offset is None else slice(None)
-        first_slot = start if offset is None else offset + start
+        first_seen = max(0, start + 1 - window) if offset is None and _is_static(window) else 0
+        seen = slice(first_seen, start + block) if offset is None else slice(None)
+        first_slot = start - first_seen if offset is None else offset + start
         attended.append(
-            jax.checkpoint(_attend_masked)(
+            jax.checkpoint(masked)(
                 queries[:, of_block],
                 keys[:, seen],
                 values[:, seen],
                 query_segments[:, of_block],
                 key_segments[:, seen],
                 first_slot,
+                sinks,
+                window,
             )
         )
     return jnp.concatenate(attended, axis=1)
@@ -133,14 +203,30 @@ def _attend_masked(
     query_segments: Array,
     key_segments: Array,
     first_slot: Array | int,
+    sinks: Array | None,
+    window: Array | int | None,
+    *,
+    scale: float | None,
 ) -> Array:
     """The plain form, with a mask [B, 1, T, S]; query t sits in slot first_slot + t."""
     slots = jnp.arange(keys.shape[1], dtype=jnp.int32)
     own_slots = first_slot + jnp.arange(queries.shape[1], dtype=jnp.int32)
-    earlier = slots[None, :] <= own_slots[:, None]
+    near = slots[None, :] <= own_slots[:, None]
+    if window is not None:
+        near = near & (own_slots[:, None] - slots[None, :] < window)
     same = query_segments[:, :, None] == key_segments[:, None, :]
-    with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 to float32 inside
-        return jax.nn.dot_product_attention(queries, keys, values, mask=(same & earlier[None])[:, None])
+    seen = (same & near[None])[:, None]
+    if sinks is None and values.shape == keys.shape:
+        with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 to float32 inside
+            return jax.nn.dot_product_attention(queries, keys, values, mask=seen, scale=scale)
+    rows, tokens, num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[2]
+    grouped = queries.reshape(rows, tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    logits = logits * (head_dim**-0.5 if scale is None else scale)
+    grouped_sinks = None if sinks is None else sinks.reshape(1, num_kv_heads, num_heads // num_kv_heads, 1, 1)
+    weights = _masked_softmax(logits, seen[:, :, None], grouped_sinks).astype(values.dtype)
+    return jnp.einsum("bkgts,bskv->btkgv", weights, values).reshape(rows, tokens, num_heads, values.shape[-1])
 
 
 def _attend_with_kernel(
@@ -149,6 +235,10 @@ def _attend_with_kernel(
     values: Array,
     query_segments: Array,
     key_segments: Array,
+    sinks: Array | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
     interpret: bool = False,
 ) -> Array:
     """Self-attention through the splash kernels; `interpret` runs them on any platform, slowly.
@@ -160,16 +250,22 @@ def _attend_with_kernel(
     block, padded = _kernel_block(tokens)
     missing = padded - tokens
 
-    def heads_first(array: Array) -> Array:  # [B, T, N, H] -> [B, N, padded, H]
+    def heads_first(array: Array) -> Array:  # [B, T, heads, size] -> [B, heads, padded, size]
         return jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, missing), (0, 0)))
 
-    scaled = (queries.astype(jnp.float32) * head_dim**-0.5).astype(queries.dtype)
+    scaled = (queries.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)).astype(queries.dtype)
     segments = splash_attention.SegmentIds(
         *(jnp.pad(array, ((0, 0), (0, missing)), constant_values=-1) for array in (query_segments, key_segments))
     )
-    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((padded, padded))] * num_heads)
+    if window is None:
+        mask = splash_attention.CausalMask((padded, padded))
+    else:
+        mask = splash_attention.LocalMask((padded, padded), window_size=(window - 1, 0), offset=0)
+    mask = splash_attention.MultiHeadMask([mask] * num_heads)
     kernel = splash_attention.make_splash_mha_single_device(mask, block_sizes=_block_sizes(block), interpret=interpret)
-    attended = jax.vmap(kernel)(heads_first(scaled), heads_first(keys), heads_first(values), segments)
+    # The kernel gives the sinks' gradient in the dtype of the queries: a cast brings it back to their own.
+    run = jax.vmap(functools.partial(kernel, sinks=None if sinks is None else sinks.astype(queries.dtype)))
+    attended = run(heads_first(scaled), heads_first(keys), heads_first(values), segments)
     return jnp.asarray(attended)[:, :, :tokens].swapaxes(1, 2)
 
 
@@ -200,9 +296,9 @@ def _check_inputs(
         raise ValueError(f"queries and keys must have four axes, got shapes {queries.shape} and {keys.shape}")
     rows, tokens, num_heads, head_dim = queries.shape
     slots, num_kv_heads = keys.shape[1:3]
-    if keys.shape != (rows, slots, num_kv_heads, head_dim) or values.shape != keys.shape:
+    if keys.shape != (rows, slots, num_kv_heads, head_dim) or values.shape[:-1] != keys.shape[:-1]:
         raise ValueError(
-            f"keys and values must both be [{rows}, S, K, {head_dim}] to fit queries {queries.shape}, "
+            f"keys must be [{rows}, S, K, {head_dim}] and values [{rows}, S, K, V] to fit queries {queries.shape}, "
             f"got {keys.shape} and {values.shape}"
         )
     if num_heads % num_kv_heads:
@@ -218,3 +314,19 @@ def _check_inputs(
         )
     if offset is None and slots != tokens:
         raise ValueError(f"{tokens} queries against {slots} keys: give the offset of the first query in the cache")
+
+
+def _is_static(window: Array | int | None) -> TypeGuard[int]:
+    return isinstance(window, int | np.integer)
+
+
+def _check_options(num_heads: int, sinks: Array | None, window: Array | int | None) -> None:
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"sinks must have one logit for each of the {num_heads} heads, got shape {sinks.shape}")
+    if window is None:
+        return
+    if _is_static(window):
+        if window < 1:
+            raise ValueError(f"a window holds at least the token itself: it must be at least 1, got {window}")
+    elif jnp.shape(window) or not jnp.issubdtype(jnp.result_type(window), jnp.integer):
+        raise ValueError(f"the window must be one whole number, got {window}")

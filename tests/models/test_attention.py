@@ -14,36 +14,46 @@ from models import attention
 NAMES = ("queries", "keys", "values")
 
 
-def visible_slots(query_segments, key_segments, offset):
+def visible_slots(query_segments, key_segments, offset, window=None):
     """bool [B, T, S], token by token."""
     rows, tokens = query_segments.shape
     visible = np.zeros((rows, tokens, key_segments.shape[1]), bool)
     for row in range(rows):
         for token in range(tokens):
-            seen = key_segments[row, : offset + token + 1]
-            visible[row, token, : len(seen)] = seen == query_segments[row, token]
+            own = offset + token
+            first = 0 if window is None else max(0, own - window + 1)
+            visible[row, token, first : own + 1] = key_segments[row, first : own + 1] == query_segments[row, token]
     return visible
 
 
-def reference(queries, keys, values, query_segments, key_segments, cotangent, offset=0):
-    """The attended values, and the gradients of sum(attended * cotangent) in the order of NAMES; float64."""
+def reference(
+    queries, keys, values, query_segments, key_segments, cotangent, offset=0, *, sinks=None, window=None, scale=None
+):
+    """The attended values, and the gradients of sum(attended * cotangent) in the order of NAMES; float64.
+
+    With sinks it is written as gpt-oss has it, one more column of logits whose weight is dropped after the softmax,
+    and their gradient comes last.
+    """
     queries, keys, values, cotangent = (np.asarray(array, np.float64) for array in (queries, keys, values, cotangent))
-    visible = visible_slots(query_segments, key_segments, offset)
-    group, scale = queries.shape[2] // keys.shape[2], queries.shape[3] ** -0.5
-    attended, d_queries = np.zeros_like(queries), np.zeros_like(queries)
-    d_keys, d_values = np.zeros_like(keys), np.zeros_like(values)
+    visible = visible_slots(query_segments, key_segments, offset, window)
+    group, scale = queries.shape[2] // keys.shape[2], queries.shape[3] ** -0.5 if scale is None else scale
+    attended, d_queries = np.zeros((*queries.shape[:3], values.shape[3])), np.zeros_like(queries)
+    d_keys, d_values, d_sinks = np.zeros_like(keys), np.zeros_like(values), np.zeros(queries.shape[2])
     for row, head in np.ndindex(queries.shape[0], queries.shape[2]):
         q, k, v = queries[row, :, head], keys[row, :, head // group], values[row, :, head // group]
         logits = np.where(visible[row], scale * (q @ k.T), -np.inf)
+        sink = np.full((len(q), 1), -np.inf if sinks is None else sinks[head])
+        logits = np.concatenate([logits, sink], axis=1)
         weights = np.exp(logits - np.max(logits, axis=1, keepdims=True))
         weights /= np.sum(weights, axis=1, keepdims=True)
-        attended[row, :, head] = weights @ v
-        d_weights = cotangent[row, :, head] @ v.T
+        attended[row, :, head] = weights[:, :-1] @ v
+        d_weights = np.concatenate([cotangent[row, :, head] @ v.T, np.zeros((len(q), 1))], axis=1)
         d_logits = weights * (d_weights - np.sum(weights * d_weights, axis=1, keepdims=True))
-        d_queries[row, :, head] = scale * (d_logits @ k)
-        d_keys[row, :, head // group] += scale * (d_logits.T @ q)
-        d_values[row, :, head // group] += weights.T @ cotangent[row, :, head]
-    return attended, (d_queries, d_keys, d_values)
+        d_queries[row, :, head] = scale * (d_logits[:, :-1] @ k)
+        d_keys[row, :, head // group] += scale * (d_logits[:, :-1].T @ q)
+        d_values[row, :, head // group] += weights[:, :-1].T @ cotangent[row, :, head]
+        d_sinks[head] += np.sum(d_logits[:, -1])
+    return attended, (d_queries, d_keys, d_values) if sinks is None else (d_queries, d_keys, d_values, d_sinks)
 
 
 def packed_segments(rows, tokens):
@@ -55,13 +65,19 @@ def packed_segments(rows, tokens):
     return segments[:rows]
 
 
-def random_arrays(shape, kv_heads, slots=None, dtype=np.float32):
+def random_arrays(shape, kv_heads, slots=None, dtype=np.float32, value_size=None):
     """Queries, keys, values and a cotangent that is zero nowhere."""
-    rows, tokens, _, head_dim = shape
+    rows, tokens, num_heads, head_dim = shape
     rng = np.random.default_rng([*shape, kv_heads])
-    kv_shape = (rows, tokens if slots is None else slots, kv_heads, head_dim)
-    shapes = (shape, kv_shape, kv_shape, shape)
+    kv_shape = (rows, tokens if slots is None else slots, kv_heads)
+    value_size = head_dim if value_size is None else value_size
+    shapes = (shape, (*kv_shape, head_dim), (*kv_shape, value_size), (rows, tokens, num_heads, value_size))
     return tuple(rng.normal(size=shape).astype(dtype) for shape in shapes)
+
+
+def random_sinks(heads):
+    """Some as large as the logits, some that hardly count."""
+    return np.random.default_rng(heads).normal(scale=2, size=heads).astype(np.float32)
 
 
 def value_and_gradients(function, queries, keys, values, query_segments, key_segments, cotangent, *offset):
@@ -77,8 +93,20 @@ def compiled(function, *inputs):
     return value_and_gradients(function, *inputs)
 
 
-def interpreted_kernel(*inputs):
-    return attention._attend_with_kernel(*inputs, interpret=True)
+def interpreted_kernel(*inputs, **options):
+    return attention._attend_with_kernel(*inputs, **options, interpret=True)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def compiled_with_options(function, static, arrays, sinks, segments, cotangent, traced):
+    """Value and gradients, those of the sinks last; `static` are pairs of names and numbers."""
+
+    def run(arrays, sinks):
+        return function(*arrays, *segments, **dict(static), **traced, sinks=sinks)
+
+    value, vjp = jax.vjp(run, arrays, sinks)
+    gradients, sinks_gradient = vjp(cotangent)
+    return value, gradients if sinks is None else (*gradients, sinks_gradient)
 
 
 def assert_near(actual, expected, tolerance=1e-5):
@@ -102,15 +130,19 @@ def assert_matches(function, shape, kv_heads):
 
 
 def test_oracle_gradients_agree_with_differences():
-    *arrays, cotangent = (np.asarray(array, np.float64) for array in random_arrays((2, 5, 4, 3), 2))
-    segments = packed_segments(2, 5)
-    _, gradients = reference(*arrays, segments, segments, cotangent)
-    for index, gradient in enumerate(gradients):
+    *arrays, cotangent = (np.asarray(array, np.float64) for array in random_arrays((2, 5, 4, 3), 2, value_size=2))
+    segments, options = packed_segments(2, 5), {"window": 3, "scale": 0.8}
+    arrays.append(np.asarray(random_sinks(4), np.float64))
+
+    def run(arrays):
+        return reference(*arrays[:3], segments, segments, cotangent, sinks=arrays[3], **options)
+
+    for index, gradient in enumerate(run(arrays)[1]):
         direction = np.random.default_rng(index).normal(size=gradient.shape)
         values = []
         for step in (1e-5, -1e-5):
             moved = [array + step * direction if position == index else array for position, array in enumerate(arrays)]
-            values.append(np.sum(reference(*moved, segments, segments, cotangent)[0] * cotangent))
+            values.append(np.sum(run(moved)[0] * cotangent))
         np.testing.assert_allclose(np.sum(gradient * direction), (values[0] - values[1]) / 2e-5, rtol=1e-7)
 
 
@@ -186,12 +218,133 @@ def test_a_query_that_sees_no_slot_is_finite():
     assert all(np.all(np.isfinite(array)) for array in (value, *gradients))
 
 
+@pytest.mark.parametrize(
+    ("shape", "kv_heads", "value_size", "with_sinks", "static", "traced"),
+    [
+        ((4, 24, 4, 6), 2, 6, True, {}, {}),
+        ((4, 24, 4, 6), 2, 9, True, {"scale": 0.7}, {"window": 9}),
+        ((4, 24, 4, 6), 2, 6, False, {"scale": 0.9}, {"window": 5}),
+        ((4, 24, 4, 6), 4, 3, False, {"scale": 0.3, "window": 1}, {}),
+        ((4, 150, 2, 6), 1, 4, True, {"window": 30}, {}),  # by platform, and blocks see few keys
+        ((4, 70, 4, 6), 2, 6, True, {"window": 9}, {"offset": 13}),
+        ((4, 5, 4, 6), 2, 3, False, {"scale": 0.7}, {"offset": 10, "window": 4}),
+    ],
+    ids=str,
+)
+def test_sinks_windows_scales_and_other_values_match_the_reference(
+    shape, kv_heads, value_size, with_sinks, static, traced
+):
+    offset = traced.get("offset", 0)
+    slots = shape[1] + offset + (5 if offset else 0)
+    *arrays, cotangent = random_arrays(shape, kv_heads, slots, value_size=value_size)
+    key_segments = packed_segments(shape[0], slots)
+    segments = (key_segments[:, offset : offset + shape[1]], key_segments)
+    sinks = random_sinks(shape[2]) if with_sinks else None
+    real = (segments[0] > 0)[:, :, None, None]
+    cotangent = cotangent * real
+    scalars = {name: np.int32(value) for name, value in traced.items()}
+    names = tuple(static.items())
+    value, gradients = compiled_with_options(attention.attend, names, arrays, sinks, segments, cotangent, scalars)
+    expected, expected_gradients = reference(*arrays, *segments, cotangent, sinks=sinks, **static, **traced)
+    assert_near(np.asarray(value) * real, expected * real)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert_near(gradient, expected_gradient)
+
+
+def test_the_tpu_kernel_with_sinks_a_window_a_scale_and_other_values_matches_the_reference(monkeypatch):
+    monkeypatch.setattr(attention, "KERNEL_MAX_BLOCK", 128)
+    assert attention._kernel_block(300) == (128, 384)  # the last block of queries sees nothing of the first keys
+    *arrays, cotangent = random_arrays((3, 300, 4, 12), 2, value_size=20)
+    segments, sinks, options = packed_segments(3, 300), random_sinks(4), {"window": 60, "scale": 0.5}
+    real = (segments > 0)[:, :, None, None]
+    cotangent, inputs = cotangent * real, (segments, segments)
+    names = tuple(options.items())
+    value, gradients = compiled_with_options(interpreted_kernel, names, arrays, sinks, inputs, cotangent, {})
+    expected, expected_gradients = reference(*arrays, *inputs, cotangent, sinks=sinks, **options)
+    assert_near(np.asarray(value) * real, expected * real)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert_near(gradient, expected_gradient)
+
+
+def test_a_window_may_differ_from_layer_to_layer_of_a_scan():
+    queries, keys, values, cotangent = random_arrays((2, 70, 2, 4), 1)
+    segments, windows = packed_segments(2, 70), (7, np.iinfo(np.int32).max, 20)
+
+    @jax.jit
+    def scanned(queries):
+        def layer(x, window):
+            return attention.attend(x, keys, values, segments, segments, window=window), None
+
+        return jax.vjp(lambda x: jax.lax.scan(layer, x, np.asarray(windows, np.int32))[0], queries)[1](cotangent)
+
+    x, inputs = np.asarray(queries, np.float64), []
+    for window in windows:
+        inputs.append(x)
+        x, _ = reference(x, keys, values, segments, segments, cotangent, window=window)
+    expected = cotangent
+    for window, x in reversed(list(zip(windows, inputs, strict=True))):
+        expected = reference(x, keys, values, segments, segments, expected, window=window)[1][0]
+    assert_near(scanned(queries)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("window", "with_sinks", "value_size"), [(4, True, 3), (10, False, 6), (None, True, 6)], ids=str
+)
+def test_decoding_in_a_ring_is_the_same_as_reading_all_at_once(window, with_sinks, value_size):
+    """Rows with padding on the left and several segments; the ring is written again, unless all of it is seen."""
+    tokens, prompt, slots = 27, 6, 30 if window is None else 10
+    queries, keys, values, cotangent = random_arrays((4, tokens, 4, 6), 2, value_size=value_size)
+    segments, sinks = packed_segments(4, tokens), random_sinks(4) if with_sinks else None
+    options = {"sinks": sinks, "scale": 0.6}
+    expected, _ = reference(queries, keys, values, segments, segments, cotangent, window=window, **options)
+    options["window"] = None if window is None else np.int32(window)
+
+    def ring_of(array, newest):
+        """What each slot holds once the newest token is written: [B, S, ...]."""
+        held = newest - (newest - np.arange(slots)) % slots
+        return np.where((held >= 0).reshape(1, slots, *(1,) * (array.ndim - 2)), array[:, np.maximum(held, 0)], 0)
+
+    @jax.jit
+    def decode(queries, keys, values, own, slot_segments, slot):
+        heads_first = (jnp.swapaxes(array, 1, 2) for array in (keys, values))
+        return attention.attend_newest(queries, *heads_first, own, slot_segments, slot, **options)
+
+    caches = [[ring_of(array, newest) for array in (keys, values, segments)] for newest in range(tokens)]
+    ring_keys, ring_values, ring_segments = caches[prompt - 1]
+    own = (queries[:, :prompt], ring_keys, ring_values, segments[:, :prompt], ring_segments, np.int32(0))
+    attended = [attention.attend(*own, **options)]
+    for token in range(prompt, tokens):
+        own, (ring_keys, ring_values, ring_segments) = slice(token, token + 1), caches[token]
+        inputs = (queries[:, own], ring_keys, ring_values, segments[:, own], ring_segments)
+        attended.append(decode(*inputs, np.int32(token % slots)))
+    real = (segments > 0)[:, :, None, None]
+    assert_near(np.concatenate(attended, axis=1) * real, expected * real)
+
+
+def test_a_query_that_sees_no_slot_is_all_sink():
+    *arrays, cotangent = random_arrays((1, 2, 2, 4), 1, slots=3)
+    segments = (np.zeros((1, 2), np.int32), np.ones((1, 3), np.int32))
+    traced = {"offset": np.int32(1), "window": np.int32(1)}
+    value, gradients = compiled_with_options(attention.attend, (), arrays, random_sinks(2), segments, cotangent, traced)
+    assert all(np.all(array == 0) for array in (value, *gradients))
+
+
 @pytest.mark.parametrize(("function", "tokens"), [(attention.attend, 20), (interpreted_kernel, 140)])
-def test_bfloat16_stays_bfloat16(function, tokens):
-    inputs = random_arrays((2, tokens, 2, 16), 1, dtype=jnp.bfloat16)
-    segments = np.ones((2, tokens), np.int32)
+def test_bfloat16_stays_bfloat16_with_sinks_and_other_values(function, tokens):
+    *arrays, cotangent = random_arrays((2, tokens, 2, 16), 1, dtype=jnp.bfloat16, value_size=8)
+    sinks, segments = random_sinks(2), (np.ones((2, tokens), np.int32),) * 2
+    value, gradients = compiled_with_options(function, (("window", 12),), arrays, sinks, segments, cotangent, {})
+    expected, expected_gradients = reference(*arrays, *segments, cotangent, sinks=sinks, window=12)
+    for array, expected_array in zip((value, *gradients), (expected, *expected_gradients), strict=True):
+        assert array.dtype == (jnp.bfloat16 if array.ndim == 4 else jnp.float32)
+        assert_near(array, expected_array, tolerance=2**-6)
+
+
+def test_bfloat16_stays_bfloat16():
+    inputs = random_arrays((2, 20, 2, 16), 1, dtype=jnp.bfloat16)
+    segments = np.ones((2, 20), np.int32)
     with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention asks for it when it is differentiated
-        value, gradients = compiled(function, *inputs[:3], segments, segments, inputs[3])
+        value, gradients = compiled(attention.attend, *inputs[:3], segments, segments, inputs[3])
     expected, expected_gradients = reference(*inputs[:3], segments, segments, inputs[3])
     for array, expected_array in zip((value, *gradients), (expected, *expected_gradients), strict=True):
         assert array.dtype == jnp.bfloat16
@@ -221,7 +374,7 @@ def test_the_kernel_inside_scan_checkpoint_and_shard_map():
     assert_near(gradient, np.asarray(expected_gradient, np.float64))
 
 
-def lowered_text(platform, tokens, slots=None):
+def lowered_text(platform, tokens, slots=None, **options):
     """Value and gradients of three scanned layers, lowered for one platform."""
     queries, keys, values, cotangent = random_arrays((1, tokens, 2, 8), 1, slots)
     query_segments, key_segments = (np.ones((1, array.shape[1]), np.int32) for array in (queries, keys))
@@ -229,7 +382,7 @@ def lowered_text(platform, tokens, slots=None):
 
     def layers(queries, keys, values, query_segments, key_segments, *offset):
         def layer(x, _):
-            return attention.attend(x, keys, values, query_segments, key_segments, *offset), None
+            return attention.attend(x, keys, values, query_segments, key_segments, *offset, **options), None
 
         return jax.lax.scan(layer, queries, None, length=3)[0]
 
@@ -250,6 +403,26 @@ def test_long_sequences_use_the_kernel_on_a_tpu_and_never_hold_all_pairs_of_toke
 @pytest.mark.parametrize(("platform", "tokens", "slots"), [("tpu", 100, None), ("tpu", 140, 150), ("cpu", 140, None)])
 def test_short_sequences_caches_and_cpus_do_without_the_kernel(platform, tokens, slots):
     assert "tpu_custom_call" not in lowered_text(platform, tokens, slots)
+
+
+def test_sinks_keep_the_kernel_and_so_do_windows_known_when_compiling():
+    assert lowered_text("tpu", 140, sinks=random_sinks(2), window=20).count("tpu_custom_call") >= 3
+    assert "tpu_custom_call" not in lowered_text("tpu", 140, window=jnp.int32(20))
+
+
+def test_blocks_read_no_keys_from_before_the_window():
+    logits = [int(keys) for keys in re.findall(r"x64x(\d+)xf32>", lowered_text("cpu", 320, window=20))]
+    assert max(logits) == 64 + 20 - 1
+
+
+def test_a_window_beyond_the_tokens_is_no_window():
+    arrays = random_arrays((1, 24, 2, 4), 1)[:3]
+    segments = np.ones((1, 24), np.int32)
+    texts = [
+        str(jax.make_jaxpr(functools.partial(attention.attend, **options))(*arrays, segments, segments))
+        for options in ({}, {"window": 24}, {"window": 23})
+    ]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_gpu_runs_plain_xla():
@@ -277,8 +450,9 @@ def test_kernel_blocks_are_tiles_and_waste_little():
     ("changes", "message"),
     [
         ({"queries": (1, 4, 8)}, "four axes"),
-        ({"keys": (2, 4, 2, 8)}, "keys and values must both be"),
-        ({"values": (1, 4, 2, 6)}, "keys and values must both be"),
+        ({"keys": (2, 4, 2, 8)}, "keys must be .* and values"),
+        ({"keys": (1, 4, 2, 6)}, "keys must be .* and values"),
+        ({"values": (1, 4, 1, 8)}, "keys must be .* and values"),
         ({"queries": (1, 4, 3, 8)}, "multiple of key/value heads"),
         ({"query_segments": (1, 5)}, "segments must be"),
         ({"key_segments": (2, 4)}, "segments must be"),
@@ -298,3 +472,29 @@ def test_keys_of_another_dtype_are_refused():
     segments = np.ones((1, 4), np.int32)
     with pytest.raises(ValueError, match="share one dtype"):
         attention.attend(queries, keys.astype(jnp.bfloat16), values, segments, segments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sinks": np.ones(4, np.float32)}, "one logit for each of the 2 heads"),
+        ({"window": 0}, "at least 1, got 0"),
+        ({"window": np.ones(2, np.int32)}, "one whole number"),
+        ({"window": np.float32(3)}, "one whole number"),
+        ({"window": 2.5}, "one whole number"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    queries, keys, values, _ = random_arrays((1, 1, 2, 8), 2)
+    segments = np.ones((1, 1), np.int32)
+    for function in (attention.attend, attention.attend_newest):
+        with pytest.raises(ValueError, match=message):
+            function(queries, keys, values, segments, segments, np.int32(0), **options)
+
+
+def test_a_window_of_the_newest_token_needs_its_slot():
+    queries, keys, values, _ = random_arrays((1, 1, 2, 8), 2)
+    segments = np.ones((1, 1), np.int32)
+    with pytest.raises(ValueError, match="give newest_slot"):
+        attention.attend_newest(queries, keys, values, segments, segments, window=3)
