@@ -19,7 +19,7 @@ import rich.console
 import rich.table
 import tyro
 
-from models.experts import run_experts
+from models.experts import Activation, Experts, run_experts
 
 Array = jax.Array
 
@@ -49,6 +49,8 @@ class Benchmark:
     repeats: int = 30
     ragged_dot: bool = False
     """Also time the block by `jax.lax.ragged_dot`, which computes all experts."""
+    biases: bool = False
+    """Also time the block with the biases and the clamped activation of gpt-oss."""
     seed: int = 0
 
 
@@ -58,22 +60,30 @@ def route(router: Array, x: Array, experts_per_token: int) -> tuple[Array, Array
     return weights / jnp.sum(weights, axis=-1, keepdims=True), expert_ids
 
 
-def expert_block(parameters: dict[str, Array], x: Array, experts_per_token: int) -> Array:
+class Block(NamedTuple):
+    """A router and its experts."""
+
+    router: Array
+    experts: Experts
+
+
+def expert_block(parameters: Block, x: Array, experts_per_token: int, activation: Activation = "silu") -> Array:
     """Router, top-K and the chosen experts: [N, D] -> [N, D]."""
-    weights, expert_ids = route(parameters["router"], x, experts_per_token)
-    return run_experts(x, weights, expert_ids, parameters["gate_up"], parameters["down"])
+    weights, expert_ids = route(parameters.router, x, experts_per_token)
+    return run_experts(x, weights, expert_ids, parameters.experts, activation)
 
 
-def ragged_block(parameters: dict[str, Array], x: Array, experts_per_token: int) -> Array:
+def ragged_block(parameters: Block, x: Array, experts_per_token: int) -> Array:
     """The same by `jax.lax.ragged_dot`, for comparison."""
-    weights, expert_ids = route(parameters["router"], x, experts_per_token)
-    num_experts, hidden_size, _, expert_size = parameters["gate_up"].shape
+    weights, expert_ids = route(parameters.router, x, experts_per_token)
+    experts = parameters.experts
+    num_experts, hidden_size, _, expert_size = experts.gate_up.shape
     order = jnp.argsort(expert_ids.reshape(-1))
     sizes = jnp.bincount(expert_ids.reshape(-1), length=num_experts).astype(jnp.int32)
     rows = x[order // experts_per_token]
-    gate_up = parameters["gate_up"].reshape(num_experts, hidden_size, 2 * expert_size)
+    gate_up = experts.gate_up.reshape(num_experts, hidden_size, 2 * expert_size)
     gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
-    rows = jax.lax.ragged_dot(jax.nn.silu(gate) * up, parameters["down"], sizes) * weights.reshape(-1)[order][:, None]
+    rows = jax.lax.ragged_dot(jax.nn.silu(gate) * up, experts.down, sizes) * weights.reshape(-1)[order][:, None]
     return jnp.zeros_like(x).at[order // experts_per_token].add(rows)
 
 
@@ -83,28 +93,34 @@ def dense_block(parameters: dict[str, Array], x: Array) -> Array:
     return (jax.nn.silu(gate) * up) @ parameters["down"]
 
 
-def programs(b: Shape, seed: int, ragged_dot: bool) -> dict[str, dict[str, Callable[[], Array]]]:
+def programs(b: Shape, seed: int, ragged_dot: bool, biases: bool = False) -> dict[str, dict[str, Callable[[], Array]]]:
     """name -> direction -> a compiled call."""
-    keys = jax.random.split(jax.random.key(seed), 6)
+    keys = jax.random.split(jax.random.key(seed), 8)
     x = jax.random.normal(keys[0], (b.tokens, b.hidden_size))
-    sparse = {
-        "router": jax.random.normal(keys[1], (b.hidden_size, b.num_experts)),
-        "gate_up": 0.05 * jax.random.normal(keys[2], (b.num_experts, b.hidden_size, 2, b.expert_size)),
-        "down": 0.05 * jax.random.normal(keys[3], (b.num_experts, b.expert_size, b.hidden_size)),
-    }
+    sparse = Block(
+        jax.random.normal(keys[1], (b.hidden_size, b.num_experts)),
+        Experts(
+            0.05 * jax.random.normal(keys[2], (b.num_experts, b.hidden_size, 2, b.expert_size)),
+            0.05 * jax.random.normal(keys[3], (b.num_experts, b.expert_size, b.hidden_size)),
+        ),
+    )
     width = b.experts_per_token * b.expert_size
     dense = {
         "gate_up": 0.05 * jax.random.normal(keys[4], (b.hidden_size, 2 * width)),
         "down": 0.05 * jax.random.normal(keys[5], (width, b.hidden_size)),
     }
-    blocks: dict[str, tuple[Callable[..., Array], dict[str, Array]]] = {
-        "dense": (dense_block, dense),
-        "experts": (functools.partial(expert_block, experts_per_token=b.experts_per_token), sparse),
-    }
+    run = functools.partial(expert_block, experts_per_token=b.experts_per_token)
+    blocks: dict[str, tuple[Callable[..., Array], Any]] = {"dense": (dense_block, dense), "experts": (run, sparse)}
+    if biases:
+        of_gate_up = jax.random.normal(keys[6], (b.num_experts, 2, b.expert_size))
+        of_down = jax.random.normal(keys[7], (b.num_experts, b.hidden_size))
+        experts = sparse.experts._replace(gate_up_bias=of_gate_up, down_bias=of_down)
+        biased = sparse._replace(experts=experts)
+        blocks["experts with biases"] = (functools.partial(run, activation="clamped"), biased)
     if ragged_dot:
         blocks["ragged_dot"] = (functools.partial(ragged_block, experts_per_token=b.experts_per_token), sparse)
 
-    def compile_both(block: Callable[..., Array], parameters: dict[str, Array]) -> dict[str, Callable[[], Array]]:
+    def compile_both(block: Callable[..., Array], parameters: Any) -> dict[str, Callable[[], Array]]:
         forward = jax.jit(block)
         gradient = jax.jit(jax.grad(lambda parameters, x: jnp.sum(block(parameters, x) ** 2), argnums=(0, 1)))
         return {"forward": lambda: forward(parameters, x), "forward + backward": lambda: gradient(parameters, x)}
@@ -132,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     for column in ("median ms", "median ratio to dense", "ratio, quartiles"):
         table.add_column(column, justify="right")
     for shape in (Shape(*sizes) for sizes in benchmark.shapes):
-        compiled = programs(shape, benchmark.seed, benchmark.ragged_dot)
+        compiled = programs(shape, benchmark.seed, benchmark.ragged_dot, benchmark.biases)
         for direction in ("forward", "forward + backward"):
             calls = {name: calls[direction] for name, calls in compiled.items()}
             seconds = interleaved_seconds(calls, benchmark.repeats)

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from models.experts import run_experts, run_experts_of_layer
-from rspo_jax.sharding import axes_of, check_split, free_axes, on_each_device, parts_of, split_axes
+from models.experts import Activation, Experts, add_down_bias, run_experts, run_experts_of_layer
+from rspo_jax.sharding import axes_of, check_split, constrain, free_axes, on_each_device, parts_of, split_axes
 
 Array = jax.Array
 
@@ -62,79 +62,103 @@ class Layout(NamedTuple):
     def activations(self) -> PartitionSpec:
         return PartitionSpec(self.rows or None, self.tokens or None, None)
 
-    def gate_up(self) -> PartitionSpec:
-        return PartitionSpec(self.experts or None, None, None, self.hidden or None)
+    def parameters(self, experts: Experts) -> Any:
+        """How the experts lie: a tree of specs like `experts`."""
+        return self._specs(experts, embed=())
 
-    def down(self) -> PartitionSpec:
-        return PartitionSpec(self.experts or None, self.hidden or None, None)
+    def gradients(self, experts: Experts) -> Any:
+        """How their gradients lie."""
+        return self._specs(experts, self.embed)
 
-    def gate_up_gradient(self) -> PartitionSpec:
-        return PartitionSpec(self.experts or None, self.embed or None, None, self.hidden or None)
+    def _specs(self, experts: Experts, embed: tuple[str, ...]) -> Any:
+        first, hidden, split = self.experts or None, self.hidden or None, embed or None
+        specs = {
+            "gate_up": PartitionSpec(first, split, None, hidden),
+            "down": PartitionSpec(first, hidden, split),
+            "gate_up_bias": PartitionSpec(first, None, hidden),
+        }
+        return experts._replace(**{name: spec for name, spec in specs.items() if getattr(experts, name) is not None})
 
-    def down_gradient(self) -> PartitionSpec:
-        return PartitionSpec(self.experts or None, self.hidden or None, self.embed or None)
+    def sum_experts(self, gradients: Experts) -> Experts:
+        """Sums over the devices that had tokens of their own for these experts. Where the hidden size of a projection
+        is split, each device gets its own part of the sum."""
+        bias = gradients.gate_up_bias
+        return Experts(
+            gate_up=self._sum_rows(gradients.gate_up, 1),
+            down=self._sum_rows(gradients.down, 2),
+            gate_up_bias=None if bias is None else self._sum_rows(bias),
+        )
 
-    def sum_rows(self, gradient: Array, embed_axis: int) -> Array:
-        """Sums a parameter's gradient over the devices that had tokens of their own for it. Where the parameter's
-        hidden size is split, each device gets its own part of the sum."""
+    def _sum_rows(self, gradient: Array, embed_axis: int | None = None) -> Array:
         axes = tuple(axis for axis in (*self.rows, *self.tokens) if axis not in self.experts)
-        scattered = tuple(axis for axis in self.embed if axis in axes)
-        if scattered:
-            gradient = jax.lax.psum_scatter(gradient, scattered, scatter_dimension=embed_axis, tiled=True)
-        rest = tuple(axis for axis in axes if axis not in scattered)
-        return jax.lax.psum(gradient, rest) if rest else gradient
+        if embed_axis is not None:
+            scattered = tuple(axis for axis in self.embed if axis in axes)
+            if scattered:
+                gradient = jax.lax.psum_scatter(gradient, scattered, scatter_dimension=embed_axis, tiled=True)
+            axes = tuple(axis for axis in axes if axis not in scattered)
+        return jax.lax.psum(gradient, axes) if axes else gradient
 
     def sum_hidden(self, partial: Array) -> Array:
         """Sums over the parts of the experts' hidden layer."""
         return jax.lax.psum(partial, self.hidden) if self.hidden else partial
 
 
-def mix_experts(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> Array:
+def mix_experts(
+    x: Array, weights: Array, expert_ids: Array, experts: Experts, activation: Activation = "silu"
+) -> Array:
     """`run_experts` on rows of tokens, split over the mesh in use (`jax.set_mesh`) if there is one.
 
     Args:
       x: float [B, T, D].
       weights: float [B, T, K], in the dtype of x.
-      expert_ids: int [B, T, K].
-      gate_up: float [E, D, 2, F], in the dtype of x.
-      down: float [E, F, D].
+      expert_ids: int [B, T, K], in [0, E], where E stands for no expert.
+      experts: in the dtype of x.
+      activation: see `models.experts.activate`.
 
     Returns:
-      float [B, T, D]. Differentiable (reverse mode) in x, weights and both projections.
+      float [B, T, D]. Differentiable (reverse mode) in x, weights and experts.
 
     Raises:
       ValueError: if the mesh does not divide rows, experts or their hidden width.
     """
     if not free_axes():
-        return _by_tokens(run_experts, x, weights, expert_ids, gate_up, down)
-    layout = Layout.in_use(*x.shape[1:])
-    _check(x, gate_up)
-    return _mix_spread(x, weights, expert_ids, gate_up, down, layout)
+        return _by_tokens(functools.partial(run_experts, activation=activation), x, weights, expert_ids, experts)
+    layout = Layout.in_use(x.shape[1], x.shape[2])
+    _check(x, experts.gate_up)
+    mixed: Any = _mix_spread(x, weights, expert_ids, experts._replace(down_bias=None), layout, activation)
+    return _add_down_bias(mixed, weights, expert_ids, experts.down_bias)
 
 
 def mix_experts_of_layer(
-    x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layer: Array
+    x: Array, weights: Array, expert_ids: Array, experts: Experts, layer: Array, activation: Activation = "silu"
 ) -> Array:
-    """`mix_experts` with the projections of one layer of a stack, [L, E, D, 2, F] and [L, E, F, D], for decoding."""
+    """`mix_experts` with the experts of one layer of a stack, which have a leading axis L, for decoding."""
+    run = functools.partial(run_experts_of_layer, activation=activation)
     if not free_axes():
-        return _by_tokens(run_experts_of_layer, x, weights, expert_ids, gate_up, down, layer)
-    layout = Layout.in_use(*x.shape[1:])
-    _check(x, gate_up[0])
+        return _by_tokens(run, x, weights, expert_ids, experts, layer)
+    layout = Layout.in_use(x.shape[1], x.shape[2])
+    _check(x, experts.gate_up[0])
 
-    def local(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layer: Array) -> Array:
+    def local(x: Array, weights: Array, expert_ids: Array, experts: Experts, layer: Array) -> Array:
         flat = _flatten(x, weights, expert_ids)
+        run_layer = functools.partial(run, layer=layer)
+        transport = _Gathered(layout, *flat, experts.down.shape[1]) if layout.experts else _AtHome(*flat)
+        return layout.sum_hidden(transport.forward(run_layer, experts)).reshape(x.shape)
 
-        def run(x: Array, weights: Array, expert_ids: Array) -> Array:
-            return run_experts_of_layer(x, weights, expert_ids, gate_up, down, layer)
-
-        mixed = _Gathered(layout, *flat, gate_up.shape[1]).forward(run) if layout.experts else run(*flat)
-        return layout.sum_hidden(mixed).reshape(x.shape)
-
-    spec = layout.activations()
-    stacks = (PartitionSpec(None, *layout.gate_up()), PartitionSpec(None, *layout.down()))
-    return on_each_device(local, (spec, spec, spec, *stacks, PartitionSpec()), spec)(
-        x, weights, expert_ids, gate_up, down, layer
+    spec, rest = layout.activations(), experts._replace(down_bias=None)
+    stacks = jax.tree.map(lambda spec: PartitionSpec(None, *spec), layout.parameters(rest))
+    mixed = on_each_device(local, (spec, spec, spec, stacks, PartitionSpec()), spec)(
+        x, weights, expert_ids, rest, layer
     )
+    down_bias = None if experts.down_bias is None else experts.down_bias[layer].astype(x.dtype)
+    return _add_down_bias(mixed, weights, expert_ids, down_bias)
+
+
+def _add_down_bias(mixed: Array, weights: Array, expert_ids: Array, down_bias: Array | None) -> Array:
+    """Where the tokens are, once: small as it is, the bias comes whole to each device."""
+    if down_bias is not None:
+        down_bias = constrain(down_bias, None, None)
+    return add_down_bias(mixed, weights, expert_ids, down_bias)
 
 
 def _check(x: Array, gate_up: Array) -> None:
@@ -142,7 +166,7 @@ def _check(x: Array, gate_up: Array) -> None:
     check_split("gate_up", gate_up.shape, ("experts", None, None, "expert_hidden"))
 
 
-def _by_tokens(run: Callable[..., Array], x: Array, weights: Array, expert_ids: Array, *parameters: Array) -> Array:
+def _by_tokens(run: Callable[..., Array], x: Array, weights: Array, expert_ids: Array, *parameters: Any) -> Array:
     return run(*_flatten(x, weights, expert_ids), *parameters).reshape(x.shape)
 
 
@@ -154,47 +178,43 @@ def _rows(array: Array) -> Array:
     return array.reshape(-1, array.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _mix_spread(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layout: Layout) -> Array:
-    return _forward(x, weights, expert_ids, gate_up, down, layout)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _mix_spread(
+    x: Array, weights: Array, expert_ids: Array, experts: Experts, layout: Layout, activation: Activation
+) -> Array:
+    return _forward(x, weights, expert_ids, experts, layout, activation)[0]
 
 
 def _forward(
-    x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layout: Layout
+    x: Array, weights: Array, expert_ids: Array, experts: Experts, layout: Layout, activation: Activation
 ) -> tuple[Array, tuple]:
-    def local(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> Array:
-        def run(x: Array, weights: Array, expert_ids: Array) -> Array:
-            return run_experts(x, weights, expert_ids, gate_up, down)
-
-        mixed = _transport(layout, *_flatten(x, weights, expert_ids), gate_up.shape[0]).forward(run)
+    def local(x: Array, weights: Array, expert_ids: Array, experts: Experts) -> Array:
+        transport = _transport(layout, *_flatten(x, weights, expert_ids), experts.down.shape[0])
+        mixed = transport.forward(functools.partial(run_experts, activation=activation), experts)
         return layout.sum_hidden(mixed).reshape(x.shape)
 
     spec = layout.activations()
-    inputs = (x, weights, expert_ids, gate_up, down)
-    return on_each_device(local, (spec, spec, spec, layout.gate_up(), layout.down()), spec)(*inputs), inputs
+    inputs = (x, weights, expert_ids, experts)
+    return on_each_device(local, (spec, spec, spec, layout.parameters(experts)), spec)(*inputs), inputs
 
 
-def _backward(layout: Layout, residuals: tuple, output_gradient: Array) -> tuple:
+def _backward(layout: Layout, activation: Activation, residuals: tuple, output_gradient: Array) -> tuple:
     def local(
-        x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, output_gradient: Array
-    ) -> tuple[Array, ...]:
+        x: Array, weights: Array, expert_ids: Array, experts: Experts, output_gradient: Array
+    ) -> tuple[Array, Array, Experts]:
         flat = _flatten(x, weights, expert_ids)
-        transport = _transport(layout, *flat, gate_up.shape[0])
-        x_gradient, weight_gradient, *of_parameters = transport.backward(
-            gate_up, down, output_gradient.reshape(flat[0].shape)
-        )
-        of_parameters = [
-            layout.sum_rows(gradient.astype(parameter.dtype), embed_axis)
-            for gradient, parameter, embed_axis in zip(of_parameters, (gate_up, down), (1, 2), strict=True)
-        ]
-        x_gradient, weight_gradient = layout.sum_hidden(x_gradient), layout.sum_hidden(weight_gradient)
-        return x_gradient.reshape(x.shape), weight_gradient.reshape(weights.shape), *of_parameters
+        run = functools.partial(run_experts, activation=activation)
+        transport = _transport(layout, *flat, experts.down.shape[0])
+        of_x, of_weights, of_experts = transport.backward(run, experts, output_gradient.reshape(flat[0].shape))
+        of_experts = jax.tree.map(lambda gradient, parameter: gradient.astype(parameter.dtype), of_experts, experts)
+        of_x, of_weights = layout.sum_hidden(of_x), layout.sum_hidden(of_weights)
+        return of_x.reshape(x.shape), of_weights.reshape(weights.shape), layout.sum_experts(of_experts)
 
-    spec, parameters = layout.activations(), (layout.gate_up(), layout.down())
-    gradients = (layout.gate_up_gradient(), layout.down_gradient())
-    spread = on_each_device(local, (spec, spec, spec, *parameters, spec), (spec, spec, *gradients))
-    x_gradient, weight_gradient, *of_parameters = spread(*residuals, output_gradient)
-    return x_gradient, weight_gradient, None, *of_parameters
+    spec, experts = layout.activations(), residuals[3]
+    inputs = (spec, spec, spec, layout.parameters(experts), spec)
+    spread = on_each_device(local, inputs, (spec, spec, layout.gradients(experts)))
+    of_x, of_weights, of_experts = spread(*residuals, output_gradient)
+    return of_x, of_weights, None, of_experts
 
 
 _mix_spread.defvjp(_forward, _backward)
@@ -216,22 +236,22 @@ class _AtHome(NamedTuple):
     weights: Array
     expert_ids: Array
 
-    def forward(self, run: Callable[..., Array]) -> Array:
-        return run(*self)
+    def forward(self, run: Callable[..., Array], experts: Experts) -> Array:
+        return run(*self, experts)
 
-    def backward(self, gate_up: Array, down: Array, output_gradient: Array) -> tuple[Array, ...]:
-        return _gradients(*self, gate_up, down, output_gradient)
+    def backward(self, run: Callable[..., Array], experts: Experts, output_gradient: Array) -> tuple:
+        return _gradients(run, *self, experts, output_gradient)
 
 
 def _gradients(
-    x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, output_gradient: Array
-) -> tuple[Array, ...]:
-    """Of x, weights, gate_up and down; the products of the forward pass that are needed are made again."""
+    run: Callable[..., Array], x: Array, weights: Array, expert_ids: Array, experts: Experts, output_gradient: Array
+) -> tuple[Array, Array, Experts]:
+    """Of x, weights and experts; the products of the forward pass that are needed are made again."""
 
-    def run(x: Array, weights: Array, gate_up: Array, down: Array) -> Array:
-        return run_experts(x, weights, expert_ids, gate_up, down)
+    def mixed(x: Array, weights: Array, experts: Experts) -> Array:
+        return run(x, weights, expert_ids, experts)
 
-    return jax.vjp(run, x, weights, gate_up, down)[1](output_gradient)
+    return jax.vjp(mixed, x, weights, experts)[1](output_gradient)
 
 
 class _Gathered(NamedTuple):
@@ -253,13 +273,13 @@ class _Gathered(NamedTuple):
     def _sum(self, rows: Array) -> Array:
         return jax.lax.psum_scatter(rows, self.layout.experts, scatter_dimension=0, tiled=True)
 
-    def forward(self, run: Callable[..., Array]) -> Array:
-        return self._sum(run(*self._all()))
+    def forward(self, run: Callable[..., Array], experts: Experts) -> Array:
+        return self._sum(run(*self._all(), experts))
 
-    def backward(self, gate_up: Array, down: Array, output_gradient: Array) -> tuple[Array, ...]:
+    def backward(self, run: Callable[..., Array], experts: Experts, output_gradient: Array) -> tuple:
         output_gradient = jax.lax.all_gather(output_gradient, self.layout.experts, tiled=True)
-        of_x, of_weights, *of_parameters = _gradients(*self._all(), gate_up, down, output_gradient)
-        return self._sum(of_x), self._sum(of_weights), *of_parameters
+        of_x, of_weights, of_experts = _gradients(run, *self._all(), experts, output_gradient)
+        return self._sum(of_x), self._sum(of_weights), of_experts
 
 
 class _Round(NamedTuple):
@@ -342,7 +362,7 @@ class _Exchanged(NamedTuple):
             rows = bounds[:-1, None] + place[None, :]
             used = (rows < bounds[1:, None]).reshape(-1)
             assignments = order[jnp.minimum(rows, flat.size - 1).reshape(-1)]
-            moved = (rank >= first) & (rank < first + self.capacity)
+            moved = (rank >= first) & (rank < first + self.capacity) & (device < self.layout.num_groups)
             places = jnp.where(moved, device * self.capacity + rank - first, 0)
             return _Round(assignments // per_token, assignments, used, places, moved)
 
@@ -376,28 +396,28 @@ class _Exchanged(NamedTuple):
         moved = round_.moved.reshape(-1, *(1,) * (rows.ndim - 1))
         return jnp.where(moved, returned, 0).reshape(*self.expert_ids.shape, *rows.shape[1:])
 
-    def forward(self, run: Callable[..., Array]) -> Array:
+    def forward(self, run: Callable[..., Array], experts: Experts) -> Array:
         num_rounds, round_of = self._rounds()
 
         def step(index: Array, mixed: Array) -> Array:
             round_ = round_of(index)
             x, weights, ids, filled = self._send(round_)
-            return mixed + jnp.sum(self._back(run(x, weights, ids), round_, filled.swapped()), axis=1)
+            return mixed + jnp.sum(self._back(run(x, weights, ids, experts), round_, filled.swapped()), axis=1)
 
         return jax.lax.fori_loop(0, num_rounds, step, jnp.zeros_like(self.x))
 
-    def backward(self, gate_up: Array, down: Array, output_gradient: Array) -> tuple[Array, ...]:
+    def backward(self, run: Callable[..., Array], experts: Experts, output_gradient: Array) -> tuple:
         num_rounds, round_of = self._rounds()
 
-        def step(index: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        def step(index: Array, sums: tuple) -> tuple:
             round_ = round_of(index)
             x, weights, ids, filled = self._send(round_)
             came_back = self._swap(output_gradient[round_.tokens], filled)
-            of_x, of_weights, *of_parameters = _gradients(x, weights, ids, gate_up, down, came_back)
+            of_x, of_weights, of_experts = _gradients(run, x, weights, ids, experts, came_back)
             of_x, of_weights = (self._back(rows, round_, filled.swapped()) for rows in (of_x, of_weights))
-            parts = (jnp.sum(of_x, axis=1), of_weights[..., 0], *of_parameters)
-            return tuple(total + part.astype(total.dtype) for total, part in zip(sums, parts, strict=True))
+            parts = (jnp.sum(of_x, axis=1), of_weights[..., 0], of_experts)
+            return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, parts)
 
-        zeros = [jnp.zeros(parameter.shape, jnp.float32) for parameter in (gate_up, down)]
-        start = (jnp.zeros_like(self.x), jnp.zeros_like(self.weights), *zeros)
+        zeros = jax.tree.map(lambda parameter: jnp.zeros(parameter.shape, jnp.float32), experts)
+        start = (jnp.zeros_like(self.x), jnp.zeros_like(self.weights), zeros)
         return jax.lax.fori_loop(0, num_rounds, step, start)

@@ -5,13 +5,14 @@ GPUs the assignments (token, expert) are sorted by expert and go through two gro
 has a fixed number of places, a little more than its share, and all experts multiply at once, which XLA's CPU does
 better than the small products of a loop; the assignments for which no place is left go through such a loop, block by
 block. So does the whole backward pass: there the wide intermediate activations of a block stay in the processor's
-cache, and computing them again costs less than writing and reading them all. Pure functions of arrays: this file must
-never know a router, a model or its configuration.
+cache, and computing them again costs less than writing and reading them all. Biases of the last product take no part
+in any of this: `add_down_bias` gives all tokens theirs in one product. Pure functions of arrays: this file must never
+know a router, a model or its configuration.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +22,99 @@ from models.grouped_matmul import block_size_for, grouped_matmul
 Array = jax.Array
 
 
-def run_experts(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> Array:
-    """Σ_k weights[n, k] · SwiGLU expert `expert_ids[n, k]` of x[n].
+Activation = Literal["silu", "clamped"]
+CLAMP_LIMIT, CLAMP_SLOPE = 7.0, 1.702
+"""Of gpt-oss."""
+
+
+class Experts(NamedTuple):
+    """The parameters of the experts of one layer, or with a leading axis L of a stack of layers."""
+
+    gate_up: Array
+    """float [E, D, 2, F], gate and up projections."""
+    down: Array
+    """float [E, F, D]."""
+    gate_up_bias: Array | None = None
+    """float [E, 2, F]."""
+    down_bias: Array | None = None
+    """float [E, D]."""
+
+
+def activate(gate: Array, up: Array, activation: Activation = "silu") -> Array:
+    """The hidden layer of an expert, or of any gated block, from its two projections: float, all of one shape.
+
+    "silu" is SwiGLU, gate · σ(gate) · up. "clamped" is that of gpt-oss, gate · σ(1.702 · gate) · (up + 1) with gate at
+    most 7 and up within ±7; a clamped number has gradient 0.
+
+    Raises:
+      ValueError: there is no such activation.
+    """
+    gate, up, exponent = _factors(gate, up, activation)
+    return gate * jax.nn.sigmoid(exponent) * up
+
+
+def _factors(gate: Array, up: Array, activation: Activation) -> tuple[Array, Array, Array]:
+    """The hidden layer is gate · σ(exponent) · up of these."""
+    if activation == "silu":
+        return gate, up, gate
+    if activation != "clamped":
+        raise ValueError(f"activation must be 'silu' or 'clamped', got {activation!r}")
+    # Not `jnp.clip`, which halves the gradient of a number that is at the limit, as bfloat16 often is.
+    gate = jnp.where(gate > CLAMP_LIMIT, CLAMP_LIMIT, gate)
+    up = jnp.where(jnp.abs(up) > CLAMP_LIMIT, CLAMP_LIMIT * jnp.sign(up), up)
+    return gate, up + 1, CLAMP_SLOPE * gate
+
+
+def run_experts(
+    x: Array, weights: Array, expert_ids: Array, experts: Experts, activation: Activation = "silu"
+) -> Array:
+    """Σ_k weights[n, k] · expert `expert_ids[n, k]` of x[n].
 
     Args:
       x: float [N, D].
       weights: float [N, K], the combine weights, in the dtype of x.
       expert_ids: int [N, K], in [0, E], where E stands for no expert: it adds nothing, and its weight has gradient 0.
-      gate_up: float [E, D, 2, F], gate and up projections, in the dtype of x.
-      down: float [E, F, D].
+      experts: in the dtype of x.
+      activation: see `activate`.
 
     Returns:
-      float [N, D] in the dtype of x. Differentiable (reverse mode) in x, weights and both projections.
+      float [N, D] in the dtype of x. Differentiable (reverse mode) in x, weights and experts.
     """
-    weights = jnp.where(expert_ids < gate_up.shape[0], weights, 0)
-    arguments = (x, weights, expert_ids, gate_up, down)
-    return jax.lax.platform_dependent(*arguments, cpu=run_experts_in_places, default=run_experts_sorted)
+    weights = jnp.where(expert_ids < experts.down.shape[0], weights, 0)
+    in_places = functools.partial(run_experts_in_places, activation=activation)
+    in_order = functools.partial(run_experts_sorted, activation=activation)
+    arguments = (x, weights, expert_ids, experts._replace(down_bias=None))
+    mixed = jax.lax.platform_dependent(*arguments, cpu=in_places, default=in_order)
+    return add_down_bias(mixed, weights, expert_ids, experts.down_bias)
+
+
+def add_down_bias(mixed: Array, weights: Array, expert_ids: Array, down_bias: Array | None) -> Array:
+    """mixed[…] + Σ_k weights[…, k] · down_bias[expert_ids[…, k]].
+
+    A product with the weights of all experts: they are few, and its gradient is a product too and not a scatter.
+
+    Args:
+      mixed: float […, D].
+      weights: float […, K].
+      expert_ids: int […, K], in [0, E], where E has no bias.
+      down_bias: float [E, D], or None for `mixed` as it is.
+    """
+    if down_bias is None:
+        return mixed
+    chosen = jax.nn.one_hot(expert_ids, down_bias.shape[0], dtype=weights.dtype)
+    of_experts = jnp.sum(chosen * weights[..., None], axis=-2)
+    return mixed + _exact_product(of_experts, down_bias)
+
+
+def _exact_product(left: Array, bias: Array) -> Array:
+    """[…, E] · [E, F] without the rounding of float32 that is usual on TPUs, because an addition would not round."""
+    return jnp.einsum("...e,ef->...f", left, bias, precision=jax.lax.Precision.HIGHEST)
 
 
 def run_experts_of_layer(
-    x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layer: Array
+    x: Array, weights: Array, expert_ids: Array, experts: Experts, layer: Array, activation: Activation = "silu"
 ) -> Array:
-    """`run_experts` with the projections of one layer of a stack, without gradient, for decoding.
+    """`run_experts` with the experts of one layer of a stack, without gradient, for decoding.
 
     A few tokens touch few weights: on the CPU only those of the experts in use are read, from where they lie in the
     stack, while a slice of the whole layer would copy them all at every step.
@@ -51,30 +123,37 @@ def run_experts_of_layer(
       x: float [N, D].
       weights: float [N, K].
       expert_ids: int [N, K].
-      gate_up: float [L, E, D, 2, F], in any floating dtype; products are in that of x.
-      down: float [L, E, F, D].
+      experts: of all layers, with a leading axis L, in any floating dtype; products are in that of x.
       layer: int32 scalar.
+      activation: see `activate`.
 
     Returns:
       float [N, D] in the dtype of x.
     """
-    arguments = (x, weights, expert_ids, gate_up, down, layer)
-    return jax.lax.platform_dependent(*arguments, cpu=_run_blocks_of_layer, default=_run_sorted_layer)
+    in_blocks = functools.partial(_run_blocks_of_layer, activation=activation)
+    in_order = functools.partial(_run_sorted_layer, activation=activation)
+    arguments = (x, weights, expert_ids, experts._replace(down_bias=None), layer)
+    mixed = jax.lax.platform_dependent(*arguments, cpu=in_blocks, default=in_order)
+    down_bias = None if experts.down_bias is None else experts.down_bias[layer].astype(x.dtype)
+    return add_down_bias(mixed, weights, expert_ids, down_bias)
 
 
 def _run_blocks_of_layer(
-    x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layer: Array
+    x: Array, weights: Array, expert_ids: Array, experts: Experts, layer: Array, activation: Activation
 ) -> Array:
-    route = sort_assignments(expert_ids, gate_up.shape[1])
+    route = sort_assignments(expert_ids, experts.down.shape[1])
 
-    def parameters_of(expert: Array) -> tuple[Array, Array]:
-        return gate_up[layer, expert].astype(x.dtype), down[layer, expert].astype(x.dtype)
+    def parameters_of(expert: Array) -> Experts:
+        return jax.tree.map(lambda stack: stack[layer, expert].astype(x.dtype), experts)
 
-    return _multiply_blocks(x, weights, route, parameters_of)
+    return _multiply_blocks(x, weights, route, parameters_of, activation)
 
 
-def _run_sorted_layer(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array, layer: Array) -> Array:
-    return run_experts_sorted(x, weights, expert_ids, gate_up[layer].astype(x.dtype), down[layer].astype(x.dtype))
+def _run_sorted_layer(
+    x: Array, weights: Array, expert_ids: Array, experts: Experts, layer: Array, activation: Activation
+) -> Array:
+    of_layer = jax.tree.map(lambda stack: stack[layer].astype(x.dtype), experts)
+    return run_experts_sorted(x, weights, expert_ids, of_layer, activation)
 
 
 class SortedAssignments(NamedTuple):
@@ -97,20 +176,30 @@ def sort_assignments(expert_ids: Array, num_experts: int) -> SortedAssignments:
     return SortedAssignments(order, jnp.zeros_like(flat).at[order].set(rows, unique_indices=True), group_bounds)
 
 
-def run_experts_sorted(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> Array:
-    """`run_experts` by two grouped products over the assignments in the order of their experts."""
-    num_experts, hidden_size, _, expert_size = gate_up.shape
+def run_experts_sorted(x: Array, weights: Array, expert_ids: Array, experts: Experts, activation: Activation) -> Array:
+    """`run_experts` without `down_bias`, by two grouped products over the assignments in the order of their experts."""
+    num_experts, hidden_size, _, expert_size = experts.gate_up.shape
     route = sort_assignments(expert_ids, num_experts)
     group_sizes = jnp.diff(route.group_bounds)
     # What the products make of rows that are no expert's, and their gradients, is unspecified: it must not get out.
     own = (jnp.arange(weights.size, dtype=jnp.int32) < route.group_bounds[-1])[:, None]
     rows = jnp.where(own, _rows_of_tokens(x, route, weights.shape), 0)
     row_weights = jnp.where(own, _rows_of_tokens(weights.reshape(-1, 1), route, (weights.size, 1)), 0)
-    kernel = gate_up.reshape(num_experts, hidden_size, 2 * expert_size)
-    gate, up = jnp.split(grouped_matmul(rows, kernel, group_sizes), 2, axis=-1)
+    kernel = experts.gate_up.reshape(num_experts, hidden_size, 2 * expert_size)
+    hidden = grouped_matmul(rows, kernel, group_sizes)
+    if experts.gate_up_bias is not None:
+        hidden = hidden + jnp.where(own, _bias_of_rows(experts.gate_up_bias, route), 0)
+    gate, up = jnp.split(hidden, 2, axis=-1)
     # As in `_expert`, the combine weight multiplies before the last product.
-    rows = grouped_matmul(jax.nn.silu(gate) * up * row_weights, down, group_sizes)
+    rows = grouped_matmul(activate(gate, up, activation) * row_weights, experts.down, group_sizes)
     return _sum_rows_of_tokens(jnp.where(own, rows, 0), route, weights.shape)
+
+
+def _bias_of_rows(gate_up_bias: Array, route: SortedAssignments) -> Array:
+    """[E, 2, F] -> [N·K, 2·F]. A product, so that its gradient is one too."""
+    row = jnp.arange(route.assignment_of_row.size, dtype=jnp.int32)[:, None]
+    chosen = (row >= route.group_bounds[None, :-1]) & (row < route.group_bounds[None, 1:])
+    return _exact_product(chosen.astype(gate_up_bias.dtype), gate_up_bias.reshape(gate_up_bias.shape[0], -1))
 
 
 def _take_rows(x: Array, route: SortedAssignments, shape: tuple[int, ...]) -> Array:
@@ -137,14 +226,17 @@ _sum_rows_of_tokens.defvjp(
 )
 
 
-def _expert(x: Array, weights: Array, gate_up: Array, down: Array) -> Array:
-    """One expert on one block: [rows, D], [rows], [D, 2, F], [F, D] -> [rows, D].
+def _expert(x: Array, weights: Array, expert: Experts, activation: Activation) -> Array:
+    """One expert, without axis E, on one block: [rows, D], [rows] -> [rows, D].
 
     The combine weight multiplies before the last product, so that its gradient needs no expert output.
     """
-    hidden_size, _, expert_size = gate_up.shape
-    gate, up = jnp.split(x @ gate_up.reshape(hidden_size, 2 * expert_size), 2, axis=-1)
-    return (jax.nn.silu(gate) * up * weights[:, None]) @ down
+    hidden_size, _, expert_size = expert.gate_up.shape
+    hidden = x @ expert.gate_up.reshape(hidden_size, 2 * expert_size)
+    if expert.gate_up_bias is not None:
+        hidden = hidden + expert.gate_up_bias.reshape(1, 2 * expert_size)
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    return (activate(gate, up, activation) * weights[:, None]) @ expert.down
 
 
 class _Blocks(NamedTuple):
@@ -195,7 +287,8 @@ def _fold_blocks(
     blocks: _Blocks,
     x: Array,
     weights: Array,
-    parameters_of: Callable[[Array], tuple[Array, Array]],
+    parameters_of: Callable[[Array], Experts],
+    activation: Activation,
     write: Callable[[Array, Array, Array, Array], Array],
     carry: Array,
     skip: int = 0,
@@ -213,7 +306,7 @@ def _fold_blocks(
 
         def run_block(first: Array, size: int, carry: Array) -> Array:
             tokens, block_x, block_weights = blocks.inputs(expert, first, size, x, weights)
-            return write(carry, first, tokens, _expert(block_x, block_weights, *parameters))
+            return write(carry, first, tokens, _expert(block_x, block_weights, parameters, activation))
 
         return blocks.loop(expert, run_block, carry, skip)
 
@@ -221,7 +314,11 @@ def _fold_blocks(
 
 
 def _multiply_blocks(
-    x: Array, weights: Array, route: SortedAssignments, parameters_of: Callable[[Array], tuple[Array, Array]]
+    x: Array,
+    weights: Array,
+    route: SortedAssignments,
+    parameters_of: Callable[[Array], Experts],
+    activation: Activation,
 ) -> Array:
     def write(rows: Array, first: Array, tokens: Array, output: Array) -> Array:
         del tokens
@@ -229,7 +326,7 @@ def _multiply_blocks(
 
     blocks = _Blocks.of(route, route.group_bounds.size - 1)
     rows = jnp.zeros((blocks.assignments.size, x.shape[1]), x.dtype)
-    rows = _fold_blocks(blocks, x, weights, parameters_of, write, rows)
+    rows = _fold_blocks(blocks, x, weights, parameters_of, activation, write, rows)
     return _sum_rows_of_tokens(rows, route, weights.shape)
 
 
@@ -304,26 +401,33 @@ def _rank_assignments(expert_ids: Array, num_experts: int) -> SortedAssignments:
     return SortedAssignments(order, row_of_assignment, group_bounds)
 
 
-@jax.custom_vjp
-def run_experts_in_places(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> Array:
-    """`run_experts` by batched products over the places of all experts, and a loop for what has no place; the backward
-    pass by the loop alone."""
-    return _forward(x, weights, expert_ids, gate_up, down)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def run_experts_in_places(
+    x: Array, weights: Array, expert_ids: Array, experts: Experts, activation: Activation
+) -> Array:
+    """`run_experts`, without `down_bias`, by batched products over the places of all experts, and a loop for what has
+    no place; the backward pass by the loop alone."""
+    return _forward(x, weights, expert_ids, experts, activation)[0]
 
 
-def _forward(x: Array, weights: Array, expert_ids: Array, gate_up: Array, down: Array) -> tuple[Array, tuple]:
-    num_experts, hidden_size, _, expert_size = gate_up.shape
+def _forward(
+    x: Array, weights: Array, expert_ids: Array, experts: Experts, activation: Activation
+) -> tuple[Array, tuple]:
+    num_experts, hidden_size, _, expert_size = experts.gate_up.shape
     route = _rank_assignments(expert_ids, num_experts)
     places = _Places.of(route, expert_ids)
     rows = places.take(x, weights.shape).reshape(num_experts, -1, hidden_size)
-    hidden = _product("ecd,edf->ecf", rows, gate_up.reshape(num_experts, hidden_size, 2 * expert_size))
+    hidden = _product("ecd,edf->ecf", rows, experts.gate_up.reshape(num_experts, hidden_size, 2 * expert_size))
+    if experts.gate_up_bias is not None:
+        hidden = hidden + experts.gate_up_bias.reshape(num_experts, 1, 2 * expert_size)
     gate, up = jnp.split(hidden, 2, axis=-1)
+    gate, up, exponent = _factors(gate, up, activation)
     row_weights = places.weights(weights).reshape(num_experts, -1, 1)
-    weighted = jax.lax.optimization_barrier(places.clear_empty(gate * up / (1 + jnp.exp(-gate)) * row_weights))
-    output = _product("ecf,efd->ecd", weighted, down)
+    weighted = jax.lax.optimization_barrier(places.clear_empty(gate * up / (1 + jnp.exp(-exponent)) * row_weights))
+    output = _product("ecf,efd->ecd", weighted, experts.down)
     mixed = places.sum_of_tokens(output, weights.shape)
-    mixed = _add_rest(mixed, x, weights, route, gate_up, down)
-    return mixed, (x, weights, gate_up, down, route)
+    mixed = _add_rest(mixed, x, weights, route, experts, activation)
+    return mixed, (x, weights, experts, route)
 
 
 def _product(spec: str, left: Array, right: Array) -> Array:
@@ -331,57 +435,58 @@ def _product(spec: str, left: Array, right: Array) -> Array:
     return jax.lax.optimization_barrier(jnp.einsum(spec, left, right))
 
 
-def _add_rest(mixed: Array, x: Array, weights: Array, route: SortedAssignments, gate_up: Array, down: Array) -> Array:
+def _add_rest(
+    mixed: Array, x: Array, weights: Array, route: SortedAssignments, experts: Experts, activation: Activation
+) -> Array:
     """Adds what the experts make of the assignments that have no place."""
-
-    def parameters_of(expert: Array) -> tuple[Array, Array]:
-        return gate_up[expert], down[expert]
 
     def write(mixed: Array, first: Array, tokens: Array, output: Array) -> Array:
         del first
         return mixed.at[tokens].add(output)
 
-    num_experts = gate_up.shape[0]
+    num_experts = experts.down.shape[0]
     blocks, places = _Blocks.of(route, num_experts), _places_of_each(weights.size, num_experts)
-    return _fold_blocks(blocks, x, weights, parameters_of, write, mixed, skip=places)
+    parameters_of = functools.partial(_one_of, experts)
+    return _fold_blocks(blocks, x, weights, parameters_of, activation, write, mixed, skip=places)
 
 
-def _backward(residuals: tuple, output_gradient: Array) -> tuple:
-    x, weights, gate_up, down, route = residuals
-    num_experts = gate_up.shape[0]
-    blocks = _Blocks.of(route, num_experts)
+def _one_of(experts: Experts, expert: Array) -> Experts:
+    return jax.tree.map(lambda parameter: parameter[expert], experts)
+
+
+def _backward(activation: Activation, residuals: tuple, output_gradient: Array) -> tuple:
+    x, weights, experts, route = residuals
+    blocks = _Blocks.of(route, experts.down.shape[0])
+    run = functools.partial(_expert, activation=activation)
 
     def run_expert(expert: Array, gradients: tuple) -> tuple:
-        x_rows, weight_rows, gate_up_gradient, down_gradient = gradients
-        parameters = gate_up[expert], down[expert]
+        x_rows, weight_rows, expert_gradients = gradients
+        parameters = _one_of(experts, expert)
 
         def run_block(first: Array, size: int, carry: tuple) -> tuple:
-            x_rows, weight_rows, *sums = carry
+            x_rows, weight_rows, sums = carry
             tokens, block_x, block_weights = blocks.inputs(expert, first, size, x, weights)
-            _, vjp = jax.vjp(_expert, block_x, block_weights, *parameters)
-            x_part, weight_part, *parts = vjp(output_gradient[tokens])
-            sums = [total + part.astype(jnp.float32) for total, part in zip(sums, parts, strict=True)]
-            return _put(x_rows, x_part, first), _put(weight_rows, weight_part, first), *sums
+            _, vjp = jax.vjp(run, block_x, block_weights, parameters)
+            x_part, weight_part, parts = vjp(output_gradient[tokens])
+            sums = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), sums, parts)
+            return _put(x_rows, x_part, first), _put(weight_rows, weight_part, first), sums
 
-        zeros = [jnp.zeros(parameter.shape, jnp.float32) for parameter in parameters]
-        x_rows, weight_rows, gate_up_sum, down_sum = blocks.loop(expert, run_block, (x_rows, weight_rows, *zeros))
-        return (
-            x_rows,
-            weight_rows,
-            gate_up_gradient.at[expert].set(gate_up_sum.astype(gate_up.dtype)),
-            down_gradient.at[expert].set(down_sum.astype(down.dtype)),
+        zeros = jax.tree.map(lambda parameter: jnp.zeros(parameter.shape, jnp.float32), parameters)
+        x_rows, weight_rows, sums = blocks.loop(expert, run_block, (x_rows, weight_rows, zeros))
+        written = jax.tree.map(
+            lambda whole, total: whole.at[expert].set(total.astype(whole.dtype)), expert_gradients, sums
         )
+        return x_rows, weight_rows, written
 
     rows = blocks.assignments.size
     start = (
         jnp.zeros((rows, x.shape[1]), x.dtype),
         jnp.zeros(rows, weights.dtype),
-        jnp.zeros_like(gate_up),
-        jnp.zeros_like(down),
+        jax.tree.map(jnp.zeros_like, experts),
     )
-    x_rows, weight_rows, *parameter_gradients = jax.lax.fori_loop(0, num_experts, run_expert, start)
+    x_rows, weight_rows, expert_gradients = jax.lax.fori_loop(0, experts.down.shape[0], run_expert, start)
     weight_gradient = weight_rows[route.row_of_assignment].reshape(weights.shape)
-    return _sum_rows(x_rows, route, weights.shape), weight_gradient, None, *parameter_gradients
+    return _sum_rows(x_rows, route, weights.shape), weight_gradient, None, expert_gradients
 
 
 run_experts_in_places.defvjp(_forward, _backward)

@@ -18,6 +18,6 @@ def test_ragged_dot_computes_the_same_block():
 
 
 def test_prints_a_row_for_each_shape_direction_and_block(capsys):
-    assert bench_experts.main(["--shapes", "12", "8", "4", "4", "2", "--repeats", "2"]) == 0
+    assert bench_experts.main(["--shapes", "12", "8", "4", "4", "2", "--repeats", "2", "--biases"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "dense" in line or "experts" in line]
-    assert len([line for line in lines if "│" in line]) == 4
+    assert len([line for line in lines if "│" in line]) == 6
