@@ -4,7 +4,9 @@
     Δ   = (1/L) Σ_l d_l                                  γ = exp(−Δ) ∈ (0, 1]
 
 (Router-Shift Policy Optimization, arXiv 2510.23027). r is the softmax over all experts in float32, also where the
-model renormalises over the chosen ones. Both means are inside the exponential.
+model renormalises over the chosen ones. Both means are inside the exponential. The paper says nothing of routers that
+score each expert by a sigmoid (DeepSeek-V3): there r is that sigmoid, without the bias that corrects the choice. Shared
+experts and layers without experts do not count.
 
 The old policy is remembered by the ids of its experts and by their log-probabilities on a grid of 1/1024 nat, and the
 current log-probabilities are rounded to the same grid before the two are compared. Rounding both keeps a policy's shift
@@ -16,6 +18,10 @@ that go along with the model's scan over its layers (`trace_reader`, `drift_read
 `RouterTrace` holds; it must never know a model or a loss.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -24,6 +30,7 @@ from rspo_jax.precision import at_least_float32
 from rspo_jax.types import Array, RouterReader, RouterReading, RouterTrace
 
 LAYER_AGGREGATIONS = ("mean", "sum")
+SCORES = ("softmax", "sigmoid")
 STEPS_PER_NAT = 1024
 """Of the grid. 16 bits reach down to −64 nats; what is less likely is kept as that."""
 ROUNDING_TOLERANCE = 0.01
@@ -31,30 +38,41 @@ ROUNDING_TOLERANCE = 0.01
 two grid points must not jump to the next for that."""
 
 
-def trace_router(router_logits: Array, k: int) -> RouterTrace:
+def trace_router(router_logits: Array, k: int, score: str = "softmax", expert_ids: Array | None = None) -> RouterTrace:
     """Keeps, of the old policy's router logits, what `router_shift` needs later.
 
     Args:
       router_logits: float [L, B, T, E] of the policy that gives `old_log_probs`, at the input positions whose logits
         score the targets.
       k: experts that a token activates, 1 ≤ k ≤ E.
+      score: what turns router logits into r, "softmax" or "sigmoid".
+      expert_ids: int [L, B, T, K], those that the old policy activated; the K with the largest logits when absent,
+        which is wrong for routers that rank by something else too.
 
     Returns:
       The trace; on-policy it makes γ exactly 1.
 
     Raises:
-      ValueError: if the logits do not have four axes, or k is out of range.
+      ValueError: if the logits do not have four axes, k is out of range, or the score is unknown.
     """
     num_experts = _check_router_logits(router_logits)
+    _check_choice("score", score, SCORES)
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be between 1 and the number of experts, {num_experts}; got {k}")
-    _, expert_ids = jax.lax.top_k(at_least_float32(router_logits), k)
-    return _swap_rows_and_layers(jax.vmap(_trace_layer)(router_logits, expert_ids))
+    if expert_ids is None:
+        _, expert_ids = jax.lax.top_k(at_least_float32(router_logits), k)
+    chex.assert_shape(expert_ids, (*router_logits.shape[:-1], k))
+    return _swap_rows_and_layers(jax.vmap(functools.partial(_trace_layer, score))(router_logits, expert_ids))
 
 
-def trace_reader() -> RouterReader:
-    """Reads what `trace_router` keeps, from the experts that the model itself chose; see `trace_of`."""
-    return RouterReader(jax.tree_util.Partial(_read_trace))
+def trace_reader(score: str = "softmax") -> RouterReader:
+    """Reads what `trace_router` keeps, from the experts that the model itself chose; see `trace_of`.
+
+    Raises:
+      ValueError: if the score is unknown.
+    """
+    _check_choice("score", score, SCORES)
+    return RouterReader(jax.tree_util.Partial(_trace_reads(score)))
 
 
 def trace_of(reading: RouterReading) -> RouterTrace:
@@ -62,23 +80,27 @@ def trace_of(reading: RouterReading) -> RouterTrace:
     return _swap_rows_and_layers(reading.layers)
 
 
-def router_shift(router_logits: Array, trace: RouterTrace, layer_aggregation: str = "mean") -> Array:
+def router_shift(
+    router_logits: Array, trace: RouterTrace, layer_aggregation: str = "mean", score: str = "softmax"
+) -> Array:
     """The raw router-shift ratio γ of each token, before the floor.
 
     Args:
       router_logits: float [L, B, T, E] of the current policy, from the same positions as the trace.
       trace: `trace_router` of the old policy.
       layer_aggregation: "mean" over the layers (the paper's geometric mean) or "sum" (a plain product).
+      score: as for the trace.
 
     Returns:
       float32 [B, T] in [0, 1]; exactly 1 where the router did not move. It is differentiable, the rounding to the grid
       counting as none: the losses stop the gradient themselves.
 
     Raises:
-      ValueError: if the shapes do not fit, or the aggregation is unknown.
+      ValueError: if the shapes do not fit, or the aggregation or the score is unknown.
     """
     _check_router_logits(router_logits)
-    _check_aggregation(layer_aggregation)
+    _check_choice("layer_aggregation", layer_aggregation, LAYER_AGGREGATIONS)
+    _check_choice("score", score, SCORES)
     expert_ids, log_probs = layers = _swap_rows_and_layers(trace)
     chex.assert_equal_shape([expert_ids, log_probs])
     num_layers, rows, k, tokens = expert_ids.shape
@@ -92,7 +114,8 @@ def router_shift(router_logits: Array, trace: RouterTrace, layer_aggregation: st
             f"the trace covers [L, B, T] = {(num_layers, rows, tokens)}, the router logits {router_logits.shape[:-1]}: "
             "trace the same batch and the same layers"
         )
-    return _gamma(jnp.sum(jax.vmap(_layer_drift)(router_logits, layers), axis=0), num_layers, layer_aggregation)
+    drift = jax.vmap(functools.partial(_layer_drift, score))(router_logits, layers)
+    return _gamma(jnp.sum(drift, axis=0), num_layers, layer_aggregation)
 
 
 def check_covers(trace: RouterTrace, rows: tuple[int, ...]) -> None:
@@ -106,11 +129,16 @@ def check_covers(trace: RouterTrace, rows: tuple[int, ...]) -> None:
         raise ValueError(f"the old route covers [N, T] = {covered}, the rows {rows}: score the same batch")
 
 
-def drift_reader(trace: RouterTrace) -> RouterReader:
-    """Adds up the drift Σ_l d_l of the current policy against `trace`, without gradient; see `gamma_of`."""
+def drift_reader(trace: RouterTrace, score: str = "softmax") -> RouterReader:
+    """Adds up the drift Σ_l d_l of the current policy against `trace`, without gradient; see `gamma_of`.
+
+    Raises:
+      ValueError: if the score is unknown.
+    """
+    _check_choice("score", score, SCORES)
     rows, _, _, tokens = trace.expert_ids.shape
     start = jnp.zeros((rows, tokens), jnp.float32)
-    return RouterReader(jax.tree_util.Partial(_read_drift, _swap_rows_and_layers(trace)), start)
+    return RouterReader(jax.tree_util.Partial(_drift_reads(score), _swap_rows_and_layers(trace)), start)
 
 
 def gamma_of(reading: RouterReading, trace: RouterTrace, layer_aggregation: str = "mean") -> Array:
@@ -119,22 +147,31 @@ def gamma_of(reading: RouterReading, trace: RouterTrace, layer_aggregation: str 
     Raises:
       ValueError: if the aggregation is unknown.
     """
-    _check_aggregation(layer_aggregation)
+    _check_choice("layer_aggregation", layer_aggregation, LAYER_AGGREGATIONS)
     return _gamma(reading.carry, trace.expert_ids.shape[1], layer_aggregation)
 
 
-def _read_trace(carry: None, router_logits: Array, expert_ids: Array) -> tuple[None, RouterTrace]:
-    return carry, _trace_layer(router_logits, expert_ids)
+# Cached, because a reader is compared by the identity of its function.
+@functools.cache
+def _trace_reads(score: str) -> Callable[..., Any]:
+    def read(carry: None, router_logits: Array, expert_ids: Array) -> tuple[None, RouterTrace]:
+        return carry, _trace_layer(score, router_logits, expert_ids)
+
+    return read
 
 
-def _read_drift(layer: RouterTrace, drift: Array, router_logits: Array, expert_ids: Array) -> tuple[Array, None]:
-    del expert_ids  # those that the old policy activated count
-    return drift + _layer_drift(jax.lax.stop_gradient(router_logits), layer).astype(drift.dtype), None
+@functools.cache
+def _drift_reads(score: str) -> Callable[..., Any]:
+    def read(layer: RouterTrace, drift: Array, router_logits: Array, expert_ids: Array) -> tuple[Array, None]:
+        del expert_ids  # those that the old policy activated count
+        return drift + _layer_drift(score, jax.lax.stop_gradient(router_logits), layer).astype(drift.dtype), None
+
+    return read
 
 
-def _trace_layer(router_logits: Array, expert_ids: Array) -> RouterTrace:
+def _trace_layer(score: str, router_logits: Array, expert_ids: Array) -> RouterTrace:
     """[B, T, E], [B, T, K] -> the trace of one layer, [B, K, T]."""
-    log_probs = _log_probs_at(router_logits, expert_ids)
+    log_probs = _log_scores_at(score, router_logits, expert_ids)
     steps = jnp.clip(jnp.round(-log_probs * STEPS_PER_NAT), 0, jnp.iinfo(jnp.uint16).max)
     id_dtype = jnp.uint8 if router_logits.shape[-1] <= 256 else jnp.uint16
     return RouterTrace(
@@ -142,10 +179,10 @@ def _trace_layer(router_logits: Array, expert_ids: Array) -> RouterTrace:
     )
 
 
-def _layer_drift(router_logits: Array, trace: RouterTrace) -> Array:
+def _layer_drift(score: str, router_logits: Array, trace: RouterTrace) -> Array:
     """d_l of one layer: [B, T, E], [B, K, T] -> [B, T]."""
     expert_ids = jnp.swapaxes(trace.expert_ids, -1, -2).astype(jnp.int32)
-    current = _log_probs_at(router_logits, expert_ids)  # [B, T, K]
+    current = _log_scores_at(score, router_logits, expert_ids)  # [B, T, K]
     old_steps = jnp.swapaxes(trace.log_probs, -1, -2).astype(current.dtype)
     steps = jnp.minimum(-current * STEPS_PER_NAT, jnp.iinfo(jnp.uint16).max) - old_steps
     moved = jnp.sign(steps) * jnp.round(jnp.maximum(jnp.abs(steps) - ROUNDING_TOLERANCE, 0))
@@ -164,10 +201,12 @@ def _swap_rows_and_layers(trace: RouterTrace) -> RouterTrace:
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), trace)
 
 
-def _log_probs_at(router_logits: Array, expert_ids: Array) -> Array:
-    """The log-softmax over E at K of its entries: [..., E], [..., K] -> [..., K]; all E are never written down."""
+def _log_scores_at(score: str, router_logits: Array, expert_ids: Array) -> Array:
+    """log r at K of E entries: [..., E], [..., K] -> [..., K]; those of all E are never written down."""
     logits = at_least_float32(router_logits)
     chosen = jax.lax.platform_dependent(logits, expert_ids, tpu=_pick_by_comparing, default=_pick_by_gathering)
+    if score == "sigmoid":
+        return jax.nn.log_sigmoid(chosen)
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     return (chosen - peak) - jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True))
 
@@ -183,9 +222,9 @@ def _pick_by_comparing(logits: Array, expert_ids: Array) -> Array:
     return jnp.sum(jnp.where(chosen, logits[..., None, :], 0), axis=-1)
 
 
-def _check_aggregation(layer_aggregation: str) -> None:
-    if layer_aggregation not in LAYER_AGGREGATIONS:
-        raise ValueError(f"layer_aggregation must be one of {LAYER_AGGREGATIONS}, got {layer_aggregation!r}")
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def _check_router_logits(router_logits: Array) -> int:

@@ -211,7 +211,7 @@ def score(
     """
 
     def score_part(part: PackedBatch) -> tuple[Array, RouterTrace | None, dict[str, Statistic]]:
-        scores, reading = score_rows(policy, params, part.rows, config.temperature, trace_reader())
+        scores, reading = score_rows(policy, params, part.rows, config.temperature, trace_reader(policy.router_score))
         log_probs, entropy = (unpack(per_token, part.places) for per_token in scores)
         log_ratio = jnp.where(part.mask, log_probs - part.sampler_log_probs, 0)
         statistics: dict[str, Statistic] = {
@@ -254,7 +254,7 @@ def update(
         reader = None
         if route is not None:
             check_covers(route, batch.rows.inputs.shape)
-            reader = drift_reader(route)
+            reader = drift_reader(route, policy.router_score)
         scores, reading = score_rows(policy, params, batch.rows, config.temperature, reader)
         gamma = None
         if route is not None and reading is not None:

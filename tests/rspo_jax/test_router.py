@@ -11,6 +11,8 @@ import oracles
 import pytest
 
 import rspo_jax
+from rspo_jax.router import drift_reader, gamma_of, trace_of, trace_reader
+from rspo_jax.types import RouterReading
 
 SHAPE = (3, 2, 4, 8)
 
@@ -316,3 +318,55 @@ def test_derivative_is_that_of_the_formula():
             slope = np.sign(move[expert]) * (one_hot - probabilities[layer, row, token])
             expected[layer, row, token] -= gamma[row, token] * slope / (2 * len(new))
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-4)
+
+
+def sigmoid_shift(new, old, expert_ids):
+    """exp(−mean over layers and experts of |log σ − log σ_old|) in float64, [B, T]."""
+
+    def log_scores(logits):
+        return np.take_along_axis(-np.logaddexp(0, -logits.astype(np.float64)), expert_ids, axis=-1)
+
+    return np.exp(-np.mean(np.abs(log_scores(new) - log_scores(old)), axis=(0, -1)))
+
+
+def test_sigmoid_scores_are_compared_at_the_experts_that_the_model_chose():
+    old, rng = random_logits(seed=60), np.random.default_rng(61)
+    new = drifted(old, seed=62, drift=0.5)
+    expert_ids = np.argsort(rng.normal(size=SHAPE), axis=-1)[..., :3]  # not those with the largest logits
+    trace = rspo_jax.trace_router(old, 3, "sigmoid", jnp.asarray(expert_ids, jnp.int32))
+    gamma = rspo_jax.router_shift(new, trace, score="sigmoid")
+    np.testing.assert_allclose(gamma, sigmoid_shift(new, old, expert_ids), rtol=0, atol=1e-3)
+    assert not np.allclose(gamma, rspo_jax.router_shift(new, trace), atol=1e-2)
+    np.testing.assert_array_equal(rspo_jax.router_shift(old, trace, score="sigmoid"), 1)
+
+
+def test_readers_of_sigmoid_scores_agree_with_the_functions():
+    old = random_logits(seed=63)
+    new = drifted(old, seed=64, drift=0.5)
+    expert_ids = jnp.argsort(-old, axis=-1)[..., :2].astype(jnp.int32)
+
+    def read(reader, logits):
+        def step(carry, layer):
+            return layer[0](carry, *layer[1:])
+
+        return RouterReading(*jax.lax.scan(step, reader.carry, (reader.read, logits, expert_ids)))
+
+    trace = trace_of(read(trace_reader("sigmoid"), old))
+    expected = rspo_jax.trace_router(old, 2, "sigmoid", expert_ids)
+    jax.tree.map(np.testing.assert_array_equal, trace, expected)
+    gamma = gamma_of(read(drift_reader(trace, "sigmoid"), new), trace)
+    np.testing.assert_allclose(gamma, rspo_jax.router_shift(new, trace, score="sigmoid"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["", "softplus"])
+def test_unknown_scores_are_refused(score):
+    logits = random_logits(seed=65)
+    trace = rspo_jax.trace_router(logits, 2)
+    for call in (
+        lambda: rspo_jax.trace_router(logits, 2, score),
+        lambda: rspo_jax.router_shift(logits, trace, score=score),
+        lambda: trace_reader(score),
+        lambda: drift_reader(trace, score),
+    ):
+        with pytest.raises(ValueError, match=r"score must be one of .*sigmoid"):
+            call()
