@@ -1,14 +1,61 @@
-"""The shape of a model: one frozen dataclass, checked when it is made. It must never know Flax or a checkpoint."""
+"""The shape of a model: one frozen dataclass, checked when it is made. It must never know Flax or a checkpoint.
+
+What tells one family of models from another is a field here, and the transformer reads nothing else.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple, get_args
+
+from models.experts import Activation
+from models.rope import RopeScaling
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
+ROUTERS = ("softmax", "sigmoid")
+ACTIVATIONS = get_args(Activation)
+ATTENTION_BIASES = ("none", "qkv", "all")
+QUERY_KEY_NORMS = ("none", "head", "projection")
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made from one small vector a
+    token, and positions are rotated in a part of the head that all heads' keys share."""
+
+    kv_rank: int
+    """Size of the vector that keys and values are made from."""
+    plain_dim: int
+    """Of a head of queries and keys, what is not rotated."""
+    rotary_dim: int
+    value_dim: int
+    """Head size of the values."""
+    query_rank: int = 0
+    """Size of the vector that queries are made from; 0: straight from the hidden state."""
+
+    def __post_init__(self) -> None:
+        for name in ("kv_rank", "plain_dim", "rotary_dim", "value_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"latent.{name} must be at least 1, got {getattr(self, name)}")
+        if self.rotary_dim % 2:
+            raise ValueError(f"latent.rotary_dim must be even, got {self.rotary_dim}")
+        if self.query_rank < 0:
+            raise ValueError(f"latent.query_rank must be 0 or more, got {self.query_rank}")
+
+
+class Stack(NamedTuple):
+    """Layers of one kind that follow each other. Their parameters lie together, with a leading axis of layers."""
+
+    name: str
+    first: int
+    """Index of the first of them among all layers."""
+    length: int
+    sparse: bool
+    """Whether they have experts."""
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A decoder of the Qwen3-MoE architecture. The defaults are a toy for a laptop's CPU."""
+    """A decoder, by default of the Qwen3-MoE architecture and of a size for a laptop's CPU."""
 
     vocab_size: int = 32
     hidden_size: int = 96
@@ -16,18 +63,51 @@ class TransformerConfig:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 24
+    """Of queries and keys."""
     num_experts: int = 8
-    """Experts of each layer, E."""
+    """Experts of each layer, E; 0 for a model without experts."""
     num_experts_per_token: int = 2
     """Experts that a token activates, K."""
     expert_size: int = 192
     """Hidden width of one SwiGLU expert, F."""
     normalize_expert_weights: bool = True
     """Whether the combine weights of the K chosen experts are divided by their sum."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have one SwiGLU for all tokens in place of experts."""
+    dense_size: int = 0
+    """Hidden width of that SwiGLU."""
+    shared_expert_size: int = 0
+    """Hidden width of an expert that every token goes through, beside its chosen ones; 0: there is none."""
+    gate_shared_expert: bool = False
+    """Whether the shared expert's output is multiplied by a learned sigmoid."""
+    router: str = "softmax"
+    """What turns router logits into scores: a softmax over all experts, or a sigmoid of each."""
+    router_bias: bool = False
+    router_groups: int = 1
+    """For the sigmoid router: groups of experts, of which a token uses the `router_groups_per_token` best."""
+    router_groups_per_token: int = 1
+    expert_weight_scale: float = 1.0
+    """What the combine weights are multiplied by in the end."""
+    expert_biases: bool = False
+    activation: Activation = "silu"
+    """Of the experts: silu(gate) · up, or gpt-oss' clamped form."""
+    attention_bias: str = "none"
+    """Which projections of attention have a bias: none, those of queries, keys and values, or the output's too."""
+    query_key_norm: str = "head"
+    """Whether queries and keys are RMS-normalised, over a head or over all heads together."""
+    clip_qkv: float = 0.0
+    """Queries, keys and values are clamped to ± this; 0: they are not."""
+    attention_sinks: bool = False
+    """Whether each head has a learned logit that takes part in its softmax and adds nothing."""
+    sliding_window: int = 0
+    """How many tokens a token of a sliding layer sees, itself included; 0: no layer slides."""
+    sliding_layers: tuple[int, ...] = ()
+    latent: LatentAttention | None = None
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_epsilon: float = 1e-6
     tie_embeddings: bool = False
     """Whether the output head is the transposed embedding."""
-    rope_theta: float = 10_000.0
-    rms_norm_epsilon: float = 1e-6
     dtype: str = "float32"
     """Of activations; routers, norms and softmaxes are computed in float32 whatever it is."""
     param_dtype: str = "float32"
@@ -35,29 +115,92 @@ class TransformerConfig:
     """What the backward pass computes again: nothing, everything but matrix products ("dots"), or whole layers."""
 
     def __post_init__(self) -> None:
-        counts = (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "num_experts",
-            "num_experts_per_token",
-            "expert_size",
-        )
-        for name in counts:
+        counts = ["vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"]
+        counts += ["num_experts_per_token", "expert_size"] if self.num_experts else ["dense_size"]
+        for name in counts + (["dense_size"] if self.dense_layers else []):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_experts_per_token > self.num_experts:
+        for name in ("num_experts", "shared_expert_size", "sliding_window", "clip_qkv", "dense_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name, choices in (
+            ("remat", REMAT_POLICIES),
+            ("dtype", DTYPES),
+            ("param_dtype", DTYPES),
+            ("router", ROUTERS),
+            ("activation", ACTIVATIONS),
+            ("attention_bias", ATTENTION_BIASES),
+            ("query_key_norm", QUERY_KEY_NORMS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        self._check_experts()
+        self._check_attention()
+
+    def _check_experts(self) -> None:
+        if self.num_experts and self.num_experts_per_token > self.num_experts:
             raise ValueError(
                 f"num_experts_per_token is {self.num_experts_per_token}, but a layer has only {self.num_experts} "
                 "experts: lower the one or raise the other"
             )
+        self._check_layers("dense_layers", self.dense_layers)
+        if self.gate_shared_expert and not self.shared_expert_size:
+            raise ValueError("gate_shared_expert needs a shared expert: set shared_expert_size")
+        groups, chosen = self.router_groups, self.router_groups_per_token
+        if self.router != "sigmoid" and (groups, chosen) != (1, 1):
+            raise ValueError(f"router_groups are for the sigmoid router, but router is {self.router!r}")
+        if not 1 <= chosen <= groups:
+            raise ValueError(f"router_groups_per_token must be between 1 and router_groups ({groups}), got {chosen}")
+        if groups > 1:
+            each, rest = divmod(self.num_experts, groups)
+            if rest or each < 2 or chosen * each < self.num_experts_per_token:
+                raise ValueError(
+                    f"{self.num_experts} experts in {groups} groups, of which a token uses {chosen}: groups must be "
+                    f"equal, of 2 experts or more, and hold {self.num_experts_per_token} experts together"
+                )
+
+    def _check_attention(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        for name, choices in (("remat", REMAT_POLICIES), ("dtype", DTYPES), ("param_dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        self._check_layers("sliding_layers", self.sliding_layers)
+        if bool(self.sliding_layers) != bool(self.sliding_window):
+            raise ValueError("sliding_window and sliding_layers go together: set both or none")
+        if self.latent is None:
+            return
+        if self.head_dim != self.latent.plain_dim + self.latent.rotary_dim or self.num_kv_heads != self.num_heads:
+            raise ValueError(
+                "with latent attention head_dim must be latent.plain_dim + latent.rotary_dim, and num_kv_heads as many "
+                "as num_heads"
+            )
+        without = {
+            "attention_bias": "none",
+            "query_key_norm": "none",
+            "attention_sinks": False,
+            "sliding_window": 0,
+            "clip_qkv": 0.0,
+        }
+        for name, value in without.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"latent attention goes with {name} = {value!r} only, got {getattr(self, name)!r}")
+
+    def _check_layers(self, name: str, layers: tuple[int, ...]) -> None:
+        if list(layers) != sorted({*layers}) or any(not 0 <= layer < self.num_layers for layer in layers):
+            raise ValueError(f"{name} must be ascending, between 0 and {self.num_layers - 1}; got {layers}")
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All layers, in order: one stack called `layers`, or `layers_0`, `layers_1`, … where kinds take turns."""
+        sparse = [bool(self.num_experts) and layer not in self.dense_layers for layer in range(self.num_layers)]
+        bounds = [0, *(layer for layer in range(1, self.num_layers) if sparse[layer] != sparse[layer - 1])]
+        ends = [*bounds[1:], self.num_layers]
+        return tuple(
+            Stack("layers" if len(bounds) == 1 else f"layers_{number}", first, end - first, sparse[first])
+            for number, (first, end) in enumerate(zip(bounds, ends, strict=True))
+        )
+
+    @property
+    def num_sparse_layers(self) -> int:
+        """L of the router logits: layers with experts."""
+        return sum(stack.length for stack in self.stacks if stack.sparse)

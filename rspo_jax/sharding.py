@@ -32,6 +32,7 @@ RULES: Rules = {
     "experts": ("expert",),
     "expert_embed": ("fsdp",),
     "expert_hidden": ("tensor",),
+    "dense_hidden": ("tensor",),
     "vocabulary": ("tensor",),
 }
 """Logical axis -> the mesh axes that split it, the slowest first.

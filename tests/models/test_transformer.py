@@ -11,15 +11,10 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from models import Transformer, TransformerConfig, init_params
-from models.transformer import (
-    Layer,
-    LayerCache,
-    LayerCarry,
-    LayerInputs,
-    MixtureOfExperts,
-    RMSNorm,
-    SharedInputs,
-)
+from models.attention_layers import AttentionInputs, LayerCache
+from models.blocks import RMSNorm
+from models.mixture import MixtureOfExperts
+from models.transformer import Layer, LayerCarry, LayerInputs, SharedInputs
 from rspo_jax.sharding import MESH_AXES, RULES, shardings_of
 from rspo_jax.types import RouterReader
 
@@ -356,11 +351,14 @@ def test_dtypes(dtype, param_dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(param_dtype)}
 
     angles = jnp.zeros((B, T, 1, 3))
-    inputs = SharedInputs(angles, angles, jnp.asarray(SEGMENT_IDS), jnp.asarray(SEGMENT_IDS), jnp.int32(0))
+    segment_ids, zero = jnp.asarray(SEGMENT_IDS), jnp.int32(0)
+    inputs = SharedInputs(AttentionInputs(angles, angles, segment_ids, segment_ids, zero))
     layer_cache = LayerCache(*(jnp.zeros((2, B, 2, T, 6), dtype) for _ in range(2)))
     carry = LayerCarry(jnp.zeros((B, T, 10), dtype), layer_cache, None)
     ((residual, _, _), (router_logits, _)), _ = jax.eval_shape(
-        lambda: Layer(config).init_with_output(jax.random.key(0), carry, LayerInputs(jnp.int32(0), None), inputs)
+        lambda: Layer(config, sparse=True).init_with_output(
+            jax.random.key(0), carry, LayerInputs(zero, zero, None, None), inputs
+        )
     )
     assert residual.dtype == jnp.dtype(dtype) and router_logits.dtype == jnp.float32
 
