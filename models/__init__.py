@@ -1,6 +1,18 @@
 """Mixture-of-Experts language models in Flax Linen, with their router logits as a plain output."""
 
-from models.config import TransformerConfig
+from models.config import LatentAttention, TransformerConfig
+from models.hugging_face.folder import load_config_hf, load_hf, save_hf
+from models.rope import RopeScaling
 from models.transformer import Cache, Transformer, init_params
 
-__all__ = ["Cache", "Transformer", "TransformerConfig", "init_params"]
+__all__ = [
+    "Cache",
+    "LatentAttention",
+    "RopeScaling",
+    "Transformer",
+    "TransformerConfig",
+    "init_params",
+    "load_config_hf",
+    "load_hf",
+    "save_hf",
+]

@@ -1,0 +1,268 @@
+"""Parameters out of a folder of safetensors, straight to where they belong.
+
+The folder is checked against the plan by its headers alone. Then every device's part of every parameter is made on that
+device and filled piece by piece with what it needs of each tensor, so that the host holds a few chunks and never a
+parameter, and each of many processes reads only what its own devices hold. Processes do not speak to each other. This
+file must never know a model family.
+"""
+
+import fnmatch
+import functools
+import json
+import math
+import os
+import pathlib
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from models.hugging_face.tensors import (
+    CHUNK_BYTES,
+    SAFETENSORS_DTYPES,
+    Path,
+    Placed,
+    Plan,
+    flat,
+    natural_order,
+    place_pieces,
+    some,
+    without_mesh,
+)
+
+Array = jax.Array
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class CheckpointFilesError(ValueError):
+    """A folder does not hold the checkpoint that it should, or its files cannot be read."""
+
+
+class StoredTensor(NamedTuple):
+    """What the header of a file says of a tensor."""
+
+    file: pathlib.Path
+    dtype: str
+    """As safetensors calls it, such as "BF16"."""
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+
+
+def read_params(
+    folder: str | os.PathLike[str], plan: Plan, template: Mapping[str, Any], ignored: Collection[str] = ()
+) -> dict[str, Any]:
+    """Reads the parameters of a model.
+
+    Needs host memory for a few chunks of `CHUNK_BYTES`, whatever the sizes of tensors and parameters. In a run of
+    several processes, each calls it and reads what its own devices need.
+
+    Args:
+      folder: with `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
+      plan: for each parameter its pieces.
+      template: a nested dict of `jax.ShapeDtypeStruct`s, or arrays, like the parameters. Leaves with a sharding are
+        read into it, others to the default device of each process, uncommitted. The dtypes are the leaves' own:
+        float32, bfloat16 or float16, whatever the files have.
+      ignored: patterns (`fnmatch`) of names of tensors that the folder may hold beyond the plan.
+
+    Returns:
+      A nested dict of arrays like `template`.
+
+    Raises:
+      ValueError: if plan and template do not fit, or a dtype of the template is not supported.
+      CheckpointFilesError: if the folder does not hold what is planned, or a file cannot be read; no data has been
+        read then.
+    """
+    leaves = flat(template)
+    for path, leaf in leaves.items():
+        if jnp.dtype(leaf.dtype).name not in SAFETENSORS_DTYPES.values():
+            raise ValueError(
+                f"{'/'.join(path)} cannot be read as {leaf.dtype}: give it a float dtype of at most 32 bits"
+            )
+    placed = place_pieces(plan, {path: leaf.shape for path, leaf in leaves.items()})
+    tensors = list_tensors(folder)
+    _check_tensors(pathlib.Path(folder), tensors, placed, ignored)
+    files = _MappedFiles(tensors)
+    with without_mesh():
+        params = [_read_param(files, placed[path], leaf) for path, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(template), params)
+
+
+def list_tensors(folder: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """What the headers of a checkpoint's files say: name -> tensor.
+
+    Raises:
+      CheckpointFilesError: if there is no checkpoint, or its files are damaged or not those of its index.
+    """
+    folder = pathlib.Path(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return _read_header(folder / SINGLE_FILE)
+    if not (folder / INDEX_FILE).is_file():
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f" ({some(others)} must be converted to safetensors first)" if others else ""
+        raise CheckpointFilesError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    names_of = _read_index(folder / INDEX_FILE)
+    if absent := [file for file in names_of if not (folder / file).is_file()]:
+        raise CheckpointFilesError(
+            f"{folder / INDEX_FILE} names {some(absent)}, which the folder lacks: fetch it again"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for file, names in names_of.items():
+        found = _read_header(folder / file)
+        if absent := [name for name in names if name not in found]:
+            raise CheckpointFilesError(f"{folder / file} lacks {some(absent)}, which the index says it holds")
+        if twice := [name for name in found if name in tensors]:
+            raise CheckpointFilesError(f"{folder / file} holds {some(twice)}, as {tensors[twice[0]].file.name} does")
+        tensors |= found
+    return tensors
+
+
+def _read_index(path: pathlib.Path) -> dict[str, list[str]]:
+    """File -> the names of its tensors."""
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        names_of: dict[str, list[str]] = defaultdict(list)
+        for name, file in weight_map.items():
+            if pathlib.PurePath(file).name != file:
+                raise ValueError(f"{file!r} is not the name of a file in the folder")
+            names_of[file].append(name)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointFilesError(f"{path} cannot be read as an index ({error!r}): fetch it again") from error
+    return dict(sorted(names_of.items()))
+
+
+def _read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(path, framework="numpy"):  # which checks that header and file belong together
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointFilesError(
+            f"{path} cannot be read ({error}): it is damaged or incomplete, fetch it again"
+        ) from error
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def _check_tensors(
+    folder: pathlib.Path,
+    tensors: Mapping[str, StoredTensor],
+    placed: Mapping[Path, Sequence[Placed]],
+    ignored: Collection[str],
+) -> None:
+    planned = {piece.name: piece.shape for pieces in placed.values() for piece in pieces}
+    extra = [
+        name
+        for name in sorted(tensors.keys() - planned.keys(), key=natural_order)
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored)
+    ]
+    for name in sorted([*(planned.keys() & tensors.keys()), *extra], key=natural_order):
+        if tensors[name].dtype not in SAFETENSORS_DTYPES:
+            raise CheckpointFilesError(
+                f"{name} in {tensors[name].file} is of dtype {tensors[name].dtype}, and only "
+                f"{', '.join(SAFETENSORS_DTYPES)} can be read: quantized weights must be converted first"
+            )
+    missing = sorted(planned.keys() - tensors.keys(), key=natural_order)
+    faults = [f"lacks {some(missing)}, which the model needs"] if missing else []
+    faults += [f"holds {some(extra)}, which the model does not know"] if extra else []
+    if faults:
+        raise CheckpointFilesError(f"{folder} does not fit its config.json: it {', and it '.join(faults)}")
+    for name, shape in planned.items():
+        if tensors[name].shape != shape:
+            raise CheckpointFilesError(
+                f"{name} in {tensors[name].file} has shape {list(tensors[name].shape)}, where the model needs "
+                f"{list(shape)}"
+            )
+
+
+class _MappedFiles:
+    """Tensors as views of their files. Only what is looked at is read; the pages are the system's to take back."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._tensors = tensors
+        self._bytes = functools.cache(lambda file: np.memmap(file, np.uint8, "r"))
+
+    def tensor(self, name: str) -> np.ndarray:
+        stored = self._tensors[name]
+        dtype = jnp.dtype(SAFETENSORS_DTYPES[stored.dtype])
+        size = math.prod(stored.shape) * dtype.itemsize
+        content = self._bytes(stored.file)[stored.offset : stored.offset + size]
+        return content.view(dtype).reshape(stored.shape)
+
+
+def _read_param(files: _MappedFiles, pieces: Sequence[Placed], leaf: Any) -> Array:
+    sharding = None if isinstance(leaf, jax.Array) and not leaf.committed else leaf.sharding
+    if sharding is None:
+        whole = tuple(range(size) for size in leaf.shape)
+        return _read_shards(files, pieces, whole, leaf.dtype, [None])[0]
+    devices_of: dict[tuple[range, ...], list[Any]] = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(tuple(leaf.shape)).items():
+        assert index is not None
+        box = tuple(range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True))
+        devices_of[box].append(device)
+    shards: list[Array] = []
+    for box, devices in devices_of.items():
+        shards += _read_shards(files, pieces, box, leaf.dtype, devices)
+    return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, shards)
+
+
+def _read_shards(
+    files: _MappedFiles, pieces: Iterable[Placed], box: tuple[range, ...], dtype: Any, devices: Sequence[Any]
+) -> list[Array]:
+    """One part of a parameter, on each of some devices."""
+    shards = [_zeros(tuple(map(len, box)), dtype, device) for device in devices]
+    under_way = 0
+    for piece in pieces:
+        part = piece.cut(box)
+        if part is None:
+            continue
+        tensor = files.tensor(piece.name)
+        for chunk in part.chunks(CHUNK_BYTES // tensor.itemsize):
+            # Transposed on the way to the device, which JAX does several times faster than NumPy, or XLA on a CPU.
+            content = np.require(chunk.view(tensor).transpose(chunk.order), requirements="A")
+            start = tuple(np.int32(place - places.start) for place, places in zip(chunk.start, box, strict=True))
+            shards = [
+                _fill(shard, jax.device_put(content, device), start, chunk.sizes)
+                for shard, device in zip(shards, devices, strict=True)
+            ]
+            under_way += content.nbytes * len(devices)
+            if under_way >= CHUNK_BYTES:  # what has been handed over stays on the host until it is used
+                jax.block_until_ready(shards)
+                under_way = 0
+    return jax.block_until_ready(shards)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, device: Any) -> Array:
+    if device is None:
+        return jnp.zeros(shape, dtype)
+    with jax.default_device(device):  # to name the device to `jnp.zeros` would make them on the first, and move them
+        return jnp.zeros(shape, dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _fill(shard: Array, content: Array, start: tuple[Any, ...], sizes: tuple[int, ...]) -> Array:
+    """`shard` with a block of those sizes at `start`; in place, as the shard is donated."""
+    block = content.reshape(sizes).astype(shard.dtype)
+
+    def update_bits(shard: Array, block: Array) -> Array:
+        bits = jnp.uint16 if shard.dtype.itemsize == 2 else jnp.uint32
+        updated = jax.lax.dynamic_update_slice(shard.view(bits), block.view(bits), start)
+        return updated.view(shard.dtype)
+
+    def update(shard: Array, block: Array) -> Array:
+        return jax.lax.dynamic_update_slice(shard, block, start)
+
+    # On a CPU, XLA takes all of a bfloat16 array through float32 to update a part of it; on a TPU it is the bits of all
+    # of it that it copies.
+    return jax.lax.platform_dependent(shard, block, cpu=update_bits, default=update)
