@@ -1,0 +1,130 @@
+"""Programming problems in a JSONL file: what one is, and how a line is read and checked.
+
+Each line is an object with "prompt", "tests" and, if the tests call a function, "entry_point"; "solution" is optional.
+This module must never know how a response is run.
+"""
+
+import json
+import keyword
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_FIELDS = {"prompt", "tests", "entry_point", "solution"}
+
+
+class Test(NamedTuple):
+    """One test: what the response is given, and what must come out of it."""
+
+    __test__ = False  # not one of pytest's
+
+    given: Any
+    """The text of standard input for a program, the list of arguments for a function."""
+    expected: Any
+    """The text of standard output for a program, a JSON value for a function."""
+
+
+class Problem(NamedTuple):
+    """One programming problem."""
+
+    prompt: str
+    tests: tuple[Test, ...]
+    entry_point: str | None
+    """The function that the tests call, or "Class.method". None: the response is a program that reads and prints."""
+    solution: str | None
+    """Python code that passes, for the warm start."""
+
+
+def load_problems(path: str) -> list[Problem]:
+    """Reads all problems of a file; empty lines are passed over.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file and line, if a line is not a problem, or if there is none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path} with problems; each of its lines is to be one, as JSON.")
+    problems = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            problems.append(_problem(line))
+        except (ValueError, RecursionError) as error:  # all that a damaged line can raise
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not problems:
+        raise ValueError(f"{path} holds no problem; each of its lines is to be one, as JSON.")
+    return problems
+
+
+def _problem(line: bytes) -> Problem:
+    fields = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    _check_object(fields, "the line", required={"prompt", "tests"}, allowed=_FIELDS)
+    for name in ("prompt", "entry_point", "solution"):
+        value = fields.get(name)
+        if not isinstance(value, str | None) or (name == "prompt" and not value):
+            raise ValueError(f"{name!r} is {_short(value)}, but it has to be text.")
+    entry_point, tests = fields.get("entry_point"), fields["tests"]
+    if entry_point is not None and not _is_entry_point(entry_point):
+        raise ValueError(
+            f"'entry_point' is {_short(entry_point)}; it has to name a function, or a method as 'Class.method'."
+        )
+    if not isinstance(tests, list) or not tests:
+        raise ValueError(f"'tests' is {_short(tests)}, but it has to be a list of one test or more.")
+    make = _program_test if entry_point is None else _call_test
+    return Problem(
+        prompt=fields["prompt"],
+        tests=tuple(make(test, f"test {number}") for number, test in enumerate(tests, start=1)),
+        entry_point=entry_point,
+        solution=fields.get("solution"),
+    )
+
+
+def _program_test(test: Any, name: str) -> Test:
+    _check_object(test, name, required={"input", "output"})
+    for field in ("input", "output"):
+        if not isinstance(test[field], str):
+            raise ValueError(f"{field!r} of {name} is {_short(test[field])}, but it has to be text.")
+    if not test["output"].strip():
+        raise ValueError(f"'output' of {name} is empty, so a program that does nothing would pass; leave the test out.")
+    return Test(test["input"], test["output"])
+
+
+def _call_test(test: Any, name: str) -> Test:
+    _check_object(test, name, required={"arguments", "result"})
+    if not isinstance(test["arguments"], list):
+        raise ValueError(f"'arguments' of {name} is {_short(test['arguments'])}, but it has to be a list.")
+    return Test(test["arguments"], test["result"])
+
+
+def _check_object(value: Any, name: str, required: set[str], allowed: set[str] | None = None) -> None:
+    if isinstance(value, str):
+        raise ValueError(
+            f"{name} is the text {_short(value)}, but it has to be an object with {_listed(required)}. A statement "
+            "such as an assert would run beside the response, which could change what it means."
+        )
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {_short(value)}, but it has to be an object with {_listed(required)}.")
+    if missing := required - set(value):
+        raise ValueError(f"{name} has no {_listed(missing)}.")
+    if unknown := set(value) - (allowed or required):
+        raise ValueError(
+            f"{name} has {_listed(unknown)}, which nothing reads; its fields are {_listed(allowed or required)}."
+        )
+
+
+def _is_entry_point(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) <= 2 and all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value, and no result equals it.")
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
