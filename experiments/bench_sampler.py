@@ -59,7 +59,7 @@ class Case:
 
 def _cases() -> dict[str, Case]:
     run = RUNS["countdown"]()
-    countdown = dataclasses.replace(run.model, rope_theta=ROPE_THETA)
+    countdown = dataclasses.replace(run.architecture(), rope_theta=ROPE_THETA)
     dense = dataclasses.replace(
         countdown,
         num_experts=1,

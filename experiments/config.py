@@ -9,19 +9,23 @@ import json
 import os
 import typing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from etils import epath
 
 import models
+from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownConfig, CountdownReward
 from experiments.tasks.countdown.task import CountdownTask
+from experiments.tasks.mathematics.config import MathConfig
+from experiments.text import ChatConfig, HuggingFaceTokenizer
 from rspo_jax.files import FilePath, as_path
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import LearnerConfig, OptimizerConfig
-from rspo_jax.trainer_config import TrainerConfig, WarmStartConfig, check_learner
+from rspo_jax.trainer_config import EvaluationConfig, TrainerConfig, WarmStartConfig, check_learner
+from rspo_jax.types import Params, Task
 
 Config = TypeVar("Config")
 Place = Annotated[
@@ -83,7 +87,40 @@ class ObjectiveOptions:
 
 
 @dataclass(frozen=True)
-class CountdownRun:
+class Run:
+    """What the commands know of a run of any task. Fields and defaults are the task's own."""
+
+    objective: Annotated[ObjectiveOptions, tyro.conf.arg(name="")] = ObjectiveOptions()
+    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig()
+
+    def check(self) -> None:
+        """Raises ValueError if something is missing that has no default, or a file says that the run cannot be."""
+
+    def architecture(self) -> models.TransformerConfig:
+        """The shape of the model."""
+        raise NotImplementedError
+
+    def build_task(self) -> Task:
+        raise NotImplementedError
+
+    def load_params(self) -> Params | None:
+        """Parameters to start from, on the mesh in use; None for fresh ones."""
+        return None
+
+    def learner(self) -> LearnerConfig:
+        return LearnerConfig(
+            objective=self.objective.objective,
+            objective_config=self.objective.config(),
+            layer_aggregation=self.objective.layer_aggregation,
+            temperature=self.trainer.sampler.temperature,
+            micro_batches=self.objective.micro_batches,
+            row_length=self.objective.row_length,
+            route_on_host=self.objective.route_on_host,
+        )
+
+
+@dataclass(frozen=True)
+class CountdownRun(Run):
     """Train a small Mixture-of-Experts model on Countdown: reach a number by arithmetic on a few given ones."""
 
     task: CountdownConfig = CountdownConfig(train=12_000, validation=500, test=1_500)
@@ -125,33 +162,111 @@ class CountdownRun:
             )
         check_learner(self.trainer, self.learner())
 
-    def learner(self) -> LearnerConfig:
-        return LearnerConfig(
-            objective=self.objective.objective,
-            objective_config=self.objective.config(),
-            layer_aggregation=self.objective.layer_aggregation,
-            temperature=self.trainer.sampler.temperature,
-            micro_batches=self.objective.micro_batches,
-            row_length=self.objective.row_length,
-            route_on_host=self.objective.route_on_host,
-        )
+    def architecture(self) -> models.TransformerConfig:
+        return self.model
 
     def build_task(self) -> CountdownTask:
         return CountdownTask(self.task, self.reward, self.data_dir)
 
 
-RUNS: dict[str, type[CountdownRun]] = {"countdown": CountdownRun}
+@dataclass(frozen=True)
+class FolderRun(Run):
+    """A run that starts from a model in a Hugging Face folder, and reads and writes with its tokenizer."""
+
+    model: str = ""
+    """The folder: config.json, *.safetensors, and the tokenizer. It has to stay where it is as long as the run goes
+    on. Every process reads it, so all hosts must see it."""
+    chat: ChatConfig = ChatConfig()
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of activations; what the folder's weights are in when absent."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of parameters and optimizer."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass computes again."""
+
+    def check(self) -> None:
+        if not self.model:
+            raise ValueError("a run needs a model to start from: name its Hugging Face folder with --model")
+        self.tokenizer().check_model(self.architecture().vocab_size)
+
+    def architecture(self) -> models.TransformerConfig:
+        return dataclasses.replace(
+            models.load_config_hf(self.model, self.dtype, self.param_dtype),
+            remat=self.remat,
+        )
+
+    def tokenizer(self) -> HuggingFaceTokenizer:
+        return HuggingFaceTokenizer(self.model, self.chat)
+
+    def load_params(self) -> Params:
+        rules = self.trainer.mesh.parameter_rules
+        return models.load_hf(self.model, self.dtype, self.param_dtype, rules=rules)[1]
+
+
+def _trainer_from_folder(max_new_tokens: int) -> TrainerConfig:
+    """Defaults that fit a pre-trained model: no warm start, a small learning rate, long responses."""
+    return TrainerConfig(
+        steps=200,
+        prompts=128,
+        group_size=8,
+        max_prompt_tokens=1024,
+        sampler=SamplerConfig(max_new_tokens=max_new_tokens),
+        optimizer=OptimizerConfig(learning_rate=1e-6),
+        warm_start=WarmStartConfig(steps=0),
+        evaluation=EvaluationConfig(problems=200),
+    )
+
+
+@dataclass(frozen=True)
+class MathRun(FolderRun):
+    """Train a model from a Hugging Face folder on mathematics, with rewards from a verifier of answers."""
+
+    task: MathConfig = MathConfig()
+    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: _trainer_from_folder(max_new_tokens=3072)
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.task.check()
+
+    def build_task(self) -> Task:
+        from experiments.tasks.mathematics.task import MathTask
+
+        return MathTask(self.task, self.tokenizer())
+
+
+@dataclass(frozen=True)
+class CodeRun(FolderRun):
+    """Train a model from a Hugging Face folder on programming, with rewards from tests that run in a sandbox."""
+
+    task: CodeConfig = CodeConfig()
+    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: _trainer_from_folder(max_new_tokens=3072)
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.task.check()
+
+    def build_task(self) -> Task:
+        from experiments.tasks.code.task import CodeTask
+
+        return CodeTask(self.task, self.tokenizer())
+
+
+RUNS: dict[str, type[Run]] = {"countdown": CountdownRun, "mathematics": MathRun, "code": CodeRun}
 """The one table of tasks; the commands' choices come from it."""
 
 
-def save_config(path: FilePath, name: str, run: CountdownRun) -> None:
+def save_config(path: FilePath, name: str, run: Run) -> None:
     """Writes `config.json`."""
     from rspo_jax.metrics import write_json
 
     write_json(path, {"task_name": name} | dataclasses.asdict(run))
 
 
-def load_config(path: FilePath) -> tuple[str, CountdownRun]:
+def load_config(path: FilePath) -> tuple[str, Run]:
     """Reads what `save_config` wrote.
 
     Raises:
@@ -180,6 +295,7 @@ def _from_dict(config_type: type[Config], values: dict[str, Any], where: str) ->
 
 def _from_value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, dict):
+        hint = next((option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)), hint)
         return _from_dict(hint, value, where)
     if isinstance(value, list) and typing.get_origin(hint) is tuple:
         return tuple(value)

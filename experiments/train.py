@@ -18,7 +18,7 @@ import tyro
 from etils import epath
 
 import models
-from experiments.config import RUNS, CountdownRun, Place, differences, load_config, save_config
+from experiments.config import RUNS, Place, Run, differences, load_config, save_config
 from experiments.plots import draw_curves
 from experiments.tasks.countdown import SPLITS
 from rspo_jax.agreement import Agreement, is_primary
@@ -26,7 +26,7 @@ from rspo_jax.checkpoint import CheckpointError, CheckpointMismatch
 from rspo_jax.distributed import ClusterConfig, ClusterError, joined
 from rspo_jax.files import as_path
 from rspo_jax.metrics import read_metrics, write_json
-from rspo_jax.rollout import check_solutions, prompt_width
+from rspo_jax.rollout import check_solutions, usable_problems
 from rspo_jax.run_state import state_on_mesh
 from rspo_jax.sharding import make_mesh
 from rspo_jax.trainer import Stopped, train
@@ -70,8 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         with joined(folder.cluster, way_out="start all processes again with --resume") as membership:
             try:
                 keep_compiled_programs(folder)
-                check_data(run)
-                check_devices(run)
+                check_devices(run, check_data(run))
                 return train_in(agree_on_folder(name, run, folder), run, folder.resume)
             except (UserError, CheckpointError, CheckpointMismatch) as error:
                 return membership.give_up(str(error), complain(error))
@@ -85,7 +84,7 @@ def complain(error: Exception) -> int:
     return MISTAKE
 
 
-def parse(arguments: list[str]) -> tuple[str, CountdownRun, Folder]:
+def parse(arguments: list[str]) -> tuple[str, Run, Folder]:
     """Flags to a task's name, a checked run, and its folder. With --resume the run's own config gives the defaults.
 
     Raises:
@@ -108,16 +107,17 @@ def parse(arguments: list[str]) -> tuple[str, CountdownRun, Folder]:
             prog="python -m experiments.train",
             description="Train with reinforcement learning.",
         )
+        run.check()
     except ValueError as error:
         raise UserError(str(error)) from error
     return name, run, folder if resumed is None else dataclasses.replace(folder, run_dir=resumed, resume=True)
 
 
-def _command(name: str, default: CountdownRun) -> Callable[..., tuple[str, CountdownRun, Folder]]:
+def _command(name: str, default: Run) -> Callable[..., tuple[str, Run, Folder]]:
     def command(
-        run: Annotated[CountdownRun, tyro.conf.arg(name="")] = default,
+        run: Annotated[Run, tyro.conf.arg(name="")] = default,
         folder: Annotated[Folder, tyro.conf.arg(name="")] = Folder(),
-    ) -> tuple[str, CountdownRun, Folder]:
+    ) -> tuple[str, Run, Folder]:
         return name, run, folder
 
     command.__doc__ = type(default).__doc__
@@ -157,32 +157,36 @@ def _newest_folder(name: str) -> epath.Path:
     return candidates[-1].parent
 
 
-def check_data(run: CountdownRun) -> None:
+def check_data(run: Run) -> int:
     """Finds what is wrong with a run that only its problems show, before anything is written or compiled.
 
+    Returns:
+      The longest prompt, in tokens.
+
     Raises:
-      UserError: if there are too few problems, or a worked solution does not fit a response.
+      UserError: if there are too few problems, all of a split are too long, or a worked solution does not fit a
+        response.
     """
     task = run.build_task()
     try:
-        problems = {split: task.problems(split) for split in SPLITS}
+        splits = {split: usable_problems(task, task.problems(split), run.trainer.max_prompt_tokens) for split in SPLITS}
         if run.trainer.warm_start.steps:
-            check_solutions(task, problems["train"], run.trainer.sampler.max_new_tokens)
+            check_solutions(task, splits["train"].problems, run.trainer.sampler.max_new_tokens)
     except ValueError as error:
         raise UserError(str(error)) from error
+    return max(usable.width for usable in splits.values())
 
 
-def check_devices(run: CountdownRun) -> None:
+def check_devices(run: Run, prompt_width: int) -> None:
     """Finds what is wrong with a run's mesh on the devices that there are, before anything is written or compiled.
 
     Raises:
       UserError: if the mesh does not fit the devices, or does not divide what a step works on or a parameter.
     """
-    task, model = run.build_task(), run.model
-    width = max(prompt_width(task, task.problems(split)) for split in SPLITS)
+    model = run.architecture()
     try:
         mesh = make_mesh(run.trainer.mesh)
-        check_mesh(run.trainer, run.learner(), mesh, width + run.trainer.sampler.max_new_tokens - 1)
+        check_mesh(run.trainer, run.learner(), mesh, prompt_width + run.trainer.sampler.max_new_tokens - 1)
         state_on_mesh(models.Transformer(model), functools.partial(models.init_params, model), run.trainer, mesh)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -198,7 +202,7 @@ def keep_compiled_programs(folder: Folder) -> None:
     jax.config.update("jax_compilation_cache_dir", os.fspath(place))
 
 
-def agree_on_folder(name: str, run: CountdownRun, folder: Folder) -> epath.Path:
+def agree_on_folder(name: str, run: Run, folder: Folder) -> epath.Path:
     """Lets process 0 prepare the run's folder for all; returns its path.
 
     Raises:
@@ -222,7 +226,7 @@ def agree_on_folder(name: str, run: CountdownRun, folder: Folder) -> epath.Path:
     return run_dir
 
 
-def _check_same(given: dict[int, tuple[str, CountdownRun, tuple[str | None, bool]]]) -> None:
+def _check_same(given: dict[int, tuple[str, Run, tuple[str | None, bool]]]) -> None:
     name, run, place = given[0]
     for process, (other_name, other_run, other_place) in given.items():
         if (other_name, other_run, other_place) != (name, run, place):
@@ -231,7 +235,7 @@ def _check_same(given: dict[int, tuple[str, CountdownRun, tuple[str | None, bool
             raise UserError(f"process {process} was started otherwise than process 0 ({what}): give all the same flags")
 
 
-def prepare_folder(name: str, run: CountdownRun, folder: Folder) -> epath.Path:
+def prepare_folder(name: str, run: Run, folder: Folder) -> epath.Path:
     """Makes the run's folder and writes its `config.json`; says how a resumed run's configuration changed.
 
     Raises:
@@ -240,7 +244,7 @@ def prepare_folder(name: str, run: CountdownRun, folder: Folder) -> epath.Path:
     run_dir = folder.run_dir or RUNS_FOLDER / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if folder.resume:
         _, saved = load_config(run_dir / "config.json")
-        _check_same_shapes(saved.model, run.model)
+        _check_same_shapes(saved.architecture(), run.architecture())
         changes = differences(saved, run)
         if changes:
             print("changed since the run was started: " + "; ".join(changes))
@@ -267,27 +271,30 @@ def _check_same_shapes(saved: models.TransformerConfig, given: models.Transforme
             )
 
 
-def train_in(run_dir: epath.Path, run: CountdownRun, resume: bool) -> int:
+def train_in(run_dir: epath.Path, run: Run, resume: bool) -> int:
     """Trains; process 0 then writes summary and curves and says where they are. Returns the exit code."""
     name = next(name for name, run_type in RUNS.items() if type(run) is run_type)
     say = print if is_primary() else _say_nothing
     say(f"run folder: {run_dir}")
+    model, task = run.architecture(), run.build_task()
     try:
         _, seconds = train(
-            models.Transformer(run.model),
-            functools.partial(models.init_params, run.model),
-            run.build_task(),
+            models.Transformer(model),
+            functools.partial(models.init_params, model),
+            task,
             run.learner(),
             run.trainer,
             run_dir,
             resume,
+            run.load_params,
         )
     except Stopped as stop:
         say(f"{stop}: state saved. To go on:\n  {_resume_command(name, run_dir)}")
         return STOPPED
     if is_primary():
         curves = draw_curves(run_dir)
-        summary = summarize(run_dir, run, seconds)
+        problems = usable_problems(task, task.problems("test"), run.trainer.max_prompt_tokens).problems
+        summary = summarize(run_dir, run, len(problems), seconds)
         write_json(run_dir / "summary.json", summary)
         say(report(summary))
         say(f"  curves:  {curves}\n  summary: {run_dir / 'summary.json'}")
@@ -309,13 +316,13 @@ def _resume_command(name: str, run_dir: epath.Path) -> str:
     return f"{sys.executable} -m experiments.train {name} --run-dir {run_dir} --resume{others}"
 
 
-def summarize(run_dir: epath.Path, run: CountdownRun, seconds: float) -> dict[str, Any]:
+def summarize(run_dir: epath.Path, run: Run, test_problems: int, seconds: float) -> dict[str, Any]:
     """What `summary.json` holds: solve rates on the test split before and after, with 95 % intervals."""
     rows = [row for row in read_metrics(run_dir) if "test_sampled" in row]
     first, last = rows[0], rows[-1]
     skipped = int(sum(row.get("skipped_updates", 0) for row in read_metrics(run_dir)))
     summary: dict[str, Any] = {"objective": run.objective.objective, "seed": run.trainer.seed, "steps": last["step"]}
-    summary["test_problems"] = run.task.test
+    summary["test_problems"] = test_problems
     for mode, suffix in (("sampled", ""), ("greedy", "_greedy")):
         for name, row in (("warm_start", first), ("final", last)):
             summary[f"{name}_solve_rate{suffix}"] = row[f"test_{mode}"]

@@ -16,7 +16,7 @@ import numpy as np
 from rspo_jax.packing import balanced_parts, pack_rollout, padding_fraction, plan_packing
 from rspo_jax.sampler import SamplerConfig, generate, pad_prompts
 from rspo_jax.sharding import fetch, fetch_own, from_own, own_rows, parts_of
-from rspo_jax.types import Array, PackedBatch, Params, Policy, RolloutBatch, Samples, Task, Tokenizer
+from rspo_jax.types import Array, Judgement, PackedBatch, Params, Policy, RolloutBatch, Samples, Task, Tokenizer
 
 
 class Prompts(NamedTuple):
@@ -41,9 +41,36 @@ class Judged(NamedTuple):
     """The responses; "" for a row on another process's devices."""
 
 
-def prompt_width(task: Task, problems: Sequence[Any]) -> int:
-    """The longest prompt among the problems, in tokens; one width for a whole run compiles once."""
-    return max(len(task.tokenizer.encode(task.prompt(problem))) for problem in problems)
+class UsableProblems(NamedTuple):
+    """Those problems of a split whose prompts are short enough."""
+
+    problems: Sequence[Any]
+    """In their order."""
+    width: int
+    """The longest prompt among them, in tokens; one width for a whole run compiles once."""
+    dropped: int
+    """How many were left out."""
+
+
+def usable_problems(task: Task, problems: Sequence[Any], max_prompt_tokens: int | None = None) -> UsableProblems:
+    """Leaves out the problems with prompts that are too long. A prompt is never cut: its end is what it asks.
+
+    Raises:
+      ValueError: if nothing is left.
+    """
+    lengths = [len(task.tokenizer.encode(task.prompt(problem))) for problem in problems]
+    if not lengths:
+        raise ValueError(f"{type(task).__name__} has no problems in this split")
+    longest = max(lengths) if max_prompt_tokens is None else max_prompt_tokens
+    kept = [length for length in lengths if length <= longest]
+    if not kept:
+        raise ValueError(
+            f"none of {len(lengths)} problems has a prompt of at most max_prompt_tokens, {longest}: "
+            f"raise it to {min(lengths)} or more, the length of the shortest"
+        )
+    if len(kept) < len(lengths):
+        problems = [problem for problem, length in zip(problems, lengths, strict=True) if length <= longest]
+    return UsableProblems(problems, max(kept), len(lengths) - len(kept))
 
 
 def encode_prompts(task: Task, problems: Sequence[Any], width: int, repeats: int = 1) -> Prompts:
@@ -162,7 +189,7 @@ def sample_in_chunks(
             prompts.mask[start : start + rows : repeats],
             keys[start : start + rows],
             sampler,
-            (tokenizer.eos_id,),
+            tokenizer.stop_ids,
             tokenizer.pad_id,
             repeats,
         )
@@ -207,27 +234,60 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
 
     Args:
       task: the judge.
-      problems: one a row, in the order of the chunks' rows.
+      problems: one a row, in the order of the chunks' rows. Rows without one are not judged.
       chunks: from `sample_in_chunks`, equally long.
 
     Returns:
-      What all processes found. Each judges the rows on its own devices, and then only the verdicts cross.
+      What all processes found. Each judges the rows on its own devices, and then only the verdicts cross. A response
+      that was cut off before its end is not shown to the judge.
+
+    Raises:
+      ValueError: if the task gives a reward that is not finite, or not one judgement a response.
     """
     rows = chunks[0].tokens.shape[0]
     verdicts = np.zeros((len(chunks), rows, 3), np.float32)  # reward, correct, truncated
     texts = [""] * (len(chunks) * rows)
     for index, chunk in enumerate(chunks):
         tokens, mask = fetch_own(chunk.tokens), fetch_own(chunk.mask)
-        for row in own_rows(rows):
-            response, problem = tokens[row][mask[row]].tolist(), problems[index * rows + row]
-            texts[index * rows + row] = text = task.tokenizer.decode(response)
-            truncated = response[-1] != task.tokenizer.eos_id
-            reward = 0.0 if truncated else task.reward(problem, text)
-            verdicts[index, row] = reward, not truncated and task.is_correct(problem, text), truncated
+        own, ended = own_rows(rows), []
+        for row in own[own < len(problems) - index * rows]:
+            response, stopped = _without_stop(tokens[row][mask[row]].tolist(), task.tokenizer)
+            texts[index * rows + row] = task.tokenizer.decode(response)
+            verdicts[index, row, 2] = not stopped
+            ended += [row] if stopped else []
+        if ended:
+            at = [index * rows + row for row in ended]
+            verdicts[index, ended, :2] = _judgements(task, [problems[row] for row in at], [texts[row] for row in at])
     if jax.process_count() > 1:
         verdicts = fetch(from_own(verdicts, None, "rows", None))
     rewards, correct, truncated = verdicts.reshape(-1, 3).T
     return Judged(rewards.copy(), correct > 0, truncated > 0, texts)
+
+
+def _without_stop(response: list[int], tokenizer: Tokenizer) -> tuple[list[int], bool]:
+    """The response up to its stop token, and whether it has one: it is the last if there is one."""
+    stopped = response[-1] in tokenizer.stop_ids
+    return response[:-1] if stopped else response, stopped
+
+
+def _judgements(task: Task, problems: list[Any], responses: list[str]) -> np.ndarray:
+    """The task's judgements, checked: float32 [B, 2], reward and correctness."""
+    name, judgements = f"{type(task).__name__}.judge", task.judge(problems, responses)
+    if len(judgements) != len(responses) or not all(isinstance(one, Judgement) for one in judgements):
+        types = sorted({type(one).__name__ for one in judgements})
+        raise ValueError(
+            f"{name} was given {len(responses)} responses and returned a list of {len(judgements)}, of type "
+            f"{', '.join(types) or 'none'}: return one Judgement for each response"
+        )
+    with np.errstate(over="ignore"):
+        checked = np.array([(one.reward, one.correct) for one in judgements], np.float32)
+    wrong = np.flatnonzero(~np.isfinite(checked[:, 0]))
+    if wrong.size:
+        raise ValueError(
+            f"{name} gave the reward {judgements[wrong[0]].reward} to the response {responses[wrong[0]][:200]!r}: "
+            "rewards must be finite in float32"
+        )
+    return checked
 
 
 def solve(
@@ -237,14 +297,12 @@ def solve(
     parts = parts_of("rows")
     batch_size = -(-min(512, len(problems)) // parts) * parts
     chunks: list[Samples] = []
-    padded: list[Any] = []
     for start in range(0, len(problems), batch_size):
         # The last batch is filled up with copies, so that one shape is compiled.
         batch = [problems[min(row, len(problems) - 1)] for row in range(start, start + batch_size)]
         prompts = encode_prompts(task, batch, width)
         keys = jax.random.split(jax.random.fold_in(key, start), batch_size)
         chunks += sample_in_chunks(policy, params, prompts, keys, sampler, task.tokenizer, 1)
-        padded += batch
-    judged = judge(task, padded, chunks)
+    judged = judge(task, problems, chunks)
     own = slice(len(problems))
     return Judged(judged.rewards[own], judged.correct[own], judged.truncated[own], judged.texts[own])

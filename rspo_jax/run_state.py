@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -41,6 +42,25 @@ def fresh_state(init_params: Callable[[Array], Params], config: TrainerConfig) -
     train_state = init_train_state(init_params(params_key), config.first_optimizer)
     no_lengths = ResponseLengths(jnp.float32(0), jnp.float32(0))
     return RunState(train_state, jax.random.key_data(key), zero, zero, zero, no_lengths)
+
+
+def first_state(
+    init_params: Callable[[Array], Params], params: Params | None, config: TrainerConfig, template: RunState
+) -> RunState:
+    """The state before the first step, where the template of `state_on_mesh` has it.
+
+    Args:
+      init_params: makes fresh parameters, if there are none.
+      params: those to begin with, which are donated.
+      config: of the run.
+      template: shapes and shardings.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
+    if params is None:
+        return jax.jit(functools.partial(fresh_state, init_params, config), out_shardings=shardings)()
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, template.train.params)
+    begin = jax.jit(lambda params: fresh_state(lambda _: params, config), out_shardings=shardings, donate_argnums=0)
+    return begin(params)
 
 
 def state_on_mesh(

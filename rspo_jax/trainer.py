@@ -33,12 +33,12 @@ from rspo_jax.rollout import (
     encode_solutions,
     judge,
     pack,
-    prompt_width,
     refilling_pays,
     sample_in_chunks,
     solve,
+    usable_problems,
 )
-from rspo_jax.run_state import RunState, fresh_state, sampling_params, state_on_mesh
+from rspo_jax.run_state import RunState, first_state, fresh_state, sampling_params, state_on_mesh
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.sharding import constrain, fetch, make_mesh
 from rspo_jax.statistics import Statistic, reduce
@@ -76,6 +76,8 @@ class Run:
     test_problems: Sequence[Any]
     width: int
     """Of padded prompts, in tokens."""
+    dropped: dict[str, float]
+    """How many problems of each split are left out, as metrics; none where every prompt is welcome."""
 
 
 @dataclass
@@ -111,6 +113,7 @@ def train(
     config: TrainerConfig,
     run_dir: FilePath,
     resume: bool = False,
+    load_params: Callable[[], Params | None] = lambda: None,
 ) -> tuple[Params, float]:
     """Runs both phases to their end.
 
@@ -123,6 +126,8 @@ def train(
       run_dir: a folder, or an address of `rspo_jax.files.as_path`; gets `metrics.jsonl`, `tensorboard/` and
         `checkpoints/`.
       resume: go on from the newest checkpoint in `run_dir`, or start where there is none.
+      load_params: gives the parameters that a run begins with, of the shapes of `init_params`, on the mesh in use; None
+        for fresh ones. A run that goes on does not call it.
 
     Returns:
       The final parameters, and the seconds that the run took.
@@ -132,11 +137,9 @@ def train(
       ValueError: if configs do not fit together, or a checkpoint does not fit the model.
     """
     check_learner(config, learner)
-    splits = [task.problems(split) for split in ("train", "validation", "test")]
-    width = max(prompt_width(task, problems) for problems in splits)
-    run = Run(policy, task, learner, config, splits[0], splits[1][: config.evaluation.problems], splits[2], width)
+    run = _prepare(policy, task, learner, config)
     mesh = make_mesh(config.mesh)
-    check_mesh(config, learner, mesh, width + config.sampler.max_new_tokens - 1)
+    check_mesh(config, learner, mesh, run.width + config.sampler.max_new_tokens - 1)
     with (
         jax.set_mesh(mesh),
         Preemption() as preemption,
@@ -144,11 +147,7 @@ def train(
     ):
         template = state_on_mesh(policy, init_params, config, mesh)
         restored = checkpoints.restore_newest(template, say=_say) if resume else None
-        if restored is None:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
-            state = jax.jit(functools.partial(fresh_state, init_params, config), out_shardings=shardings)()
-        else:
-            state = restored.state
+        state = first_state(init_params, load_params(), config, template) if restored is None else restored.state
         elapsed = 0.0 if restored is None else float(restored.metadata["elapsed_seconds"])
         if resume:
             _say(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")
@@ -159,25 +158,66 @@ def train(
             return state.train.params, recorder.elapsed
 
 
+def _prepare(policy: Policy, task: Task, learner: LearnerConfig, config: TrainerConfig) -> Run:
+    """Chooses the problems of the run, and says which are left out."""
+    names = ("train", "validation", "test")
+    splits = [usable_problems(task, task.problems(name), config.max_prompt_tokens) for name in names]
+    train_problems, validation_problems, test_problems = (split.problems for split in splits)
+    for name, split in zip(names, splits, strict=True):
+        if split.dropped:
+            _say(
+                f"{name}: {split.dropped} of {split.dropped + len(split.problems)} problems are left out, because "
+                f"their prompts have more than {config.max_prompt_tokens} tokens (max_prompt_tokens)"
+            )
+    dropped = {f"dropped_{name}_problems": float(split.dropped) for name, split in zip(names, splits, strict=True)}
+    return Run(
+        policy,
+        task,
+        learner,
+        config,
+        train_problems,
+        validation_problems[: config.evaluation.problems],
+        test_problems,
+        width=max(split.width for split in splits),
+        dropped={} if config.max_prompt_tokens is None else dropped,
+    )
+
+
 def _say(text: str) -> None:
     """Prints, on one of the processes that share a run."""
     if jax.process_index() == 0:
         print(text)
 
 
+class RestoredParams(NamedTuple):
+    """Parameters from a run's folder."""
+
+    params: Params
+    step: int
+    """Steps of reinforcement learning that they have seen."""
+    index: int
+    """Of the checkpoint."""
+
+
 def restore_params(
-    init_params: Callable[[Array], Params], config: TrainerConfig, run_dir: FilePath
-) -> tuple[Params, int]:
-    """The parameters of the newest checkpoint in `run_dir`, and the step of reinforcement learning it was saved at.
+    policy: Policy, init_params: Callable[[Array], Params], config: TrainerConfig, run_dir: FilePath
+) -> RestoredParams:
+    """The parameters of the newest sound checkpoint in `run_dir`, read straight to where the mesh in use has them.
 
     Raises:
-      ValueError: if there is no checkpoint, or it does not fit the model.
+      ValueError: if there is no checkpoint, or it does not fit the model or the mesh.
+      CheckpointError: if all checkpoints are damaged.
     """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        template = jax.eval_shape(functools.partial(fresh_state, init_params, config))
+    else:
+        template = state_on_mesh(policy, init_params, config, mesh)
     with Checkpoints(as_path(run_dir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore_newest(jax.eval_shape(lambda: fresh_state(init_params, config)), say=print)
+        restored = checkpoints.restore_newest(template, say=_say)
     if restored is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")
-    return restored.state.train.params, int(restored.state.step)
+    return RestoredParams(restored.state.train.params, int(restored.state.step), restored.index)
 
 
 def _position(state: RunState) -> tuple[str, int]:
@@ -368,8 +408,9 @@ def _rollout_metrics(judged: Judged, informative: np.ndarray, draws: Draws, conf
 
 
 def _evaluate(run: Run, state: RunState, final: bool) -> dict[str, float]:
-    """Solve rates with 95 % intervals: `eval_*` on validation problems, and if final `test_*` on the test split."""
-    metrics: dict[str, float] = {}
+    """Solve rates with 95 % intervals: `eval_*` on validation problems, and if final `test_*` on the test split.
+    Beside them `dropped_*_problems`, where a run leaves problems out."""
+    metrics = dict(run.dropped)
     params = sampling_params(run.policy, state.train.params, run.config)
     splits = {"eval": run.validation_problems} | ({"test": run.test_problems} if final else {})
     for split, problems in splits.items():

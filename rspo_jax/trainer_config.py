@@ -88,6 +88,8 @@ class TrainerConfig:
     the others have no gradient, and leaving them out saves their time."""
     scale_advantages: bool = True
     """Divide by the group's standard deviation."""
+    max_prompt_tokens: int | None = None
+    """Problems with longer prompts are left out, of training and of evaluations, and counted; none when absent."""
     seed: int = 0
     sampler: SamplerConfig = SamplerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -109,6 +111,10 @@ class TrainerConfig:
             raise ValueError(
                 "a group of 1 has no standard deviation to scale by: raise group_size to 2 or more, or switch "
                 "scale_advantages off"
+            )
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise ValueError(
+                f"max_prompt_tokens must be at least 1, got {self.max_prompt_tokens}; leave it out to use all problems"
             )
         if self.learned_groups is not None and not 1 <= self.learned_groups <= self.prompts:
             raise ValueError(

@@ -93,6 +93,11 @@ class Policy(Protocol):
         that needs no gradient."""
         ...
 
+    @property
+    def router_score(self) -> str:
+        """What turns the router logits into scores, "softmax" or "sigmoid" (`rspo_jax.router`)."""
+        ...
+
     def param_axes(self) -> Any:
         """A pytree like that of the parameters, with the logical axes of each (`rspo_jax.sharding.RULES`): a tuple of
         names, or of None for axes that are never split."""
@@ -176,15 +181,40 @@ class ScoredBatch(NamedTuple):
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
-    pad_id: int
-    eos_id: int
+    @property
+    def pad_id(self) -> int:
+        """Fills up a batch. It is masked everywhere, so any id will do."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """Appended to worked solutions; one of `stop_ids`."""
+        ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """All ids that end a response; at least one."""
+        ...
 
     @property
     def vocabulary_size(self) -> int: ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text and nothing else: no begin or end of a sequence is added."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, without special tokens."""
+        ...
+
+
+class Judgement(NamedTuple):
+    """What a task says of a response."""
+
+    reward: float
+    """Finite."""
+    correct: bool
+    """What solve rates count."""
 
 
 class Task(Protocol):
@@ -197,12 +227,18 @@ class Task(Protocol):
         """The problems of "train", "validation" or "test"."""
         ...
 
-    def prompt(self, problem: Any) -> str: ...
+    def prompt(self, problem: Any) -> str:
+        """All that the model reads of a problem, the marks of a chat included."""
+        ...
 
     def solution(self, problem: Any) -> str:
         """A worked response, for the warm start."""
         ...
 
-    def reward(self, problem: Any, response: str) -> float: ...
+    def judge(self, problems: Sequence[Any], responses: Sequence[str]) -> list[Judgement]:
+        """One judgement a response; problem i is the one that response i answers.
 
-    def is_correct(self, problem: Any, response: str) -> bool: ...
+        Many at once, so that a task may spread them over processes. No response may raise an error or take for ever:
+        they are what a model drew.
+        """
+        ...

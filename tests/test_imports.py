@@ -36,8 +36,10 @@ FORBIDDEN_IN = {
     "models": ("experiments",),
     "experiments": ("flax",),
 }
-RIVALS = ("torch", "transformers", "tunix")
-"""What benchmarks measure against. They are optional, so nothing else may need them."""
+RIVALS = ("torch", "tunix")
+"""What is only compared with. They are optional, so nothing else may need them."""
+ONLY_IN = {"transformers": ("experiments/text.py",)}
+"""Packages that take seconds to import -> the files that may use them, beside comparisons."""
 FORBIDDEN_ANYWHERE = (
     "tensorflow",
     "jax.experimental.pjit",
@@ -96,13 +98,15 @@ def violations(path: str, source: str) -> list[str]:
     """What one file uses against the rules; a sentence each."""
     package = path.split("/")[0]
     names = sorted(used_names(path, source))
-    rivals = () if is_benchmark(path) else RIVALS
-    return [f"{path} must not use {name}" for name in names if not may_use(package, name) or is_inside(name, rivals)]
+    kept = [name for name, paths in ONLY_IN.items() if path not in paths]
+    others = () if is_comparison(path) else (*RIVALS, *kept)
+    return [f"{path} must not use {name}" for name in names if not may_use(package, name) or is_inside(name, others)]
 
 
-def is_benchmark(path: str) -> bool:
-    """Whether a file is of a benchmark, or the test of one."""
-    return path.startswith(("experiments/bench/", "experiments/bench_", "tests/experiments/test_bench_"))
+def is_comparison(path: str) -> bool:
+    """Whether a file is of a benchmark, the test of one, or a test against what others compute."""
+    is_benchmark = path.startswith(("experiments/bench/", "experiments/bench_", "tests/experiments/test_bench_"))
+    return is_benchmark or (path.startswith("tests/") and path.endswith("_live.py"))
 
 
 def impure_paths(sources: Mapping[str, str]) -> list[str]:
@@ -183,6 +187,10 @@ def test_the_modules_that_the_rules_name_exist(name: str) -> None:
         ("experiments/train.py", "from flax import linen"),
         ("experiments/train.py", "import torch"),
         ("experiments/evaluate.py", "from transformers import AutoModel"),
+        ("experiments/text.py", "import torch"),
+        ("models/hugging_face/reading.py", "def f():\n    import transformers"),
+        ("models/config_live.py", "import torch"),
+        ("tests/models/test_lively.py", "import torch"),
         ("experiments/benchmark.py", "import tunix.rl"),
         ("experiments/train.py", "__import__('tensorflow')"),
         ("tests/models/test_attention.py", "import torch.nn as nn"),
@@ -203,6 +211,8 @@ def test_a_broken_rule_is_found(path: str, source: str) -> None:
         ("rspo_jax/router.py", "import modelscope, flaxen, torchlike"),
         ("rspo_jax/sharding.py", "import jax\nf = jax.shard_map(f)\ng = jax.experimental.layout"),
         ("experiments/bench_loss.py", "import torch, tunix"),
+        ("experiments/text.py", "def f():\n    from transformers import AutoTokenizer"),
+        ("tests/models/test_rope_live.py", "import torch, transformers"),
         ("experiments/bench/torch_losses.py", "import torch"),
         ("models/attention.py", "import flax.linen as nn\nfrom rspo_jax import sharding, types"),
         ("models/attention.py", "from rspo_jax.types import ModelOutput\nimport rspo_jax.sharding"),
@@ -272,5 +282,5 @@ def test_importing_the_library_is_light() -> None:
     assert result.returncode == 0, result.stderr
     loaded = set(json.loads(result.stdout))
     assert {"jax", "rspo_jax"} <= loaded
-    heavy = {"flax", "matplotlib", "orbax", "tensorflow", "tensorflow_datasets", "torch"}
+    heavy = {"flax", "matplotlib", "orbax", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
     assert not loaded & heavy

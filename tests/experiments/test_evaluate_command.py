@@ -1,8 +1,14 @@
-"""`python -m experiments.evaluate`: the table and the solutions of a model that knows all answers by heart, and what is
-refused. The run that it is given is made here from a config and a checkpoint, without training one."""
+"""`python -m experiments.evaluate`: what is said and kept of a model that knows all answers by heart, how an evaluation
+goes on, and what is refused. The run that it is given is made here from a config and a checkpoint."""
 
 import dataclasses
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +18,18 @@ import pytest
 import models
 from experiments import evaluate
 from experiments.config import CountdownRun, save_config
+from experiments.evaluation.progress import Progress
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
+from experiments.tasks.countdown.task import CountdownTask
 from rspo_jax.checkpoint import Checkpoints
-from rspo_jax.rollout import Packing, ResponseLengths, encode_solutions, pack, prompt_width
+from rspo_jax.rollout import Packing, ResponseLengths, encode_solutions, pack, usable_problems
 from rspo_jax.run_state import RunState
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import OptimizerConfig, init_train_state, supervised_update
 from rspo_jax.trainer_config import EvaluationConfig, TrainerConfig
 
 RESPONSE = 6
+NAME_ONE = "name what to evaluate: either the folder of a run, or --model FOLDER and --task TASK"
 OPTIMIZER = OptimizerConfig(learning_rate=0.03, warmup_updates=1)
 
 
@@ -54,7 +63,7 @@ def make_run(data_dir):
 def memorise(run, problems):
     """Parameters that answer each problem with its own solution."""
     task = run.build_task()
-    width = prompt_width(task, problems)
+    width = usable_problems(task, problems).width
     solutions = encode_solutions(task, problems, width, RESPONSE)
     batch, _ = pack(solutions, RESPONSE, np.arange(len(problems)), Packing())
     state = init_train_state(models.init_params(run.model, jax.random.key(0)), OPTIMIZER)
@@ -94,8 +103,18 @@ def call(capsys, *arguments):
 
 def cells(output, start):
     """The numbers in the line of the table that starts with these words."""
-    (line,) = (line for line in output.splitlines() if re.match(rf"\W*{start}", line))
+    (line,) = (line for line in output.splitlines() if re.match(rf"\W*{re.escape(start)}", line))
     return [float(number) for number in re.findall(r"\d+\.\d+", line)]
+
+
+def read(output):
+    """The responses of an evaluation by problem and sample, and its summary without the time that it took."""
+    lines = [json.loads(line) for line in (output / "responses.jsonl").read_text().splitlines()]
+    summary = json.loads((output / "summary.json").read_text())
+    del summary["throughput"]
+    responses = {(line["problem"], line["sample"]): line for line in lines}
+    assert len(responses) == len(lines)
+    return responses, summary
 
 
 @pytest.fixture(autouse=True)
@@ -103,18 +122,31 @@ def a_wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
 
 
+BATCHES = ("--samples", 2, "--batch", 3, "--temperature", 1.5)
+"""Three batches, the last of two responses."""
+
+
+@pytest.fixture(scope="module")
+def evaluated(taught, tmp_path_factory):
+    """The folder of an evaluation that was not interrupted."""
+    output = tmp_path_factory.mktemp("evaluated") / "whole"
+    assert evaluate.main([str(argument) for argument in (taught[0], *BATCHES, "--output", output)]) == 0
+    return output
+
+
 def test_the_table_and_the_solutions(taught, capsys):
     run_dir, problems = taught
-    code, captured = call(capsys, run_dir, "--samples", 2, "--show", 3)
+    code, captured = call(capsys, run_dir, "--temperature", 0, "--show", 3)
     assert (code, captured.err) == (0, "")
-    assert "step 7: 4 test problems" in captured.out
-    # The Wilson interval of 4 of 4 is [51.0 %, 100 %].
-    assert cells(captured.out, "greedy") == [100.0, 51.0, 100.0, 0.0, 1.0]
-    solved, low, high, cut_off, reward = cells(captured.out, "sampled at temperature 1, mean of 2")
-    assert 80 < solved == 100 * reward
-    assert low < solved <= high
-    assert cut_off < 20
-    assert cells(captured.out, "solved by any of 2 samples")[:1] == [100.0]
+    assert "step 7: 4 test problems, greedy" in captured.out
+    assert cells(captured.out, "│ pass@1 = avg@1") == [100.0, 100.0, 100.0]
+    assert cells(captured.out, "│ cut off") == [0.0, 0.0, 0.0]
+    assert cells(captured.out, "│ reward") == [1.0, 1.0, 1.0]
+    lengths = [len(problem.solution) + 1 for problem in problems]  # and the end
+    assert cells(captured.out, "│ tokens of a response")[0] == pytest.approx(np.mean(lengths), abs=0.051)
+    assert f"longest {max(lengths)}, mean of right ones" in captured.out
+    assert "mean of wrong ones" not in captured.out
+    assert re.search(r"4 responses drawn and judged: [\d,]+ tokens/s, [\d,.]+ responses/s, compilation", captured.out)
     shown = [line for line in captured.out.splitlines() if line.endswith(("right", "wrong"))]
     prompts = [f"{','.join(map(str, problem.numbers))}={problem.target}:" for problem in problems]
     assert shown == [
@@ -122,17 +154,134 @@ def test_the_table_and_the_solutions(taught, capsys):
     ]
 
 
-def test_another_split_seed_and_temperature(taught, capsys):
-    run_dir, _ = taught
-    arguments = [run_dir, "--split", "validation", "--samples", 1, "--temperature", 30, "--show", 0]
-    code, captured = call(capsys, *arguments)
+def test_what_is_kept(taught, evaluated):
+    run_dir, problems = taught
+    task = make_run(run_dir.parent / "data").build_task()
+    responses, summary = read(evaluated)
+    assert sorted(responses) == [(problem, sample) for problem in range(4) for sample in range(2)]
+    for line in responses.values():
+        (judgement,) = task.judge([problems[line["problem"]]], [line["text"]])
+        assert line["correct"] == (judgement.correct and not line["truncated"])
+        assert line["answer"] is None
+    right = np.array([[responses[problem, sample]["correct"] for sample in range(2)] for problem in range(4)])
+    estimates = summary["estimates"]
+    assert estimates["pass@1"]["value"] == estimates["avg@2"]["value"] == right.mean()
+    assert estimates["pass@2"]["value"] == right.any(axis=1).mean()
+    assert estimates["response_tokens"]["value"] == np.mean([line["tokens"] for line in responses.values()])
+    assert estimates["truncated"]["value"] == np.mean([line["truncated"] for line in responses.values()])
+    assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in estimates.values())
+    assert not any(name.startswith("maj") for name in estimates)
+    assert (summary["problems"], summary["samples"]) == (4, 2)
+    assert summary["settings"] == json.loads((evaluated / "settings.json").read_text())
+    assert (summary["settings"]["split"], summary["settings"]["sampler"]["temperature"]) == ("test", 1.5)
+    assert json.loads((evaluated / "summary.json").read_text())["throughput"]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("lines", [0.5, 3, 4.7, 7.2])
+def test_an_interrupted_evaluation_goes_on_as_if_it_had_not_been(taught, evaluated, tmp_path, capsys, lines):
+    """So many lines were written, the last of them in part."""
+    shutil.copytree(evaluated, tmp_path / "cut")
+    (tmp_path / "cut" / "summary.json").unlink()
+    content = (tmp_path / "cut" / "responses.jsonl").read_bytes().splitlines(keepends=True)
+    whole, part = int(lines), content[int(lines)]
+    kept = b"".join(content[:whole]) + part[: int(len(part) * (lines - whole))]
+    (tmp_path / "cut" / "responses.jsonl").write_bytes(kept)
+    code, captured = call(capsys, taught[0], *BATCHES, "--output", tmp_path / "cut")
+    assert code == 0
+    assert f"{8 - whole} responses drawn and judged" in captured.out
+    assert (tmp_path / "cut" / "responses.jsonl").read_bytes().startswith(b"".join(content[:whole]))
+    assert read(tmp_path / "cut") == read(evaluated)
+
+
+def test_a_second_time_nothing_is_drawn(taught, evaluated, capsys):
+    before = {file.name: file.read_bytes() for file in evaluated.iterdir()}
+    code, captured = call(capsys, taught[0], *BATCHES, "--output", evaluated)
     assert (code, captured.err) == (0, "")
-    assert "4 validation problems" in captured.out
-    assert not captured.out.rstrip().endswith(("right", "wrong"))
-    # Nearly every token is as likely as any other.
-    assert cells(captured.out, "sampled at temperature 30, mean of 1")[0] < 50
-    again = call(capsys, *arguments)
-    assert again[1].out == captured.out
+    assert "all responses were there already" in captured.out
+    assert {file.name: file.read_bytes() for file in evaluated.iterdir()} == before
+
+
+def test_more_samples_and_fewer_problems(taught, evaluated, tmp_path, capsys):
+    shutil.copytree(evaluated, tmp_path / "more")
+    arguments = [*BATCHES, "--output", tmp_path / "more", "--samples", 3]
+    code, captured = call(capsys, taught[0], *arguments)
+    assert code == 0
+    assert "4 responses drawn and judged" in captured.out
+    responses, summary = read(tmp_path / "more")
+    before = read(evaluated)[0]
+    assert {place: responses[place] for place in before} == before
+    assert (len(responses), summary["samples"]) == (12, 3)
+    code, captured = call(capsys, taught[0], *arguments, "--limit", 2)
+    assert code == 0
+    assert "2 test problems, 3 samples" in captured.out and "there already" in captured.out
+    assert read(tmp_path / "more")[1]["problems"] == 2
+
+
+def test_ctrl_c_says_how_to_go_on(taught, evaluated, tmp_path, capsys, monkeypatch):
+    def interrupted(progress, responses):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", interrupted)
+        code, captured = call(capsys, taught[0], *BATCHES, "--output", output)
+    assert code == 130
+    assert f"stopped: 3 responses are in {output}; the same command goes on" in captured.out
+    assert call(capsys, taught[0], *BATCHES, "--output", output)[0] == 0
+    assert read(output) == read(evaluated)
+
+
+def test_a_folder_for_each_of_its_settings(taught, capsys):
+    run_dir, _ = taught
+    folders = []
+    for split, temperature in (("test", 0), ("validation", 0)):
+        code, captured = call(capsys, run_dir, "--split", split, "--temperature", temperature, "--show", 0)
+        assert code == 0
+        assert not captured.out.rstrip().endswith(("right", "wrong"))
+        folders.append(Path(re.search(r"summary: (.*)/summary.json", captured.out)[1]))
+        assert folders[-1].parent == run_dir / "evaluations" / "step-7"
+        assert folders[-1].name.startswith(f"{split}-")
+    assert folders[0] != folders[1]
+
+
+def test_votes_where_the_task_has_answers(taught, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(CountdownTask, "answers", lambda _, problems, responses: list(responses), raising=False)
+    code, captured = call(capsys, taught[0], *BATCHES, "--output", tmp_path / "votes")
+    assert code == 0
+    (row,) = (line for line in captured.out.splitlines() if "maj@2" in line)
+    assert "%" in row
+    responses, summary = read(tmp_path / "votes")
+    assert all(line["answer"] == (None if line["truncated"] else line["text"]) for line in responses.values())
+    assert summary["estimates"]["answered"]["value"] == 1 - summary["estimates"]["truncated"]["value"]
+
+
+def test_other_settings_than_those_of_the_folder(taught, evaluated, capsys):
+    before = (evaluated / "responses.jsonl").read_bytes()
+    code, captured = call(capsys, taught[0], *BATCHES, "--seed", 4, "--top-p", 0.5, "--output", evaluated)
+    assert (code, captured.out) == (2, "")
+    assert captured.err == (
+        f"error: {evaluated} holds an evaluation with other settings (sampler.top_p: 1.0 -> 0.5; seed: 0 -> 4): "
+        "choose another --output\n"
+    )
+    assert (evaluated / "responses.jsonl").read_bytes() == before
+
+
+def test_the_folder_of_the_run_is_no_output(taught, capsys):
+    code, captured = call(capsys, taught[0], "--output", taught[0])
+    assert (code, captured.out) == (2, "")
+    assert captured.err == f"error: {taught[0]} is not empty and holds no evaluation: choose another --output\n"
+
+
+@pytest.mark.slow
+def test_four_devices_draw_what_one_draws(taught, evaluated, tmp_path):
+    output = tmp_path / "mesh"
+    command = [sys.executable, "-m", "experiments.evaluate", taught[0], *BATCHES, "--output", output]
+    command += ["--mesh.fsdp", 2, "--mesh.expert", 2]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([str(word) for word in command], env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert {place: line["text"] for place, line in read(output)[0].items()} == {
+        place: line["text"] for place, line in read(evaluated)[0].items()
+    }
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
@@ -180,9 +329,21 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path, capsys, text):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--samples", 0], "samples must be at least 1 and show 0 or more, got 0 and 6"),
-        (["--show", -1], "samples must be at least 1 and show 0 or more, got 4 and -1"),
-        (["--temperature", 0], "temperature must be positive, got 0.0; greedy decoding is always evaluated"),
+        (["--samples", 0], "samples must be at least 1, got 0"),
+        (["--limit", 0], "limit must be at least 1, got 0"),
+        (["--batch", -2], "batch must be at least 1, got -2"),
+        (["--show", -1], "show and seed must be 0 or more, got -1 and 0"),
+        (["--seed", -1], "show and seed must be 0 or more, got 6 and -1"),
+        (["--temperature", 0, "--samples", 2], "at temperature 0 all 2 samples would be alike: leave --samples out"),
+        (["--temperature", -1], "temperature must be 0 (greedy) or positive, got -1.0"),
+        (["--top-p", 0], "top_p must lie in (0, 1], got 0.0"),
+        (["--max-new-tokens", 0], "max_new_tokens must be at least 1, got 0"),
+        (["--mesh.fsdp", 3], "the mesh {'data': 1, 'fsdp': 3,"),
+        (
+            ["--model", "elsewhere"],
+            "name what to evaluate: either the folder of a run, or --model FOLDER and --task TASK",
+        ),
+        (["--task", "math500"], NAME_ONE),
         (["--split", "exam"], "exam"),
         (["--speed", 3], "--speed"),
     ],
@@ -198,6 +359,9 @@ def test_wrong_flags(taught, capsys, arguments, words):
 def test_help_and_no_arguments(capsys):
     code, captured = call(capsys, "--help")
     assert code == 0
-    for flag in ("PATH", "--split", "--samples", "--temperature", "--show", "--seed"):
+    for flag in ("PATH", "--model", "--task", "--split", "--samples", "--temperature", "--output", "--mesh.fsdp"):
         assert flag in captured.out
-    assert call(capsys)[0] == 2
+    for arguments in ([], ["--model", "elsewhere"], ["--task", "math500"]):
+        code, captured = call(capsys, *arguments)
+        assert (code, captured.out) == (2, "")
+        assert NAME_ONE in " ".join(captured.err.split())

@@ -141,9 +141,12 @@ def final_params(run_dir):
     """The bits of the newest checkpoint's parameters; that it is the last one of the run."""
     _, run = load_config(run_dir / "config.json")
     with jax.numpy_dtype_promotion("standard"):
-        params, step = restore_params(functools.partial(models.init_params, run.model), run.trainer, run_dir)
-    assert step == run.trainer.steps
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+        model = run.architecture()
+        restored = restore_params(
+            models.Transformer(model), functools.partial(models.init_params, model), run.trainer, run_dir
+        )
+    assert restored.step == run.trainer.steps
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(restored.params)]
 
 
 def summary_of(run_dir):

@@ -15,13 +15,13 @@ from rspo_jax.rollout import (
     encode_solutions,
     judge,
     pack,
-    prompt_width,
     refilling_pays,
     sample_in_chunks,
     solve,
+    usable_problems,
 )
 from rspo_jax.sampler import SamplerConfig
-from rspo_jax.types import ModelOutput, Samples
+from rspo_jax.types import Judgement, ModelOutput, Samples
 
 LETTERS = "abcdef"
 PAD, EOS, FIRST = 0, 1, 2
@@ -31,15 +31,15 @@ class Letters:
     """One id a letter; the end of a sequence is no text, and nothing follows it."""
 
     pad_id = PAD
-    eos_id = EOS
+    eos_id, stop_ids = EOS, (EOS,)
     vocabulary_size = FIRST + len(LETTERS)
 
     def encode(self, text):
         return [FIRST + LETTERS.index(letter) for letter in text]
 
     def decode(self, ids):
-        assert EOS not in list(ids)[:-1] and PAD not in list(ids)
-        return "".join(LETTERS[token - FIRST] for token in ids if token != EOS)
+        assert EOS not in ids and PAD not in ids
+        return "".join(LETTERS[token - FIRST] for token in ids)
 
 
 class ReciteTask:
@@ -56,11 +56,9 @@ class ReciteTask:
     def solution(self, problem):
         return LETTERS[LETTERS.index(problem[-1]) + 1 :]
 
-    def reward(self, problem, response):
-        return 0.5 + self.is_correct(problem, response)
-
-    def is_correct(self, problem, response):
-        return response == self.solution(problem)
+    def judge(self, problems, responses):
+        correct = [response == self.solution(problem) for problem, response in zip(problems, responses, strict=True)]
+        return [Judgement(0.5 + is_correct, is_correct) for is_correct in correct]
 
 
 class AlphabetPolicy:
@@ -89,13 +87,23 @@ def alphabet_table(certainty=4.0):
 
 
 def test_prompts_are_repeated_in_place_at_one_width():
-    width = prompt_width(TASK, PROBLEMS)
-    assert width == 3
     prompts = encode_prompts(TASK, PROBLEMS[:3], 4, repeats=2)
     np.testing.assert_array_equal(prompts.tokens, np.repeat([[0, 0, 0, 2], [0, 2, 3, 4], [0, 0, 5, 6]], 2, axis=0))
     np.testing.assert_array_equal(prompts.mask, np.asarray(prompts.tokens) != PAD)
     with pytest.raises(ValueError, match="prompt 1 has 3 tokens, which does not fit the range 1 to 2"):
         encode_prompts(TASK, PROBLEMS, 2)
+
+
+def test_problems_whose_prompts_are_too_long_are_left_out_and_counted():
+    everything = usable_problems(TASK, PROBLEMS)
+    assert everything == (PROBLEMS, 3, 0) and everything.problems is PROBLEMS
+    assert usable_problems(TASK, PROBLEMS, 3) == (PROBLEMS, 3, 0)
+    assert usable_problems(TASK, PROBLEMS, 2) == (["a", "de", "f", "e"], 2, 2)
+    assert usable_problems(TASK, PROBLEMS, 100).width == 3  # what they need, not what they may
+    with pytest.raises(ValueError, match=r"none of 2 problems .* at most max_prompt_tokens, 1: raise it to 2 or more"):
+        usable_problems(TASK, ["abc", "de"], 1)
+    with pytest.raises(ValueError, match="ReciteTask has no problems in this split"):
+        usable_problems(TASK, [])
 
 
 def samples(*responses):
@@ -120,12 +128,62 @@ def test_judging():
 
 def test_a_truncated_response_is_not_shown_to_the_judge():
     class StrictTask(ReciteTask):
-        def reward(self, problem, response):
-            raise AssertionError(response)
-
-        is_correct = reward
+        def judge(self, problems, responses):
+            raise AssertionError(responses)
 
     assert judge(StrictTask(), ["b"], [samples("cdef")]).rewards == [0]
+
+
+def test_the_judge_is_called_once_a_chunk():
+    class CountingTask(ReciteTask):
+        def judge(self, problems, responses):
+            calls.append((problems, responses))
+            return super().judge(problems, responses)
+
+    calls = []
+    judge(CountingTask(), ["c", "b", "e", "f"], [samples("def.", "cdef"), samples("f.", "a.")])
+    assert calls == [(["c"], ["def"]), (["e", "f"], ["f", "a"])]
+
+
+def test_rows_without_a_problem_are_not_judged():
+    judged = judge(TASK, ["c", "b", "e"], [samples("def.", "cdef"), samples("f.", "a."), samples("f.", "a.")])
+    np.testing.assert_array_equal(judged.rewards, np.array([1.5, 0, 1.5, 0, 0, 0], np.float32))
+    assert judged.texts[3:] == ["", "", ""]
+
+
+def test_any_stop_token_ends_a_response():
+    class ManyStops(Letters):
+        stop_ids = (EOS, FIRST + LETTERS.index("f"))
+
+    class ManyStopsTask(ReciteTask):
+        tokenizer = ManyStops()
+
+    judged = judge(ManyStopsTask(), ["c", "c", "c", "c"], [samples("def", "de.", "de", "df.")])
+    assert judged.texts == ["de", "de", "de", "df"]
+    np.testing.assert_array_equal(judged.truncated, [False, False, True, False])
+
+
+RIGHT = Judgement(1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("judgements", "message"),
+    [
+        ([], r"Broken\.judge was given 2 responses and returned a list of 0, of type none: return one Judgement"),
+        ([RIGHT] * 3, "was given 2 responses and returned a list of 3, of type Judgement: return one Judgement for"),
+        ([1.0, 0.0], "was given 2 responses and returned a list of 2, of type float: return one Judgement for each"),
+        ([RIGHT, Judgement(float("nan"), False)], r"Broken\.judge gave the reward nan to the response 'f'"),
+        ([Judgement(float("inf"), True), RIGHT], "the reward inf to the response 'def': rewards must be finite"),
+        ([RIGHT, Judgement(-1e39, True)], r"the reward -1e\+39 to the response 'f': rewards must be finite in float32"),
+    ],
+)
+def test_mistakes_of_a_task(judgements, message):
+    class Broken(ReciteTask):
+        def judge(self, problems, responses):
+            return judgements
+
+    with pytest.raises(ValueError, match=message):
+        judge(Broken(), ["c", "b", "e"], [samples("def.", "cdef", "f.")])
 
 
 def test_assembling_aligns_everything_with_the_targets():

@@ -28,7 +28,7 @@ from rspo_jax.trainer_config import (
     check_learner,
     check_mesh,
 )
-from rspo_jax.types import ModelOutput, RouterReading
+from rspo_jax.types import Judgement, ModelOutput, RouterReading
 
 TIMINGS = {"step_seconds", "tokens_per_second"}
 DIGITS, LETTERS = "01234", "abcde"
@@ -37,7 +37,7 @@ DIGITS, LETTERS = "01234", "abcde"
 class Characters:
     """One id a digit, and one a letter."""
 
-    pad_id, eos_id = 0, 1
+    pad_id, eos_id, stop_ids = 0, 1, (1,)
     vocabulary_size = 2 + len(DIGITS + LETTERS)
 
     def encode(self, text):
@@ -69,11 +69,12 @@ class TranslationTask:
     def solution(self, problem):
         return LETTERS[DIGITS.index(problem)]
 
-    def reward(self, problem, response):
-        return float(response == self.solution(problem))
+    def judge(self, problems, responses):
+        correct = [response == self.solution(problem) for problem, response in zip(problems, responses, strict=True)]
+        return [Judgement(self.reward(*pair), pair[1]) for pair in zip(problems, correct, strict=True)]
 
-    def is_correct(self, problem, response):
-        return response == self.solution(problem)
+    def reward(self, problem, correct):
+        return float(correct)
 
 
 def read_layer(reader, router_logits):
@@ -244,7 +245,7 @@ def test_checkpoints_are_where_they_were_asked_for(straight):
     # Every third step of either phase, and the end of each: 3, 5 of the warm start, then 5 + 3 and 5 + 4.
     assert checkpoints_in(run_dir) == [3, 5, 8, 9]
     assert list((run_dir / "tensorboard").rglob("events.out.tfevents.*"))
-    restored, step = restore_params(init_params, CONFIG, run_dir)
+    restored, step, _ = restore_params(POLICY, init_params, CONFIG, run_dir)
     assert (bits(restored), step) == (params, 4)
 
 
@@ -255,7 +256,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_there_is_nothing_to_restore_from_a_folder_without_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="has no checkpoint yet"):
-        restore_params(init_params, CONFIG, tmp_path)
+        restore_params(POLICY, init_params, CONFIG, tmp_path)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(straight):
@@ -303,7 +304,7 @@ RL_ONLY = change(CONFIG, seed=6, steps=2, warm_start=WarmStartConfig(steps=0))
 
 def test_rewards_that_are_all_alike_teach_nothing(tmp_path, start):
     class Hopeless(TranslationTask):
-        def reward(self, problem, response):
+        def reward(self, problem, correct):
             return 0.0
 
     params, rows = run(tmp_path, change(RL_ONLY, steps=3), Hopeless(), init=copies_of(start))
@@ -316,12 +317,12 @@ def test_rewards_count_relative_to_their_group(tmp_path, start):
     """What a right answer to a problem is worth makes no difference, unless scaling is switched off."""
 
     class Inflation(TranslationTask):
-        def reward(self, problem, response):
-            return (1.0 + self.is_correct(problem, response)) * 4.0 ** DIGITS.index(problem)
+        def reward(self, problem, correct):
+            return (1.0 + correct) * 4.0 ** DIGITS.index(problem)
 
     class Level(TranslationTask):
-        def reward(self, problem, response):
-            return 1.0 + self.is_correct(problem, response)
+        def reward(self, problem, correct):
+            return 1.0 + correct
 
     def first_step(name, task, scale):
         _, rows = run(tmp_path / name, change(RL_ONLY, scale_advantages=scale), task, init=copies_of(start))
@@ -338,7 +339,7 @@ def test_learned_groups_are_those_with_a_gradient(tmp_path, start):
     """Responses that are cut off earn nothing, so that the groups of rewarded problems differ, and no others."""
 
     class SomeProblems(TranslationTask):
-        def reward(self, problem, response):
+        def reward(self, problem, correct):
             return float(problem in self.rewarded)
 
     for number, rewarded in enumerate(["3", DIGITS]):
@@ -356,12 +357,40 @@ def test_learned_groups_are_those_with_a_gradient(tmp_path, start):
 
 def test_updates_that_are_skipped_show_in_the_rows(tmp_path, start):
     class Poison(TranslationTask):
-        def reward(self, problem, response):
-            return math.nan
+        """Rewards that are finite, but too large for gradients to be."""
 
-    params, rows = run(tmp_path, RL_ONLY, Poison(), init=copies_of(start))
+        def judge(self, problems, responses):
+            return [Judgement(1e37 * (number % 2), False) for number in range(len(problems))]
+
+    params, rows = run(tmp_path, change(RL_ONLY, scale_advantages=False), Poison(), init=copies_of(start))
     assert params == bits(start)
     assert [row["skipped_updates"] for row in rows[1:]] == [2, 2]
+
+
+def test_problems_with_long_prompts_are_left_out_of_the_run(tmp_path, capsys):
+    class LongNames(TranslationTask):
+        """The prompt of "4" has three tokens, and all others one."""
+
+        def prompt(self, problem):
+            return super().prompt(problem) * (3 if problem == "4" else 1)
+
+    task = LongNames()
+    _, rows = run(tmp_path, change(RL_ONLY, max_prompt_tokens=2), task)
+    assert set(task.seen[ENCODED_FIRST:]) == set("0123")
+    said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert said == [
+        f"{split}: {dropped} of {count} problems are left out, because their prompts have more than 2 tokens "
+        "(max_prompt_tokens)"
+        for split, dropped, count in (("train", 2, 10), ("validation", 4, 20), ("test", 3, 16))
+    ]
+    dropped = {"dropped_train_problems": 2, "dropped_validation_problems": 4, "dropped_test_problems": 3}
+    for row in (rows[0], rows[2]):
+        assert {name: row[name] for name in row if name.startswith("dropped")} == dropped
+    assert rows[0]["test_greedy"] * 13 == pytest.approx(round(rows[0]["test_greedy"] * 13))
+    task.problems = lambda split: "444"
+    with pytest.raises(ValueError, match=r"none of 3 problems has a prompt .* raise it to 3 or more"):
+        run(tmp_path / "none", change(RL_ONLY, max_prompt_tokens=2), task)
+    assert not (tmp_path / "none").exists()
 
 
 # --- a function of its seed ---
@@ -583,6 +612,7 @@ def test_several_epochs_make_more_updates(tmp_path):
         ({"group_size": 1}, "raise group_size to 2 or more, or switch scale_advantages off"),
         ({"mini_batches": 3}, "32 responses to learn from do not divide into 3 mini_batches"),
         ({"rollout_chunks": 3}, "a rollout of 32 responses does not divide into 3 rollout_chunks"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1, got 0; leave it out to use all problems"),
         ({"learned_groups": 0}, "learned_groups must lie between 1 and prompts, 8; got 0"),
         ({"learned_groups": 9}, "learned_groups must lie between 1 and prompts, 8; got 9"),
         ({"learned_groups": 1, "mini_batches": 8}, "4 responses to learn from do not divide into 8 mini_batches"),

@@ -3,7 +3,7 @@
 The generator of problems, the text format and the verifier are re-exported here.
 `load_problems` stays in `experiments.tasks.countdown.dataset`, because importing that module
 imports TensorFlow Datasets, which is slow and which nothing else here needs. Nothing in this
-package may know of JAX, of a model or of the trainer.
+package but `task`, which speaks the trainer's types, may know of JAX, of a model or of the trainer.
 """
 
 from experiments.tasks.countdown.problems import (

@@ -11,6 +11,7 @@ from experiments.tasks.countdown.dataset import load_problems
 from experiments.tasks.countdown.problems import CountdownConfig, Problem
 from experiments.tasks.countdown.text import CharacterTokenizer, prompt_text
 from experiments.tasks.countdown.verifier import CountdownReward, verify
+from rspo_jax.types import Judgement
 
 _load_once = functools.lru_cache(maxsize=6)(load_problems)
 
@@ -37,8 +38,9 @@ class CountdownTask:
     def solution(self, problem: Problem) -> str:
         return problem.solution
 
-    def reward(self, problem: Problem, response: str) -> float:
-        return self.rule(problem, response)
+    def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Judgement]:
+        return [self._judge(problem, response) for problem, response in zip(problems, responses, strict=True)]
 
-    def is_correct(self, problem: Problem, response: str) -> bool:
-        return verify(response, problem.numbers, problem.target, self.rule.use_all).correct
+    def _judge(self, problem: Problem, response: str) -> Judgement:
+        verdict = verify(response, problem.numbers, problem.target, self.rule.use_all)
+        return Judgement(self.rule(problem, response), verdict.correct)

@@ -19,11 +19,13 @@ class CharacterTokenizer:
     Attributes:
         pad_id: the id that fills up a batch; it stands for no text.
         eos_id: the id that ends a response; it stands for no text.
+        stop_ids: all ids that end a response: `eos_id` alone.
         vocabulary_size: how many ids there are; they run from 0 to vocabulary_size - 1.
     """
 
     pad_id: int = 0
     eos_id: int = 1
+    stop_ids: tuple[int, ...] = (1,)
     vocabulary_size: int = 2 + len(_CHARACTERS)
 
     def encode(self, text: str) -> list[int]:

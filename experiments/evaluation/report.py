@@ -1,0 +1,111 @@
+"""What is said of an evaluation's responses: estimates with intervals, as JSON and as a table.
+
+This file must never know how a response was drawn.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import rich.table
+
+from experiments.evaluation.estimates import avg_at_k, bootstrap_intervals, majority_at_k, pass_at_k
+from experiments.evaluation.responses import Response
+
+_LONGEST_SHOWN = 400
+
+
+def summarize(
+    responses: Mapping[tuple[int, int], Response], problems: int, samples: int, votes: bool
+) -> dict[str, Any]:
+    """Estimates, each with the bounds of its 95 % bootstrap interval over problems, and lengths of responses.
+
+    Args:
+      responses: by problem and sample; at least `samples` of each problem, of which the first are looked at.
+      problems: how many problems there are.
+      samples: how many responses to each are counted.
+      votes: whether the answers can be put to a vote.
+
+    Returns:
+      What JSON can hold; the same for the same responses, however they came about.
+    """
+    table = [[responses[problem, sample] for sample in range(samples)] for problem in range(problems)]
+    correct = np.array([[response.correct for response in row] for row in table])
+    tokens = np.array([[response.tokens for response in row] for row in table], np.float64)
+    values = {"pass@1": avg_at_k(correct), f"avg@{samples}": avg_at_k(correct)}
+    counts = [k for k in _counts(samples) if k > 1]
+    values |= {f"pass@{k}": pass_at_k(correct, k) for k in counts}
+    if votes:
+        answers = [[response.answer for response in row] for row in table]
+        values |= {f"maj@{k}": majority_at_k(answers, correct, k) for k in counts}
+        values["answered"] = _mean(table, lambda response: response.answer is not None)
+    values["truncated"] = _mean(table, lambda response: response.truncated)
+    values["reward"] = _mean(table, lambda response: response.reward)
+    values["response_tokens"] = tokens.mean(axis=1)
+    low, high = bootstrap_intervals(np.stack(list(values.values()), axis=1))
+    estimates = {
+        name: {"value": float(of_problems.mean()), "low": float(low[index]), "high": float(high[index])}
+        for index, (name, of_problems) in enumerate(values.items())
+    }
+    return {
+        "problems": problems,
+        "samples": samples,
+        "estimates": estimates,
+        "lengths": {
+            "median": float(np.median(tokens)),
+            "longest": float(tokens.max()),
+            "mean_if_right": float(tokens[correct].mean()) if correct.any() else None,
+            "mean_if_wrong": float(tokens[~correct].mean()) if not correct.all() else None,
+        },
+    }
+
+
+def _counts(samples: int) -> list[int]:
+    """The powers of two up to the number of samples, and that number."""
+    return sorted({2**power for power in range(samples.bit_length())} | {samples})
+
+
+def _mean(table: list[list[Response]], value: Callable[[Response], float]) -> np.ndarray:
+    return np.array([[value(response) for response in row] for row in table], np.float64).mean(axis=1)
+
+
+def make_table(summary: Mapping[str, Any]) -> rich.table.Table:
+    """The estimates of `summarize`, a line each."""
+    table = rich.table.Table()
+    for column in ("", "estimate", "95 % interval"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    shown = dict(summary["estimates"])
+    avg = f"avg@{summary['samples']}"
+    shown[f"pass@1 = {avg}"] = shown.pop("pass@1")
+    del shown[avg]
+    for name in sorted(shown, key=lambda name: name != f"pass@1 = {avg}"):
+        table.add_row(*_cells(name, shown[name]))
+    return table
+
+
+def _cells(name: str, estimate: Mapping[str, float]) -> tuple[str, str, str]:
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    if name == "reward":
+        return name, f"{value:.3f}", f"{low:.3f} to {high:.3f}"
+    if name == "response_tokens":
+        return "tokens of a response", f"{value:,.1f}", f"{low:,.1f} to {high:,.1f}"
+    words = {"truncated": "cut off"}.get(name, name)
+    return words, f"{100 * value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def describe_lengths(lengths: Mapping[str, Any]) -> str:
+    """One line under the table."""
+    parts = [f"median {lengths['median']:,.0f}", f"longest {lengths['longest']:,.0f}"]
+    for name in ("right", "wrong"):
+        mean = lengths[f"mean_if_{name}"]
+        parts += [] if mean is None else [f"mean of {name} ones {mean:,.1f}"]
+    return f"tokens of a response: {', '.join(parts)}"
+
+
+def show_response(prompt: str, response: Response) -> str:
+    """A prompt with a response and the verdict; of long ones, how the prompt begins and how the response ends."""
+    begin = prompt if len(prompt) <= _LONGEST_SHOWN else f"{prompt[:_LONGEST_SHOWN]} [...]"
+    text = response.text or "(nothing)"
+    end = text if len(text) <= _LONGEST_SHOWN else f"[...] {text[-_LONGEST_SHOWN:]}"
+    verdict = "cut off" if response.truncated else "right" if response.correct else "wrong"
+    return f"{begin} {end}   {verdict}"

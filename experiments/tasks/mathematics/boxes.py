@@ -1,0 +1,24 @@
+"""Finds the answer that a text puts into a box: \\boxed{...}. This module must never know what an answer means."""
+
+import re
+
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def last_box(text: str) -> str | None:
+    """Returns what the last box of a text holds, in one pass over it.
+
+    Returns:
+        The content without the braces. None if there is no box, or if the last one is never closed, as in a response
+        that was cut off.
+    """
+    starts = [match.end() for match in _BOX.finditer(text)]
+    if not starts:
+        return None
+    depth = 1
+    for brace in _BRACE.finditer(text, starts[-1]):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            return text[starts[-1] : brace.start()]
+    return None

@@ -1,0 +1,97 @@
+"""What a mathematics task is, checked in one place. This module must never read problems or start a process."""
+
+import dataclasses
+import math
+import os
+
+from experiments.tasks.mathematics.problems import SETS
+
+DEFAULT_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclasses.dataclass(frozen=True)
+class MathConfig:
+    """Which problems, how they are asked, and what an answer earns.
+
+    Attributes:
+        name: the set whose layout the files have: a key of `experiments.tasks.mathematics.problems.SETS`.
+        train_path: file of the problems to train on, a JSON object a line. The validation problems are drawn from it.
+        test_path: file of the test problems. Where a path is absent, TensorFlow Datasets provides the problems of
+            sets that it knows, which is gsm8k.
+        data_dir: the folder of TensorFlow Datasets; its own when absent.
+        validation: how many problems are drawn from the training problems and kept for the split "validation".
+        seed: changes which ones are drawn.
+        train: how many problems the split "train" has, from the first on. None: all that are left.
+        test: how many problems the split "test" has, from the first on. None: all.
+        prompt: what the user asks, with {problem} in the place of the question.
+        system: what the system says before; nothing when empty.
+        must_be_boxed: whether an answer counts in a \\boxed{} alone. If not, a response without a box is searched for
+            its last formula or number.
+        correct_reward: of a right answer.
+        wrong_reward: of an answer that is not right.
+        unanswered_reward: of a response without an answer, and of one that cannot be judged within its limits.
+        time_limit: seconds that judging one response may take.
+        workers: processes that judge. None: one for each core but one, at most 16.
+        memory_limit: GiB of address space of each of these processes.
+    """
+
+    name: str = "gsm8k"
+    train_path: str | None = None
+    test_path: str | None = None
+    data_dir: str | None = None
+    validation: int = 500
+    seed: int = 0
+    train: int | None = None
+    test: int | None = None
+    prompt: str = DEFAULT_PROMPT
+    system: str = ""
+    must_be_boxed: bool = True
+    correct_reward: float = 1.0
+    wrong_reward: float = 0.0
+    unanswered_reward: float = 0.0
+    time_limit: float = 5.0
+    workers: int | None = None
+    memory_limit: float = 4.0
+
+    def check(self) -> None:
+        """Raises ValueError, naming the mistake and the way out."""
+        if self.name not in SETS:
+            raise ValueError(f"there is no set {self.name!r}; choose one of {', '.join(SETS)}")
+        if not SETS[self.name].builder and self.train_path is None and self.test_path is None:
+            raise ValueError(f"TensorFlow Datasets has no {self.name}: give its file as test_path or train_path")
+        if self.prompt.count("{problem}") != 1:
+            raise ValueError(
+                f"prompt has {{problem}} {self.prompt.count('{problem}')} times, and the question has one place; "
+                "put {problem} into it once"
+            )
+        if self.must_be_boxed and "\\boxed" not in self.prompt + self.system:
+            raise ValueError(
+                "answers must be boxed, but neither prompt nor system asks for \\boxed{}; ask, or clear must_be_boxed"
+            )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if self.validation < 0:
+            raise ValueError(f"validation is {self.validation}; set it to 0 or more")
+        for field in ("train", "test", "workers"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} is {value}; set it to 1 or more, or leave it out")
+        for field in ("time_limit", "memory_limit"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{field} is {value}; set it to a number above 0")
+        rewards = (self.correct_reward, self.wrong_reward, self.unanswered_reward)
+        if not all(map(math.isfinite, rewards)) or not rewards[0] > rewards[1] >= rewards[2]:
+            raise ValueError(
+                f"rewards are {rewards[0]} (right), {rewards[1]} (wrong) and {rewards[2]} (unanswered), but a right "
+                "answer has to earn more than a wrong one, and a wrong one no less than none"
+            )
+
+    def worker_count(self) -> int:
+        """How many processes judge."""
+        if self.workers is not None:
+            return self.workers
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        return min(16, max(1, cores - 1))

@@ -1,0 +1,107 @@
+"""Whether a response gives the right answer, by math-verify: what the worker processes of the pool run.
+
+Nothing here has a limit of time. Responses are hostile, and what they make SymPy compute may take for ever, so only a
+process that may be killed should call `judge`. This module must never know of rewards.
+"""
+
+import functools
+import logging
+import math
+import re
+from typing import Any
+
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from sympy import Expr, Integer
+
+from experiments.tasks.mathematics.boxes import last_box
+
+LONGEST_ANSWER = 2_000
+"""Characters that the content of a box may have. The longest answer of the sets in `problems.py` has 200."""
+LONGEST_TAIL = 2_000
+"""Characters at the end of a response in which an answer without a box is looked for."""
+
+_EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+_BOLD = re.compile(r"\\(?:textbf|mathbf|boldsymbol|bm)\s*\{([^{}]*)\}")
+_DIGITS = 6
+"""To how many digits a decimal fraction has to agree."""
+
+# It warns that it sets no limits of time. The pool does.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
+def judge(item: tuple[str, str, bool]) -> dict[str, bool]:
+    """Judges one response.
+
+    Args:
+        item: the answer as LaTeX, the response, and whether the response's answer has to be in a box.
+
+    Returns:
+        "answered": there is an answer, in a box if it has to be; "correct": it is the right one.
+    """
+    answer, response, must_be_boxed = item
+    box = last_box(response)
+    if box is None and (must_be_boxed or "\\boxed" in response):
+        return {"answered": False, "correct": False}
+    # GSM8K puts #### before its answers, and so does a model that has seen it.
+    given = box if box is not None else response[-LONGEST_TAIL:].rpartition("####")[2]
+    if not given.strip() or len(given) > LONGEST_ANSWER:
+        return {"answered": False, "correct": False}
+    parsed = _readings(given) if box is not None else _parse(given)
+    return {"answered": bool(parsed), "correct": _is_same(_gold(answer), parsed)}
+
+
+def is_readable(answer: str) -> bool:
+    """Whether math-verify understands a right answer. If not, no other way of writing it is judged right."""
+    return any(not isinstance(reading, str) for reading in _gold(answer))
+
+
+def _parse(text: str) -> list[Any]:
+    return parse(text, _EXTRACTION, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+
+
+def _readings(answer: str) -> list[Any]:
+    """What the content of a box may mean.
+
+    A number such as 4.5e33 is read as Python's notation and as LaTeX's 4.5·e·33; it is right if one of them is.
+    """
+    answer = _BOLD.sub(r"\1", answer.strip().removesuffix("."))
+    answer = re.sub(r"(\d)\.(?!\d)", r"\1", answer)  # 1./3
+    parsed = _parse(f"\\boxed{{{answer}}}")
+    number = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+))[eE]([+-]?\d+)", answer, re.ASCII)
+    if number:
+        parsed += _parse(f"\\boxed{{{number[1]} \\times 10^{{{number[2]}}}}}")
+    return parsed
+
+
+@functools.lru_cache(maxsize=1024)
+def _gold(answer: str) -> tuple[Any, ...]:
+    return tuple(_parse(f"\\boxed{{{answer}}}"))
+
+
+def _is_same(gold: tuple[Any, ...], given: list[Any]) -> bool:
+    """math-verify's verdict, with the numbers scaled if the right one is small.
+
+    math-verify compares decimals to a number of places and takes what is tiny for zero, so that 4.6e-24 would equal
+    4.7e-24. Scaled to between 1 and 10, they are compared to as many digits.
+    """
+    scale = _scale(gold[0]) if gold else None
+    if scale is not None:
+        gold = (gold[0] * scale,)
+        given = [one * scale for one in given if _is_number(one)]
+    return verify(list(gold), given, float_rounding=_DIGITS, timeout_seconds=None)
+
+
+def _scale(gold: Any) -> Expr | None:
+    if not _is_number(gold):
+        return None
+    try:
+        size = abs(complex(gold.evalf()))
+    except (TypeError, OverflowError):  # a percentage, or nothing that has a size
+        return None
+    if not 0 < size < 0.01:  # 8 % and 8 stay equal, which they are by their form
+        return None
+    return Integer(10) ** math.ceil(-math.log10(size))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Expr) and value.is_number

@@ -1,0 +1,205 @@
+"""Tokenizers and chat templates of Hugging Face folders, behind the trainer's `Tokenizer` protocol.
+
+The folder's `tokenizer.json` decides how text becomes tokens, and nothing is ever asked of the network. Everything
+that ends a response, in whichever of the folder's files it is named, is gathered here. This file must never know a
+task or a model, and it needs no PyTorch.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+_TOKENIZER_FILE = "tokenizer.json"
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How messages become the text of a prompt."""
+
+    template: Literal["folder", "plain"] = "folder"
+    """The chat template of the model's folder; or plain, for a model that never learned to chat: the messages' texts,
+    with an empty line between them, after what the tokenizer puts before any text."""
+    options: tuple[str, ...] = ()
+    """Variables of the template as NAME=VALUE, such as enable_thinking=false; VALUE is JSON, or else text."""
+    date: str = "2025-01-01"
+    """What a template that writes today's date takes it for: a run that is resumed tomorrow reads the same prompts."""
+
+    def __post_init__(self) -> None:
+        try:
+            datetime.date.fromisoformat(self.date)
+        except ValueError as error:
+            raise ValueError(f"chat.date is {self.date!r}: write it as in 2025-01-01") from error
+        if self.template == "plain" and self.options:
+            raise ValueError(f"a plain chat has no template to take {self.options[0]}: leave the options out")
+        self.variables()
+
+    def variables(self) -> dict[str, Any]:
+        """The options by their names.
+
+        Raises:
+          ValueError: if one is not NAME=VALUE.
+        """
+        variables: dict[str, Any] = {}
+        for option in self.options:
+            name, equals, value = option.partition("=")
+            if not equals or not name.isidentifier():
+                raise ValueError(f"chat option {option!r} is not of the form NAME=VALUE, as in enable_thinking=false")
+            try:
+                variables[name] = json.loads(value)
+            except json.JSONDecodeError:
+                variables[name] = value
+        return variables
+
+
+class HuggingFaceTokenizer:
+    """An `rspo_jax.types.Tokenizer` that reads a Hugging Face folder, with its chat template.
+
+    Attributes:
+      pad_id: the folder's padding token; where it names none, the token that ends a response. Padding is masked.
+      eos_id: the first of `stop_ids`.
+      stop_ids: the `eos_token` of the tokenizer, then what `generation_config.json` and `config.json` name.
+      vocabulary_size: one more than the largest id. A model may have more, which decode to nothing.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], chat: ChatConfig = ChatConfig()) -> None:
+        """Reads the folder.
+
+        Raises:
+          ValueError: if it has no tokenizer that can be read, or names nothing that ends a response.
+        """
+        self._folder, self._chat = Path(folder), chat
+        tokenizer = _load(self._folder)
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.stop_ids: tuple[int, ...] = _stop_ids(self._folder, tokenizer.eos_token_id)
+        self.eos_id: int = self.stop_ids[0]
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.vocabulary_size: int = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        self._variables = chat.variables()
+        self._template: str | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text and no others. Special tokens that are written out in it, as those of a chat, count."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, without special tokens."""
+        return self._backend.decode(list(map(int, ids)), skip_special_tokens=True)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text that a model reads before it answers the messages: each has a "role" and a "content".
+
+        Raises:
+          ValueError: if the folder has no chat template, or the template does not take these messages or an option.
+        """
+        if self._chat.template == "plain":
+            return self._text_before() + "\n\n".join(message["content"] for message in messages)
+        if self._template is None:
+            self._template = self._checked_template()
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._variables,
+            )
+        except TemplateError as error:
+            roles = ", ".join(message.get("role", "?") for message in messages)
+            raise ValueError(f"the chat template of {self._folder} refuses messages of {roles}: {error}") from error
+
+    def check_model(self, vocabulary_size: int) -> None:
+        """Refuses a model of another tokenizer.
+
+        Raises:
+          ValueError: if it has fewer entries in its vocabulary than there are tokens.
+        """
+        if self.vocabulary_size > vocabulary_size:
+            raise ValueError(
+                f"the tokenizer of {self._folder} has {self.vocabulary_size} tokens, but the model's vocabulary has "
+                f"only {vocabulary_size}: take the tokenizer that the model was trained with"
+            )
+
+    def _text_before(self) -> str:
+        """The mark that the tokenizer puts at the begin of a text, if it does."""
+        before, mark = self._backend.encode("", add_special_tokens=True).ids, self._tokenizer.bos_token
+        return mark if mark is not None and before[:1] == [self._tokenizer.bos_token_id] else ""
+
+    def _checked_template(self) -> str:
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {self._folder} has no chat template: set chat.template to plain, or put the "
+                "template of its family into the folder as chat_template.jinja"
+            )
+        template = self._tokenizer.get_chat_template()
+        for name in self._variables:
+            if not re.search(rf"\b{name}\b", template):
+                raise ValueError(f"the chat template of {self._folder} has no variable {name}: leave the option out")
+        today = datetime.date.fromisoformat(self._chat.date)
+        template = _DATE_CALL.sub(lambda call: json.dumps(today.strftime(call["format"])), template)
+        if "strftime_now(" in template:
+            raise ValueError(
+                f"the chat template of {self._folder} asks for the time in a way that cannot be held still "
+                "(strftime_now): write a date into its chat_template.jinja"
+            )
+        return template
+
+
+def _load(folder: Path) -> Any:
+    """The tokenizer of `transformers`, which takes seconds to import."""
+    if not (folder / _TOKENIZER_FILE).is_file():
+        what = f"has no {_TOKENIZER_FILE}" if folder.is_dir() else "is not a folder"
+        raise ValueError(
+            f"{folder} {what}: give the folder of a checkpoint together with its tokenizer's files; where those are of "
+            "another format, transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…) writes this one"
+        )
+    with _without_advice():
+        # The class that reads tokenizer.json as it is. AutoTokenizer would build some families' anew from its words.
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(os.fspath(folder), local_files_only=True)
+        except Exception as error:  # the Rust library raises no narrower one
+            raise ValueError(f"the tokenizer of {folder} cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keeps `transformers` from saying that it misses PyTorch, and that this is not the class it would have taken."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _stop_ids(folder: Path, eos_id: int | None) -> tuple[int, ...]:
+    ids: list[Any] = [] if eos_id is None else [eos_id]
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            try:
+                found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{folder / name} is damaged: {error}") from error
+            named = found if isinstance(found, list) else [] if found is None else [found]
+            if not all(type(one) is int and one >= 0 for one in named):
+                raise ValueError(f"{folder / name} has the eos_token_id {found!r}: it must be an id or a list of ids")
+            ids += named
+    if not ids:
+        raise ValueError(
+            f"{folder} names nothing that ends a response: name the tokenizer's eos_token in tokenizer_config.json, or "
+            "eos_token_id in generation_config.json"
+        )
+    return tuple(dict.fromkeys(ids))
