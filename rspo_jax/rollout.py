@@ -37,6 +37,8 @@ class Judged(NamedTuple):
     """bool [B]."""
     truncated: np.ndarray
     """bool [B]."""
+    unjudged: np.ndarray
+    """bool [B]: where the judge gave up."""
     texts: list[str]
     """The responses; "" for a row on another process's devices."""
 
@@ -245,7 +247,7 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
       ValueError: if the task gives a reward that is not finite, or not one judgement a response.
     """
     rows = chunks[0].tokens.shape[0]
-    verdicts = np.zeros((len(chunks), rows, 3), np.float32)  # reward, correct, truncated
+    verdicts = np.zeros((len(chunks), rows, 4), np.float32)  # truncated, reward, correct, unjudged
     texts = [""] * (len(chunks) * rows)
     for index, chunk in enumerate(chunks):
         tokens, mask = fetch_own(chunk.tokens), fetch_own(chunk.mask)
@@ -253,15 +255,15 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
         for row in own[own < len(problems) - index * rows]:
             response, stopped = _without_stop(tokens[row][mask[row]].tolist(), task.tokenizer)
             texts[index * rows + row] = task.tokenizer.decode(response)
-            verdicts[index, row, 2] = not stopped
+            verdicts[index, row, 0] = not stopped
             ended += [row] if stopped else []
         if ended:
             at = [index * rows + row for row in ended]
-            verdicts[index, ended, :2] = _judgements(task, [problems[row] for row in at], [texts[row] for row in at])
+            verdicts[index, ended, 1:] = _judgements(task, [problems[row] for row in at], [texts[row] for row in at])
     if jax.process_count() > 1:
         verdicts = fetch(from_own(verdicts, None, "rows", None))
-    rewards, correct, truncated = verdicts.reshape(-1, 3).T
-    return Judged(rewards.copy(), correct > 0, truncated > 0, texts)
+    truncated, rewards, correct, unjudged = verdicts.reshape(-1, 4).T
+    return Judged(rewards.copy(), correct > 0, truncated > 0, unjudged > 0, texts)
 
 
 def _without_stop(response: list[int], tokenizer: Tokenizer) -> tuple[list[int], bool]:
@@ -271,7 +273,7 @@ def _without_stop(response: list[int], tokenizer: Tokenizer) -> tuple[list[int],
 
 
 def _judgements(task: Task, problems: list[Any], responses: list[str]) -> np.ndarray:
-    """The task's judgements, checked: float32 [B, 2], reward and correctness."""
+    """The task's judgements, checked: float32 [B, 3], reward, correctness and whether it gave up."""
     name, judgements = f"{type(task).__name__}.judge", task.judge(problems, responses)
     if len(judgements) != len(responses) or not all(isinstance(one, Judgement) for one in judgements):
         types = sorted({type(one).__name__ for one in judgements})
@@ -280,7 +282,7 @@ def _judgements(task: Task, problems: list[Any], responses: list[str]) -> np.nda
             f"{', '.join(types) or 'none'}: return one Judgement for each response"
         )
     with np.errstate(over="ignore"):
-        checked = np.array([(one.reward, one.correct) for one in judgements], np.float32)
+        checked = np.array([tuple(one) for one in judgements], np.float32)
     wrong = np.flatnonzero(~np.isfinite(checked[:, 0]))
     if wrong.size:
         raise ValueError(
@@ -305,4 +307,4 @@ def solve(
         chunks += sample_in_chunks(policy, params, prompts, keys, sampler, task.tokenizer, 1)
     judged = judge(task, problems, chunks)
     own = slice(len(problems))
-    return Judged(judged.rewards[own], judged.correct[own], judged.truncated[own], judged.texts[own])
+    return Judged(*(values[own] for values in judged))

@@ -398,6 +398,7 @@ def _rollout_metrics(judged: Judged, informative: np.ndarray, draws: Draws, conf
         "reward": float(judged.rewards.mean()),
         "solve_rate": float(judged.correct.mean()),
         "truncated_fraction": float(judged.truncated.mean()),
+        "unjudged": float(judged.unjudged.sum()),
         "response_length": float(lengths.mean()),
         "longest_response": float(lengths.max()),
         "response_tokens": float(lengths.sum()),

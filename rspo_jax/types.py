@@ -215,6 +215,8 @@ class Judgement(NamedTuple):
     """Finite."""
     correct: bool
     """What solve rates count."""
+    unjudged: bool = False
+    """Whether the judge gave up, at a limit of time or memory, say. Such responses are counted."""
 
 
 class Task(Protocol):

@@ -2,12 +2,26 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 import models
-from experiments.config import RUNS, CountdownRun, ObjectiveOptions, differences, load_config, save_config
+from experiments.config import (
+    RUNS,
+    CodeRun,
+    CountdownRun,
+    MathRun,
+    ObjectiveOptions,
+    differences,
+    load_config,
+    save_config,
+)
+from experiments.tasks.code.config import CodeConfig
+from experiments.tasks.code.sandbox import Limits
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig, CountdownReward
+from experiments.tasks.mathematics.config import MathConfig
+from experiments.text import ChatConfig
 from rspo_jax.objectives import OBJECTIVES, GRPOConfig, GSPORSConfig, RSPOConfig
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import OptimizerConfig
@@ -36,7 +50,8 @@ def test_the_default_run_is_possible():
     run = CountdownRun()
     learner = run.learner()
     assert (learner.objective, learner.objective_config) == ("rspo", RSPOConfig())
-    assert list(RUNS.items()) == [("countdown", CountdownRun)]
+    run.check()
+    assert run.architecture() == run.model and run.load_params() is None
 
 
 def test_the_learner_follows_the_run():
@@ -120,13 +135,43 @@ def test_a_run_needs_problems_of_every_split(split):
 # --- config.json ---
 
 
-@pytest.mark.parametrize("run", [CountdownRun(), OTHER_RUN], ids=["default", "other"])
-def test_there_and_back(tmp_path, run):
+MATH_RUN = MathRun(
+    model="some/folder",
+    task=MathConfig(name="math500", test_path="test.jsonl", train_path="train.jsonl", must_be_boxed=False, workers=3),
+    chat=ChatConfig(options=("enable_thinking=false",), date="2025-02-03"),
+    dtype="bfloat16",
+    remat="none",
+)
+CODE_RUN = CodeRun(
+    model="some/folder",
+    task=CodeConfig(True, train_path="train.jsonl", limits=Limits(seconds=2.0), accept_missing=("network",)),
+    objective=ObjectiveOptions("gmpo"),
+)
+
+
+def test_every_task_has_a_run_with_defaults():
+    assert {"countdown": CountdownRun, "mathematics": MathRun, "code": CodeRun} == RUNS
+    assert all(run_type().learner().objective == "rspo" for run_type in RUNS.values())
+
+
+@pytest.mark.parametrize("run_type", [MathRun, CodeRun])
+def test_a_run_from_a_folder_needs_one(run_type, tmp_path):
+    with pytest.raises(ValueError, match="name its Hugging Face folder with --model"):
+        run_type().check()
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        run_type(model=str(tmp_path)).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [("countdown", CountdownRun()), ("countdown", OTHER_RUN), ("mathematics", MATH_RUN), ("code", CODE_RUN)],
+)
+def test_there_and_back(tmp_path, name, run):
     path = tmp_path / "config.json"
-    save_config(path, "countdown", run)
-    assert load_config(path) == ("countdown", run)
+    save_config(path, name, run)
+    assert load_config(path) == (name, run)
     content = json.loads(path.read_text())
-    assert content["task_name"] == "countdown"
+    assert content["task_name"] == name
     assert set(content) == {"task_name"} | {field.name for field in dataclasses.fields(run)}
 
 

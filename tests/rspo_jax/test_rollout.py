@@ -145,6 +145,16 @@ def test_the_judge_is_called_once_a_chunk():
     assert calls == [(["c"], ["def"]), (["e", "f"], ["f", "a"])]
 
 
+def test_responses_that_the_judge_gave_up_on_are_told_apart():
+    class LimitedTask(ReciteTask):
+        def judge(self, problems, responses):
+            return [Judgement(-1.0, False, unjudged=response == "f") for response in responses]
+
+    judged = judge(LimitedTask(), ["e", "c", "c"], [samples("f.", "def.", "def")])
+    np.testing.assert_array_equal(judged.unjudged, [True, False, False])
+    np.testing.assert_array_equal(judged.rewards, [-1, -1, 0])
+
+
 def test_rows_without_a_problem_are_not_judged():
     judged = judge(TASK, ["c", "b", "e"], [samples("def.", "cdef"), samples("f.", "a."), samples("f.", "a.")])
     np.testing.assert_array_equal(judged.rewards, np.array([1.5, 0, 1.5, 0, 0, 0], np.float32))

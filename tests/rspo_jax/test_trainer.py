@@ -198,7 +198,7 @@ def test_what_the_rows_hold(straight):
     test = {name.replace("eval", "test") for name in evaluation}
     assert set(rows[5]) == {"phase", "step"} | evaluation | test
     of_a_step = {"reward", "solve_rate", "loss", "grad_norm", "gamma_mean", "clip_fraction", "entropy", "sampler_kl"}
-    of_a_step |= {"informative_groups", "response_length", "truncated_fraction", "approx_kl"} | warm_start
+    of_a_step |= {"informative_groups", "response_length", "truncated_fraction", "unjudged", "approx_kl"} | warm_start
     for row in rows[6:]:
         assert of_a_step <= set(row)
         assert bool(evaluation & set(row)) == (row["step"] in (2, 4))

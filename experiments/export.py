@@ -1,0 +1,71 @@
+"""`python -m experiments.export RUN FOLDER`: the newest checkpoint of a run as a Hugging Face folder.
+
+transformers, vLLM and SGLang load what it writes, and so does the next run. This file must never train.
+"""
+
+import dataclasses
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+import models
+from experiments.config import FolderRun, Place, load_config
+from rspo_jax.checkpoint import CheckpointError
+from rspo_jax.sharding import MeshConfig, make_mesh
+from rspo_jax.trainer import restore_params
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the model of a run as a Hugging Face folder."""
+
+    run_dir: Annotated[Place, tyro.conf.Positional]
+    """The folder of a run, or its address in a bucket."""
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Absent, or empty. It appears once it is whole."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights. When absent: for a model that came from a folder what its activations are in, or else that of
+    the parameters."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are arranged that hold the parameters meanwhile."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for something that the user can mend."""
+    try:
+        export = tyro.cli(Export, args=arguments, prog="python -m experiments.export")
+        with jax.set_mesh(make_mesh(export.mesh)):
+            step = write(export)
+    except (ValueError, OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{export.folder}: the model of {export.run_dir} after {step} steps")
+    return 0
+
+
+def write(export: Export) -> int:
+    """Writes the folder; returns the step that the model is from.
+
+    Raises:
+      ValueError: if there is no run, no checkpoint, or no family of models that the architecture belongs to.
+      OSError: if the folder cannot be written, or holds something.
+    """
+    _, run = load_config(export.run_dir / "config.json")
+    run.check()
+    model, config = run.architecture(), dataclasses.replace(run.trainer, mesh=export.mesh)
+    restored = restore_params(
+        models.Transformer(model), functools.partial(models.init_params, model), config, export.run_dir
+    )
+    source = run.model if isinstance(run, FolderRun) else None
+    dtype = export.dtype or (None if source is None else model.dtype)
+    models.save_hf(export.folder, model, restored.params, source, dtype)
+    return restored.step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

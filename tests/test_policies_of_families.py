@@ -1,0 +1,75 @@
+"""The training step with policies other than a softmax mixture in all layers: without a router, with dense layers in
+between, with latent attention and a sigmoid router. Joins the models and the algorithm; knows no trainer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import LatentAttention, Transformer, TransformerConfig, init_params
+from rspo_jax.objectives import OBJECTIVES
+from rspo_jax.packing import pack_rollout, plan_packing
+from rspo_jax.train_step import LearnerConfig, OptimizerConfig, init_train_state, score, update
+from rspo_jax.types import RolloutBatch
+
+SMALL = {"vocab_size": 19, "hidden_size": 12, "num_heads": 2, "num_kv_heads": 2, "head_dim": 6, "expert_size": 8}
+DENSE = TransformerConfig(**SMALL, num_layers=1, num_experts=0, dense_size=10)
+MIXED = TransformerConfig(**SMALL, num_layers=3, num_experts=4, dense_layers=(1,), dense_size=10)
+DEEPSEEK = TransformerConfig(
+    **{**SMALL, "head_dim": 10},
+    num_layers=2,
+    num_experts=4,
+    latent=LatentAttention(kv_rank=7, plain_dim=6, rotary_dim=4, value_dim=5),
+    query_key_norm="none",
+    router="sigmoid",
+    shared_expert_size=6,
+    dense_layers=(0,),
+    dense_size=10,
+)
+ROWS, WIDTH, PROMPT = 4, 9, 3
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    ones = np.ones((ROWS, WIDTH + 1), np.int32)
+    mask = np.arange(WIDTH)[None] >= PROMPT - 1
+    rollout = RolloutBatch(
+        tokens=jnp.asarray(rng.integers(0, 19, ones.shape), jnp.int32),
+        segment_ids=jnp.asarray(ones),
+        mask=jnp.asarray(mask.repeat(ROWS, axis=0)),
+        sampler_log_probs=jnp.full((ROWS, WIDTH), -2.0),
+        advantages=jnp.asarray([1.0, -1.0, 0.5, -0.5]),
+    )
+    width = WIDTH + 1 - PROMPT
+    lengths = np.full(ROWS, PROMPT), np.full(ROWS, width)
+    return pack_rollout(rollout, plan_packing(*lengths, PROMPT, width, np.arange(ROWS).reshape(1, -1), None))
+
+
+def learn(config, objective):
+    """Statistics of a second update on the same responses, and the route."""
+    policy, learner, optimizer = Transformer(config), LearnerConfig(objective=objective), OptimizerConfig(3e-2, 0)
+    rows = []
+    with jax.numpy_dtype_promotion("standard"):  # Optax promotes
+        state = init_train_state(init_params(config, jax.random.key(0)), optimizer)
+        scored, _ = score(policy, state.params, batch(), learner)
+        for _ in range(2):
+            state, statistics = update(policy, optimizer, state, scored, learner)
+            rows.append({name: float(statistic.reduce()) for name, statistic in statistics.items()})
+    return rows, scored.old_route
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_learns_without_a_router(objective):
+    (first, second), route = learn(DENSE, objective)
+    assert route is None
+    assert first["grad_norm"] > 0 and first["skipped_updates"] == second["skipped_updates"] == 0
+    assert second["loss"] < first["loss"]
+    assert second.get("gamma_mean", 1.0) == 1.0
+
+
+@pytest.mark.parametrize(("config", "layers"), [(MIXED, 2), (DEEPSEEK, 1)])
+def test_the_shift_covers_the_layers_that_have_a_router(config, layers):
+    (first, second), route = learn(config, "rspo")
+    assert route.expert_ids.shape == (1, ROWS, layers, 2, WIDTH)
+    assert first["gamma_mean"] == 1.0  # on-policy, exactly
+    assert 0 < second["gamma_mean"] < 1 and second["skipped_updates"] == 0
