@@ -38,7 +38,7 @@ class UserError(Exception):
 class Pod:
     """Compile a training step for a pod of TPUs that need not exist."""
 
-    model: Literal["small", "qwen3-30b-a3b", "qwen3-235b-a22b"] = "qwen3-30b-a3b"
+    model: Literal["small", "qwen3-30b-a3b", "qwen3-235b-a22b", "mixtral-8x7b", "gpt-oss-120b"] = "qwen3-30b-a3b"
     topology: str = "v5p:4x4x4"
     """Generation and chips, as v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4."""
     batch: int = 128

@@ -307,4 +307,5 @@ def solve(
         chunks += sample_in_chunks(policy, params, prompts, keys, sampler, task.tokenizer, 1)
     judged = judge(task, problems, chunks)
     own = slice(len(problems))
-    return Judged(*(values[own] for values in judged))
+    rewards, correct, truncated, unjudged, texts = judged
+    return Judged(rewards[own], correct[own], truncated[own], unjudged[own], texts[own])

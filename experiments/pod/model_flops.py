@@ -7,6 +7,8 @@ appendix B); what the backward pass computes again comes on top. This file must 
 
 from typing import NamedTuple
 
+import jax
+
 import models
 from experiments.pod.programs import DECODE, PREFILL, SCORE, UPDATE, Setting
 
@@ -16,18 +18,25 @@ class Parameters(NamedTuple):
 
     total: int
     active: int
-    """Of those, in matrix products of one token: K experts of each layer, without embedding and norms."""
+    """Of those, in matrix products of one token: K experts of each layer, without embedding, norms and biases."""
+
+
+NO_PRODUCT = ("embedding", "scale", "sinks")
+"""Names of parameters that no matrix product has; biases aside."""
 
 
 def count_parameters(c: models.TransformerConfig) -> Parameters:
-    """Counts from the sizes."""
-    attention = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
-    router, expert = c.hidden_size * c.num_experts, 3 * c.hidden_size * c.expert_size
-    norms = 2 * c.hidden_size + 2 * c.head_dim
-    head = c.hidden_size * c.vocab_size
-    layer = attention + router + norms + c.num_experts * expert
-    total = c.num_layers * layer + c.hidden_size + (1 if c.tie_embeddings else 2) * head
-    return Parameters(total, c.num_layers * (attention + router + c.num_experts_per_token * expert) + head)
+    """Counts from the shapes of the parameters."""
+    shapes = jax.eval_shape(lambda: models.init_params(c, jax.random.key(0)))
+    total, active = 0, c.hidden_size * c.vocab_size if c.tie_embeddings else 0
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        names = [key.key for key in path]
+        total += leaf.size
+        if names[-1] in NO_PRODUCT or names[-1].endswith("bias"):
+            continue
+        of_experts = names[-2:] in (["moe", "gate_up"], ["moe", "down"])
+        active += leaf.size * c.num_experts_per_token // c.num_experts if of_experts else leaf.size
+    return Parameters(total, active)
 
 
 class ModelFlops(NamedTuple):
@@ -45,16 +54,29 @@ def model_flops(program: str, setting: Setting) -> ModelFlops:
     rows, tokens = setting.batch, setting.row_length
     head = 2 * c.hidden_size * c.vocab_size
     layers = 2 * count_parameters(c).active - head
-    to_each = 4 * c.num_layers * c.num_heads * c.head_dim  # of one token to one other: its logit and its value
     if program == DECODE:
-        return ModelFlops(*(float(rows * (layers + head + to_each * tokens)),) * 2)
+        return ModelFlops(*(float(rows * (layers + head + _attention(c, tokens - 1, tokens))),) * 2)
     if program == PREFILL:
         prompt = setting.prompt_length
-        return ModelFlops(*(float(rows * (prompt * layers + head + to_each * prompt * (prompt + 1) // 2)),) * 2)
-    forward = float(rows * (tokens * (layers + head) + to_each * tokens * (tokens + 1) // 2))
+        return ModelFlops(*(float(rows * (prompt * layers + head + _attention(c, 0, prompt))),) * 2)
+    forward = float(rows * (tokens * (layers + head) + _attention(c, 0, tokens)))
     assert program in (SCORE, UPDATE)
     if program == SCORE:
         return ModelFlops(forward, forward)
     # The head's logits are made again whatever `remat` says (`rspo_jax.head_log_probs`).
     again = forward if c.remat == "full" else float(rows * tokens * head)
     return ModelFlops(3 * forward, 3 * forward + again)
+
+
+def _attention(c: models.TransformerConfig, first: int, end: int) -> int:
+    """Logits and values of the tokens from `first` to before `end`, over all layers."""
+    of_values = c.head_dim if c.latent is None else c.latent.value_dim
+    sliding = len(c.sliding_layers)
+    seen = (c.num_layers - sliding) * _seen(first, end) + sliding * _seen(first, end, c.sliding_window)
+    return 2 * c.num_heads * (c.head_dim + of_values) * seen
+
+
+def _seen(first: int, end: int, window: int | None = None) -> int:
+    """How many tokens all of these see together, themselves included."""
+    full = end if window is None else min(max(window, first), end)  # those before see all
+    return (full * (full + 1) - first * (first + 1)) // 2 + (end - full) * (window or 0)

@@ -133,7 +133,7 @@ def batch_shapes(setting: Setting, mesh: jax.sharding.Mesh) -> ScoredBatch:
 
     by_token, by_response = ("rows", "tokens"), ("rows", None)
     expert_ids = jnp.uint8 if c.num_experts <= 256 else jnp.uint16
-    slots = (c.num_layers, c.num_experts_per_token, tokens)
+    slots = (c.num_sparse_layers, c.num_experts_per_token, tokens)
     batch = PackedBatch(
         rows=PackedRows(*(array(jnp.int32, by_token, tokens) for _ in PackedRows._fields)),
         places=array(jnp.int32, (None, None), responses),

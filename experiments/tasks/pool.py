@@ -171,7 +171,7 @@ class WorkerPool:
                 self._remove(worker)
 
     def _seconds_to_wait(self, waiting: int) -> float:
-        if self._missing(waiting):  # one turned out to be dead when it was handed an item
+        if self._missing(waiting) or not self._busy():  # who is missing was found dead when it was handed an item
             return 0.0
         return max(0.0, min(worker.deadline for worker in self._workers) - time.monotonic())
 
@@ -180,7 +180,7 @@ class WorkerPool:
         poll = select.poll()
         for worker in self._workers:
             poll.register(worker.channel, select.POLLIN | (select.POLLOUT if worker.outgoing else 0))
-        descriptors = {descriptor for descriptor, _ in poll.poll(math.ceil(1000 * min(seconds, 3600)))}
+        descriptors = {descriptor for descriptor, _ in poll.poll(math.ceil(1000 * seconds))}
         for worker in [worker for worker in self._workers if worker.channel.fileno() in descriptors]:
             alive = worker.exchange()
             for reply in worker.replies():
@@ -259,9 +259,13 @@ class _Server:
 
     def ask(self, request: dict[str, Any], descriptor: int | None = None) -> Any:
         """Sends a request, perhaps with a descriptor, and returns the reply; OSError if the server is gone."""
-        line = json.dumps(request).encode() + b"\n"
-        socket.send_fds(self.channel, [line], [] if descriptor is None else [descriptor])
-        return self.receive()
+        try:
+            line = json.dumps(request).encode() + b"\n"
+            socket.send_fds(self.channel, [line], [] if descriptor is None else [descriptor])
+            return self.receive()
+        except BaseException:  # an interruption too: the reply would be taken for that of the next request
+            self.channel.close()
+            raise
 
     def receive(self) -> Any:
         line = b""

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from experiments import bench_verifier
+from experiments.evaluation.subject import Votes
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.problems import SETS, Problem
-from experiments.tasks.mathematics.task import MathTask
+from experiments.tasks.mathematics.task import LONGEST_RESPONSE, MathTask
+from experiments.tasks.pool import Outcome, WorkerPool
 from rspo_jax.types import Judgement
 
 DATA = os.environ.get("RSPO_MATH_DATA", "")
@@ -82,14 +84,25 @@ def test_rewards(task):
         Judgement(1.0, True),
     ]
     assert task.judge([], []) == []
+    votes = task.answers(problems[:3], ["\\boxed{9 + 9}", "\\boxed{14/2}", "18"])
+    assert votes == ["18", "7+0j", None] and isinstance(task, Votes)
     with pytest.raises(ValueError, match="shorter"):
         task.judge([QUESTION], [])
 
 
-def test_an_answer_need_not_be_boxed(tmp_path):
-    task = MathTask(MathConfig(must_be_boxed=False, workers=1), Characters())
-    assert [judgement.correct for judgement in task.judge([QUESTION] * 2, ["It is 18.", "It is 17."])] == [True, False]
-    task.close()
+def test_what_the_processes_are_given(monkeypatch):
+    """The answer, the end of the response, and whether it has to be boxed; what they cannot judge earns nothing."""
+    given = []
+
+    def judge(pool: WorkerPool, items: Sequence[tuple[str, str, bool]]) -> list[Outcome]:
+        given.extend(items)
+        return [Outcome({"answered": True, "correct": True}), Outcome(None, "time limit", "no answer within 5 s")]
+
+    monkeypatch.setattr(WorkerPool, "map", judge)
+    task = MathTask(MathConfig(must_be_boxed=False), Characters())
+    response = "\\boxed{7}" + LONGEST_RESPONSE * "x"
+    assert task.judge([QUESTION] * 2, [response, "18"]) == [Judgement(1.0, True), Judgement(0.0, False, unjudged=True)]
+    assert given == [("18", LONGEST_RESPONSE * "x", False), ("18", "18", False)]
 
 
 SLOW = ["\\boxed{9**9**9}", "\\boxed{9^{9^{9}}}", "\\boxed{18 + 9^{9^{9}} - 9^{9^{9}}}", "\\boxed{(9!)!!}"]

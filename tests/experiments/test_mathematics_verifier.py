@@ -131,3 +131,23 @@ def test_answers_that_only_their_own_text_equals_are_known():
     assert not is_readable("t(0,4]")
     assert verdict("t(0,4]", r"\boxed{t(0,4]}") == "right"
     assert verdict("t(0,4]", r"\boxed{(0,4]}") == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("answer", "given", "name"),
+    [
+        ("18", "18.0", "18"),  # right answers have the name of the answer
+        (r"\frac{1}{2}", "0.5", r"\frac{1}{2}"),
+        ("18", r"\frac{1}{2}", judge(("18", r"\boxed{0.5}", True))["answer"]),
+        ("18", "x + 1", judge(("18", r"\boxed{1+x}", True))["answer"]),
+        ("18", "7", "7+0j"),
+    ],
+)
+def test_answers_that_mean_the_same_have_one_name(answer, given, name):
+    assert judge((answer, f"\\boxed{{{given}}}", True))["answer"] == name
+
+
+def test_what_is_no_answer_has_no_name():
+    assert judge(("18", "18", True))["answer"] is None
+    assert judge(("18", r"\boxed{}", True))["answer"] is None
+    assert judge(("18", r"\boxed{7}", True))["answer"] != judge(("18", r"\boxed{8}", True))["answer"]

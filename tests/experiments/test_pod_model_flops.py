@@ -17,6 +17,9 @@ TINY = models.TransformerConfig(
 )
 
 
+SLIDING = models.TransformerConfig(**vars(TINY) | {"sliding_window": 3, "sliding_layers": (0, 2)})
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_those_of_the_model(tied):
     config = models.TransformerConfig(**vars(TINY) | {"tie_embeddings": tied})
@@ -25,7 +28,13 @@ def test_parameters_are_those_of_the_model(tied):
 
 
 @pytest.mark.parametrize(
-    ("name", "total", "active"), [("qwen3-30b-a3b", 30.5e9, 3.3e9), ("qwen3-235b-a22b", 235e9, 22e9)]
+    ("name", "total", "active"),
+    [
+        ("qwen3-30b-a3b", 30.5e9, 3.3e9),
+        ("qwen3-235b-a22b", 235e9, 22e9),
+        ("mixtral-8x7b", 46.7e9, 12.9e9),
+        ("gpt-oss-120b", 116.8e9, 5.1e9 + 201_088 * 2880),
+    ],
 )
 def test_the_public_sizes(name, total, active):
     """As the model cards give them; the active ones there count the embedding too."""
@@ -39,8 +48,10 @@ def by_hand(config: models.TransformerConfig, queries: int, first: int, scored: 
     """One sequence: `queries` tokens from position `first`, of which `scored` meet the head. Products one by one."""
     c, total = config, 0.0
     for token in range(queries):
-        seen = first + token + 1
-        for _ in range(c.num_layers):
+        for layer in range(c.num_layers):
+            seen = first + token + 1
+            if layer in c.sliding_layers:
+                seen = min(seen, c.sliding_window)
             total += 2 * c.hidden_size * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim  # queries, keys, values
             total += c.num_heads * seen * 2 * (2 * c.head_dim)  # logits and values
             total += 2 * c.num_heads * c.head_dim * c.hidden_size  # output
@@ -49,14 +60,15 @@ def by_hand(config: models.TransformerConfig, queries: int, first: int, scored: 
     return total + scored * 2 * c.hidden_size * c.vocab_size
 
 
+@pytest.mark.parametrize("config", [TINY, SLIDING])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_flops_are_counted_product_by_product(program):
-    setting = Setting(TINY, MeshConfig(), batch=5, row_length=9, prompt_length=4)
+def test_flops_are_counted_product_by_product(program, config):
+    setting = Setting(config, MeshConfig(), batch=5, row_length=9, prompt_length=4)
     expected = {
-        "score": by_hand(TINY, 9, 0, 9),
-        "update": 3 * by_hand(TINY, 9, 0, 9),
-        "prefill": by_hand(TINY, 4, 0, 1),
-        "decode": by_hand(TINY, 1, 8, 1),
+        "score": by_hand(config, 9, 0, 9),
+        "update": 3 * by_hand(config, 9, 0, 9),
+        "prefill": by_hand(config, 4, 0, 1),
+        "decode": by_hand(config, 1, 8, 1),
     }
     assert model_flops(program, setting).needed == 5 * expected[program]
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments.tasks import pool as pool_module
 from experiments.tasks.pool import Outcome, WorkerPool
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 0.4
+LIMIT = 0.8
 
 FUNCTIONS = '''
 import os, signal, subprocess, sys, time
@@ -113,9 +114,9 @@ def test_no_more_processes_than_items_and_they_stay_for_the_next_call(functions)
 @pytest.mark.parametrize(
     ("item", "failure", "detail"),
     [
-        ("sleep", "time limit", "no answer within 0.4 s"),
-        ("loop", "time limit", "no answer within 0.4 s"),
-        ("power", "time limit", "no answer within 0.4 s"),
+        ("sleep", "time limit", "no answer within 0.8 s"),
+        ("loop", "time limit", "no answer within 0.8 s"),
+        ("power", "time limit", "no answer within 0.8 s"),
         ("exit", "died", "exit status 0"),
         ("system exit", "error", "SystemExit: 3"),
         ("segfault", "died", "signal SIGSEGV"),
@@ -227,6 +228,19 @@ def test_after_an_interruption_no_answer_is_taken_for_another(functions, tmp_pat
         thread.join()
         wait_until(lambda: not is_alive(read_pid(tmp_path / "pid")))
         assert values(pool.map([7, 8, 9])) == [7, 8, 9]
+
+
+def test_an_interruption_before_the_servers_reply_is_not_taken_for_another(functions, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with WorkerPool(functions, workers=2, time_limit=30) as pool:
+        first = pool.map(["parent"])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pool_module._Server, "receive", interrupted)
+            pool.map([1, 2, 3])
+        assert values(pool.map([7, 8, 9])) == [7, 8, 9]
+        assert pool.map(["parent"]) != first
 
 
 def test_an_item_that_is_no_json_is_refused_and_disturbs_nothing(shared):

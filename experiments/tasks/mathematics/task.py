@@ -5,7 +5,7 @@ This file must never know a model or an objective.
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.dataset import load_problems
@@ -57,15 +57,24 @@ class MathTask:
         Raises:
             ValueError: if there are not as many problems as responses.
         """
+        return [self._judgement(verdict) for verdict in self._verdicts(problems, responses)]
+
+    def answers(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[str | None]:
+        """The answer of each response, the same text where two are seen to mean the same; None where there is none."""
+        verdicts = self._verdicts(problems, responses)
+        return [None if verdict is None else verdict["answer"] for verdict in verdicts]
+
+    def _verdicts(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[dict[str, Any] | None]:
+        """What the verifier says of each response; None where it met a limit."""
         pairs = zip(problems, responses, strict=True)
         items = [
             (problem.answer, response[-LONGEST_RESPONSE:], self.config.must_be_boxed) for problem, response in pairs
         ]
-        return [self._judgement(outcome.value) for outcome in self._pool.map(items)]
+        return [outcome.value for outcome in self._pool.map(items)]
 
-    def _judgement(self, verdict: dict[str, bool] | None) -> Judgement:
+    def _judgement(self, verdict: dict[str, Any] | None) -> Judgement:
         if verdict is None or not verdict["answered"]:
-            return Judgement(self.config.unanswered_reward, False)
+            return Judgement(self.config.unanswered_reward, False, unjudged=verdict is None)
         if not verdict["correct"]:
             return Judgement(self.config.wrong_reward, False)
         return Judgement(self.config.correct_reward, True)

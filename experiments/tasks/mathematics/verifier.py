@@ -29,25 +29,40 @@ _DIGITS = 6
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
-def judge(item: tuple[str, str, bool]) -> dict[str, bool]:
+def judge(item: tuple[str, str, bool]) -> dict[str, Any]:
     """Judges one response.
 
     Args:
         item: the answer as LaTeX, the response, and whether the response's answer has to be in a box.
 
     Returns:
-        "answered": there is an answer, in a box if it has to be; "correct": it is the right one.
+        "answered": there is an answer, in a box if it has to be; "correct": it is the right one; "answer": the same
+        text for answers that are seen to mean the same, None without one.
     """
     answer, response, must_be_boxed = item
     box = last_box(response)
+    nothing = {"answered": False, "correct": False, "answer": None}
     if box is None and (must_be_boxed or "\\boxed" in response):
-        return {"answered": False, "correct": False}
+        return nothing
     # GSM8K puts #### before its answers, and so does a model that has seen it.
     given = box if box is not None else response[-LONGEST_TAIL:].rpartition("####")[2]
     if not given.strip() or len(given) > LONGEST_ANSWER:
-        return {"answered": False, "correct": False}
+        return nothing
     parsed = _readings(given) if box is not None else _parse(given)
-    return {"answered": bool(parsed), "correct": _is_same(_gold(answer), parsed)}
+    if not parsed:
+        return nothing
+    correct = _is_same(_gold(answer), parsed)
+    return {"answered": True, "correct": correct, "answer": answer if correct else _name(parsed[0])}
+
+
+def _name(value: Any) -> str:
+    """One text for a value, however it was written: 1/2 and 0.5 are the same."""
+    if _is_number(value):
+        try:
+            return f"{complex(value.evalf()):.{_DIGITS}g}"
+        except (TypeError, OverflowError):  # nothing that has a size
+            pass
+    return str(value)
 
 
 def is_readable(answer: str) -> bool:
@@ -105,3 +120,30 @@ def _scale(gold: Any) -> Expr | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Expr) and value.is_number
+
+
+def _warm_up() -> None:
+    """Judges a few typical answers.
+
+    The parser learns from what it reads, and SymPy loads parts of itself when they are needed. Workers are forked
+    from a process that has imported this module, so that none of them has to learn it again.
+    """
+    for answer, given in (
+        (r"\frac{14}{3}", r"\frac{-7}{2}"),
+        ("18", r"\$18.50"),
+        (r"3\sqrt{13} + \pi", r"2^{10} - \sqrt[3]{5} \cdot 7"),
+        (r"\left( 3, \frac{\pi}{2} \right)", "(3, 4)"),
+        (r"1 \pm \sqrt{19}", "1, -2, 5"),
+        ("x^5 - 3x + 1", "(x - 1)(x + 2)"),
+        (r"(-\infty, 2) \cup (3, \infty)", "[2, 3]"),
+        (r"\begin{pmatrix} 1 & -2 \\ 3 & \frac12 \end{pmatrix}", r"\begin{pmatrix} 0 & 1 \\ 1 & 0 \end{pmatrix}"),
+        ("y = 2x + 3", r"x \in [-2, 7]"),
+        ("6 - 5i", "52_8"),
+        (r"90^\circ", r"15\%"),
+        (r"\text{east}", r"\sin x"),
+    ):
+        for must_be_boxed, response in ((True, f"\\boxed{{{given}}}"), (False, f"It is ${given}$.")):
+            judge((answer, response, must_be_boxed))
+
+
+_warm_up()
