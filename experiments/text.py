@@ -14,10 +14,27 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+from rspo_jax.types import Tokenizer
 
 _TOKENIZER_FILE = "tokenizer.json"
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
+
+
+class ChatTokenizer(Tokenizer, Protocol):
+    """A tokenizer that knows how its model writes a conversation."""
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a conversation up to where the model answers. A message has "role" and "content"."""
+        ...
+
+
+def ask(tokenizer: ChatTokenizer, template: str, problem: str, system: str = "") -> str:
+    """The text of a prompt: what the system says before, unless that is empty, and the user's question, which is the
+    template with the problem in the place of {problem}."""
+    before = [{"role": "system", "content": system}] if system else []
+    return tokenizer.chat([*before, {"role": "user", "content": template.replace("{problem}", problem)}])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import os
 import pathlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -60,8 +61,8 @@ def read_params(
 ) -> dict[str, Any]:
     """Reads the parameters of a model.
 
-    Needs host memory for a few chunks of `CHUNK_BYTES`, whatever the sizes of tensors and parameters. In a run of
-    several processes, each calls it and reads what its own devices need.
+    Needs host memory for a few chunks of `CHUNK_BYTES` for each device, whatever the sizes of tensors and parameters.
+    In a run of several processes, each calls it and reads what its own devices need.
 
     Args:
       folder: with `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
@@ -89,8 +90,7 @@ def read_params(
     tensors = list_tensors(folder)
     _check_tensors(pathlib.Path(folder), tensors, placed, ignored)
     files = _MappedFiles(tensors)
-    with without_mesh():
-        params = [_read_param(files, placed[path], leaf) for path, leaf in leaves.items()]
+    params = [_read_param(files, placed[path], leaf) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(template), params)
 
 
@@ -202,45 +202,43 @@ class _MappedFiles:
 
 
 def _read_param(files: _MappedFiles, pieces: Sequence[Placed], leaf: Any) -> Array:
+    shape = tuple(leaf.shape)
     sharding = None if isinstance(leaf, jax.Array) and not leaf.committed else leaf.sharding
     if sharding is None:
-        whole = tuple(range(size) for size in leaf.shape)
-        return _read_shards(files, pieces, whole, leaf.dtype, [None])[0]
-    devices_of: dict[tuple[range, ...], list[Any]] = defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(tuple(leaf.shape)).items():
-        assert index is not None
-        box = tuple(range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True))
-        devices_of[box].append(device)
-    shards: list[Array] = []
-    for box, devices in devices_of.items():
-        shards += _read_shards(files, pieces, box, leaf.dtype, devices)
-    return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, shards)
+        return _read_shard(files, pieces, tuple(map(range, shape)), leaf.dtype, None)
+    boxes = {
+        device: tuple(range(*part.indices(size)) for part, size in zip(index or (), shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
+    # Each device compiles and waits for itself.
+    with ThreadPoolExecutor(len(boxes), thread_name_prefix="reading") as pool:
+        read = functools.partial(_read_shard, files, pieces)
+        shards = list(pool.map(lambda device: read(boxes[device], leaf.dtype, device), boxes))
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _read_shards(
-    files: _MappedFiles, pieces: Iterable[Placed], box: tuple[range, ...], dtype: Any, devices: Sequence[Any]
-) -> list[Array]:
-    """One part of a parameter, on each of some devices."""
-    shards = [_zeros(tuple(map(len, box)), dtype, device) for device in devices]
-    under_way = 0
-    for piece in pieces:
-        part = piece.cut(box)
-        if part is None:
-            continue
-        tensor = files.tensor(piece.name)
-        for chunk in part.chunks(CHUNK_BYTES // tensor.itemsize):
-            # Transposed on the way to the device, which JAX does several times faster than NumPy, or XLA on a CPU.
-            content = np.require(chunk.view(tensor).transpose(chunk.order), requirements="A")
-            start = tuple(np.int32(place - places.start) for place, places in zip(chunk.start, box, strict=True))
-            shards = [
-                _fill(shard, jax.device_put(content, device), start, chunk.sizes)
-                for shard, device in zip(shards, devices, strict=True)
-            ]
-            under_way += content.nbytes * len(devices)
-            if under_way >= CHUNK_BYTES:  # what has been handed over stays on the host until it is used
-                jax.block_until_ready(shards)
-                under_way = 0
-    return jax.block_until_ready(shards)
+def _read_shard(
+    files: _MappedFiles, pieces: Iterable[Placed], box: tuple[range, ...], dtype: Any, device: Any
+) -> Array:
+    """What one device has of a parameter."""
+    with without_mesh():
+        shard = _zeros(tuple(map(len, box)), dtype, device)
+        under_way = 0
+        for piece in pieces:
+            part = piece.cut(box)
+            if part is None:
+                continue
+            tensor = files.tensor(piece.name)
+            for chunk in part.chunks(CHUNK_BYTES // tensor.itemsize):
+                # Transposed on the way to the device, which JAX does several times faster than NumPy, or XLA on a CPU.
+                content = np.require(chunk.view(tensor).transpose(chunk.order), requirements="A")
+                start = tuple(np.int32(place - places.start) for place, places in zip(chunk.start, box, strict=True))
+                shard = _fill(shard, jax.device_put(content, device), start, chunk.sizes)
+                under_way += content.nbytes
+                if under_way >= CHUNK_BYTES:  # what has been handed over stays on the host until it is used
+                    jax.block_until_ready(shard)
+                    under_way = 0
+        return jax.block_until_ready(shard)
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, device: Any) -> Array:

@@ -2,7 +2,8 @@
 
 A plan lists for every parameter the pieces that fill it. It is checked before any file is opened: every place of every
 parameter, and of every tensor that is named, belongs to exactly one piece. So what can be read can be written, and what
-is written reads back bit for bit. This file must never know a model family, a file or a device.
+is written reads back bit for bit (of a NaN, that it is one). This file must never know a model family, a file or a
+device.
 """
 
 import contextlib

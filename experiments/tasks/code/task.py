@@ -8,25 +8,17 @@ import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 from experiments.tasks.code.comparison import same_output, same_result
 from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.code.problems import Problem, Test, load_problems
 from experiments.tasks.code.protections import require_protections
 from experiments.tasks.code.sandbox import Request, run
-from rspo_jax.types import Judgement, Tokenizer
+from experiments.text import ChatTokenizer, ask
+from rspo_jax.types import Judgement
 
 _BLOCK_STARTS = ("```python", "```python3", "```py")
 _BLOCK_END = "```"
-
-
-class ChatTokenizer(Tokenizer, Protocol):
-    """A tokenizer that knows how its model writes a conversation."""
-
-    def chat(self, messages: list[dict[str, str]]) -> str:
-        """The text of a conversation up to where the model answers. A message has "role" and "content"."""
-        ...
 
 
 class CodeTask:
@@ -61,9 +53,7 @@ class CodeTask:
         return self._load_once(path)
 
     def prompt(self, problem: Problem) -> str:
-        system = [{"role": "system", "content": self.config.system}] if self.config.system else []
-        question = self.config.prompt.replace("{problem}", problem.prompt)
-        return self.tokenizer.chat([*system, {"role": "user", "content": question}])
+        return ask(self.tokenizer, self.config.prompt, problem.prompt, self.config.system)
 
     def solution(self, problem: Problem) -> str:
         """Raises ValueError if the problem has no solution in its file."""

@@ -5,26 +5,19 @@ This file must never know a model or an objective.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.dataset import load_problems
 from experiments.tasks.mathematics.problems import Problem
 from experiments.tasks.pool import WorkerPool
-from rspo_jax.types import Judgement, Tokenizer
+from experiments.text import ChatTokenizer, ask
+from rspo_jax.types import Judgement
 
 LONGEST_RESPONSE = 100_000
 """Characters at the end of a response that are judged; finding a box in as many takes a few milliseconds."""
 
 _VERIFIER = "experiments.tasks.mathematics.verifier:judge"
-
-
-class ChatTokenizer(Tokenizer, Protocol):
-    """A tokenizer that knows how its model writes a conversation."""
-
-    def chat(self, messages: list[dict[str, str]]) -> str:
-        """The text of a conversation up to where the model answers. A message has "role" and "content"."""
-        ...
 
 
 class MathTask:
@@ -44,9 +37,7 @@ class MathTask:
         return self._load_once(split)
 
     def prompt(self, problem: Problem) -> str:
-        system = [{"role": "system", "content": self.config.system}] if self.config.system else []
-        question = self.config.prompt.replace("{problem}", problem.question)
-        return self.tokenizer.chat([*system, {"role": "user", "content": question}])
+        return ask(self.tokenizer, self.config.prompt, problem.question, self.config.system)
 
     def solution(self, problem: Problem) -> str:
         return problem.solution
