@@ -183,6 +183,15 @@ class FolderRun(Run):
     """Of parameters and optimizer."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass computes again."""
+    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
+        steps=200,
+        prompts=128,
+        max_prompt_tokens=1024,
+        sampler=SamplerConfig(max_new_tokens=3072),
+        optimizer=OptimizerConfig(learning_rate=1e-6),
+        warm_start=WarmStartConfig(steps=0),
+        evaluation=EvaluationConfig(problems=200),
+    )
 
     def check(self) -> None:
         if not self.model:
@@ -203,28 +212,11 @@ class FolderRun(Run):
         return models.load_hf(self.model, self.dtype, self.param_dtype, rules=rules)[1]
 
 
-def _trainer_from_folder(max_new_tokens: int) -> TrainerConfig:
-    """Defaults that fit a pre-trained model: no warm start, a small learning rate, long responses."""
-    return TrainerConfig(
-        steps=200,
-        prompts=128,
-        group_size=8,
-        max_prompt_tokens=1024,
-        sampler=SamplerConfig(max_new_tokens=max_new_tokens),
-        optimizer=OptimizerConfig(learning_rate=1e-6),
-        warm_start=WarmStartConfig(steps=0),
-        evaluation=EvaluationConfig(problems=200),
-    )
-
-
 @dataclass(frozen=True)
 class MathRun(FolderRun):
     """Train a model from a Hugging Face folder on mathematics, with rewards from a verifier of answers."""
 
     task: MathConfig = MathConfig()
-    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: _trainer_from_folder(max_new_tokens=3072)
-    )
 
     def check(self) -> None:
         super().check()
@@ -241,9 +233,6 @@ class CodeRun(FolderRun):
     """Train a model from a Hugging Face folder on programming, with rewards from tests that run in a sandbox."""
 
     task: CodeConfig = CodeConfig()
-    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: _trainer_from_folder(max_new_tokens=3072)
-    )
 
     def check(self) -> None:
         super().check()
