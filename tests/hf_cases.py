@@ -1,13 +1,18 @@
-"""Tiny models of every family: which there are, and weights that anyone can make again from a tensor's name.
+"""Tiny models of every family: which there are, weights that anyone can make again from a tensor's name, and what
+transformers said of them.
 
-Used by the tests, and by the script that asks transformers what these models compute. Never imports torch.
+Used by the tests, and by the script that asks transformers. Never imports torch.
 """
 
+import json
+import pathlib
 import zlib
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
+GOLDEN = pathlib.Path(__file__).parent / "models" / "hf_golden"
 VOCABULARY = 40
 SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -100,7 +105,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {**DENSE, "rope_parameters": LLAMA3}),
     "qwen2_sliding": (
         "qwen2",
-        {**DENSE, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1, "tie_word_embeddings": True},
+        {
+            **DENSE,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+            "head_dim": 12,
+        },
     ),
 }
 """Name of the case -> model_type, and the fields of its config.json beyond `SHARED`."""
@@ -125,3 +137,17 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         fan_in = shape[-2] if "experts.gate_up_proj" in name or "experts.down_proj" in name else shape[-1]
         values = 1.5 * values / np.sqrt(fan_in)
     return values.astype(np.float32)
+
+
+def golden(case: str) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Logits [T, V] and router logits [L, T, E] of each sequence, as transformers said."""
+    arrays = np.load(GOLDEN / case / "outputs.npz")
+    return [(arrays[f"logits_{number}"], arrays.get(f"router_logits_{number}")) for number in range(len(LENGTHS))]
+
+
+def write_golden_folder(case: str, folder: pathlib.Path) -> None:
+    """The folder that transformers wrote, made again."""
+    (folder / "config.json").write_text((GOLDEN / case / "config.json").read_text())
+    shapes = json.loads((GOLDEN / case / "tensors.json").read_text())
+    tensors = {name: weight(name, tuple(shape)) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")

@@ -1,6 +1,6 @@
 """Asks transformers what the tiny models of `hf_cases` compute, and writes it down for the tests.
 
-    make parity && .venv/bin/python tests/hf_golden_live.py
+    make parity && .venv/bin/python tests/hf_golden_live.py [CASE ...]
 
 writes tests/models/hf_golden/CASE/: config.json as transformers writes it, names and shapes of the tensors in its
 files, and logits and router logits of two sequences.
@@ -20,8 +20,6 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import hf_cases
 
-GOLDEN = pathlib.Path(__file__).parent / "models" / "hf_golden"
-
 
 def write_folder(case: str, folder: pathlib.Path) -> None:
     """A folder as transformers writes it, with the weights of `hf_cases`."""
@@ -36,10 +34,23 @@ def write_folder(case: str, folder: pathlib.Path) -> None:
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 
-def run(folder: pathlib.Path, sequences: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+def load(folder: pathlib.Path) -> Any:
+    """The model of a folder, by transformers, in float32.
+
+    Raises:
+      ValueError: if the folder is not what transformers expects.
+    """
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype="float32", output_loading_info=True
+    )
+    faults = {kind: found for kind, found in report.items() if found}
+    if faults:
+        raise ValueError(f"transformers finds faults in {folder}: {faults}")
+    return model.eval()
+
+
+def run(model: Any, sequences: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """Logits [T, V] and router logits [L, T, E] of each sequence, by transformers."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32")
-    model.eval()
     seen: list[torch.Tensor] = []
 
     def note(module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
@@ -60,13 +71,13 @@ def run(folder: pathlib.Path, sequences: list[np.ndarray]) -> list[tuple[np.ndar
 
 
 def main() -> None:
-    for case in hf_cases.CASES:
-        target = GOLDEN / case
+    for case in sys.argv[1:] or hf_cases.CASES:
+        target = hf_cases.GOLDEN / case
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:
             folder = pathlib.Path(temporary)
             write_folder(case, folder)
-            outputs = run(folder, hf_cases.sequences())
+            outputs = run(load(folder), hf_cases.sequences())
             shapes = {
                 name: array.shape for name, array in safetensors.numpy.load_file(folder / "model.safetensors").items()
             }

@@ -45,12 +45,26 @@ WITHOUT_EFFECT = {
     "return_dict",
     "router_aux_loss_coef",
     "seq_aux",
+    "tokenizer_class",
     "torch_dtype",
     "transformers_version",
+    "unsloth_fixed",
     "use_cache",
 }
 """Of these a forward pass knows nothing, or another field says it: losses of pretraining, special tokens, heads that
 predict further tokens and are not loaded, names of what was there before."""
+OF_THE_WRITER = {
+    "architectures",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "num_mtp_layers",
+    "num_nextn_predict_layers",
+    "torch_dtype",
+    "transformers_version",
+}
+"""Of those, what another folder with the same mathematics says anew, or must not say: code and further heads stay
+where they are."""
 NAMES_OF_SCALING = {
     "factor": "factor",
     "original_max_position_embeddings": "original_max_positions",
@@ -66,6 +80,16 @@ NAMES_OF_SCALING = {
 """A file's names -> those of `RopeScaling`."""
 
 
+KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
+
+
 class Fields:
     """What is left of a config.json. A field that is null counts as absent."""
 
@@ -75,12 +99,19 @@ class Fields:
     def take(self, name: str, *default: Any) -> Any:
         """The value of a field, or the default.
 
+        It is of the default's kind; without a default a whole number, and of any kind if that is None.
+
         Raises:
-          ValueError: if the field is absent and there is no default.
+          ValueError: if the value is of another kind, or the field is absent and there is no default.
         """
         if name not in self._values and not default:
             raise ValueError(f"config.json lacks the field {name}")
-        return self._values.pop(name, *default)
+        value = self._values.pop(name, *default)
+        kind = type(default[0]) if default else int
+        supported = (int, float) if kind is float else kind
+        if kind in KINDS and (not isinstance(value, supported) or isinstance(value, bool) != (kind is bool)):
+            raise ValueError(f"config.json has {name} = {value!r}, but it must be {KINDS[kind]}")
+        return value
 
     def peek(self, name: str, default: Any = None) -> Any:
         """The same, without taking it."""
@@ -118,7 +149,7 @@ def read_config_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{os.fspath(folder)} is no Hugging Face folder: it has no config.json")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
@@ -126,32 +157,38 @@ def read_config_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def take_rope(fields: Fields, default_theta: float = 10_000.0) -> dict[str, Any]:
+def take_rope(fields: Fields, default_theta: float, default: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a `TransformerConfig`, from the fields of old and new versions.
+
+    Args:
+      fields: of the config.json.
+      default_theta: what a config.json means that does not say it.
+      default: the same of scaling.
 
     Raises:
       ValueError: on a kind of scaling, or a field of it, that is not supported.
     """
     theta = fields.take("rope_theta", default_theta)
     old, new = fields.take("rope_scaling", {}), fields.take("rope_parameters", {})
-    rope = Fields({**old, **new})
+    if old and new:
+        raise ValueError("config.json has both rope_scaling and rope_parameters: leave one of them out")
+    rope = Fields(old or new or default)
     theta = rope.take("rope_theta", theta)
     kind = rope.take("rope_type", rope.take("type", "default"))
-    rope.take("type", None)
-    rope.expect("partial_rotary_factor", 1.0)
-    fields.expect("partial_rotary_factor", 1.0)
-    values = {ours: rope.take(theirs) for theirs, ours in NAMES_OF_SCALING.items() if rope.peek(theirs) is not None}
-    rope.close()
-    if kind == "default":
-        if values:
-            raise ValueError(f"config.json scales rotary positions by {sorted(values)[0]}, but has no rope_type")
-        return {"rope_theta": float(theta), "rope_scaling": None}
-    if kind == "yarn" and "original_max_positions" not in values:
+    for part in (fields, rope):
+        part.expect("partial_rotary_factor", 1.0)
+    values = {
+        ours: rope.take(theirs, None) for theirs, ours in NAMES_OF_SCALING.items() if rope.peek(theirs) is not None
+    }
+    if kind == "default" and values:
+        raise ValueError(f"config.json scales rotary positions by {sorted(values)[0]}, but has no rope_type")
+    if kind in ("yarn", "llama3") and "original_max_positions" not in values:
         values["original_max_positions"] = fields.peek("max_position_embeddings")
     try:
-        scaling = RopeScaling(kind, **values)
+        scaling = None if kind == "default" else RopeScaling(kind, **values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.json has rotary positions that are not supported: {error}") from error
+    rope.close()
     return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 

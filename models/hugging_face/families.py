@@ -6,7 +6,7 @@ must never open a file of weights.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from models.config import LatentAttention, TransformerConfig
@@ -15,6 +15,7 @@ from models.hugging_face.config_json import Fields, rope_fields, take_rope
 from models.hugging_face.names import Names
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+NAMES_OF_EXPERTS = ("num_experts", "num_local_experts")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Family:
     """Of the tensors."""
     default_theta: float = 10_000.0
     default_epsilon: float = 1e-6
+    default_rope: Mapping[str, Any] = field(default_factory=dict)
+    """Scaling of rotary positions where config.json says nothing of it."""
 
     def config_of(self, values: Mapping[str, Any]) -> TransformerConfig:
         """What a config.json describes.
@@ -54,10 +57,10 @@ class Family:
             "num_layers": fields.take("num_hidden_layers"),
             "num_heads": heads,
             "num_kv_heads": fields.take("num_key_value_heads", heads),
-            "head_dim": fields.take("head_dim", hidden_size // heads),
+            "head_dim": fields.take("head_dim", hidden_size // max(heads, 1)),
             "rms_norm_epsilon": fields.take("rms_norm_eps", self.default_epsilon),
             "tie_embeddings": fields.take("tie_word_embeddings", False),
-            **take_rope(fields, self.default_theta),
+            **take_rope(fields, self.default_theta, self.default_rope),
         }
         config = {**shared, **self.read(fields, shared["num_layers"])}
         fields.close()
@@ -87,7 +90,20 @@ class Family:
             described = self.config_of(self.fields_of(config))
         except ValueError:
             return False
-        return described == dataclasses.replace(config, dtype="float32", param_dtype="float32", remat="none")
+        return described == _with_effect(config)
+
+
+def _with_effect(config: TransformerConfig) -> TransformerConfig:
+    """The configuration with defaults wherever the model computes the same."""
+    without = ["dtype", "param_dtype", "remat"]
+    if not config.num_experts:
+        without += ["num_experts_per_token", "expert_size", "normalize_expert_weights", "expert_weight_scale"]
+        without += ["shared_expert_size", "gate_shared_expert", "expert_biases", "activation", "dense_layers"]
+        without += ["router", "router_bias", "router_groups", "router_groups_per_token"]
+    elif not config.dense_layers:
+        without += ["dense_size"]
+    plain = TransformerConfig()
+    return dataclasses.replace(config, **{name: getattr(plain, name) for name in without})
 
 
 def family_of(model_type: Any) -> Family:
@@ -96,7 +112,7 @@ def family_of(model_type: Any) -> Family:
     Raises:
       ValueError: if there is none.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"config.json has the model_type {model_type!r}; supported are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
@@ -117,18 +133,20 @@ def family_for(config: TransformerConfig) -> Family:
 
 
 def _sliding(window: int, layers: list[int]) -> dict[str, Any]:
-    return {"sliding_window": window, "sliding_layers": tuple(layers)} if layers and window else {}
+    if layers and not window:
+        raise ValueError("config.json has layers with a sliding window, but lacks the field sliding_window")
+    return {"sliding_window": window, "sliding_layers": tuple(layers)} if layers else {}
 
 
-def _read_sliding(fields: Fields, num_layers: int, by_default: Callable[[int], bool]) -> dict[str, Any]:
+def _take_sliding_layers(fields: Fields, num_layers: int, by_default: Callable[[int], bool]) -> list[int]:
     """For families in which layers may differ: `layer_types` says which slide, or else a rule."""
-    window, types = fields.take("sliding_window", 0), fields.take("layer_types", None)
-    if types is None:
-        types = [SLIDING if by_default(layer) else FULL for layer in range(num_layers)]
-    unknown = sorted({*types} - {SLIDING, FULL})
-    if unknown or len(types) != num_layers:
-        raise ValueError(f"config.json has layer_types {unknown or types}, but only {SLIDING} and {FULL} are supported")
-    return _sliding(window, [layer for layer, kind in enumerate(types) if kind == SLIDING])
+    types = fields.take("layer_types", []) or [SLIDING if by_default(layer) else FULL for layer in range(num_layers)]
+    unknown = sorted(str(kind) for kind in types if kind not in (SLIDING, FULL))
+    if unknown:
+        raise ValueError(f"config.json has layer_types {unknown}, but only {SLIDING} and {FULL} are supported")
+    if len(types) != num_layers:
+        raise ValueError(f"config.json has {len(types)} layer_types, but {num_layers} layers")
+    return [layer for layer, kind in enumerate(types) if kind == SLIDING]
 
 
 def _layer_types(config: TransformerConfig) -> list[str]:
@@ -136,9 +154,11 @@ def _layer_types(config: TransformerConfig) -> list[str]:
 
 
 def _read_qwen_sliding(fields: Fields, num_layers: int, by_default: Callable[[int], bool]) -> dict[str, Any]:
-    slides = fields.take("use_sliding_window", False)
-    found = _read_sliding(fields, num_layers, by_default)
-    return found if slides else {}
+    window, slides = fields.take("sliding_window", 0), fields.take("use_sliding_window", False)
+    layers = _take_sliding_layers(fields, num_layers, lambda layer: slides and by_default(layer))
+    if layers and not slides:
+        raise ValueError(f"config.json has layer_types with {SLIDING}, but use_sliding_window is not true")
+    return _sliding(window, layers)
 
 
 def _write_qwen_sliding(config: TransformerConfig) -> dict[str, Any]:
@@ -148,7 +168,8 @@ def _write_qwen_sliding(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_qwen_dense(fields: Fields, num_layers: int) -> dict[str, Any]:
-    first = fields.peek("max_window_layers", 28)
+    fields.expect("use_mrope", False)
+    first = fields.take("max_window_layers", 28)
     return {
         "num_experts": 0,
         "dense_size": fields.take("intermediate_size"),
@@ -176,20 +197,22 @@ def _write_qwen3(config: TransformerConfig) -> dict[str, Any]:
     return {"attention_bias": config.attention_bias == "all", **_write_qwen2(config)}
 
 
-def _take_experts(fields: Fields) -> int:
-    """Versions of transformers differ in what they call it."""
-    older, newer = fields.take("num_experts", None), fields.take("num_local_experts", None)
-    if older is None and newer is None:
-        raise ValueError("config.json lacks the field num_experts")
-    return newer if older is None else older
+def _take_experts(fields: Fields, *names: str) -> int:
+    """The number of experts, which versions of transformers call differently."""
+    found = {fields.take(name, 0) for name in names} - {0}
+    if len(found) != 1:
+        raise ValueError(f"config.json must have one number of experts, as {' or '.join(names)}; it has {found or 0}")
+    return found.pop()
 
 
 def _read_qwen_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
     step, without = fields.take("decoder_sparse_step", 1), fields.take("mlp_only_layers", [])
+    if step < 1:
+        raise ValueError(f"config.json has decoder_sparse_step = {step}, but it must be at least 1")
     dense = tuple(layer for layer in range(num_layers) if layer in without or (layer + 1) % step)
     size = fields.take("intermediate_size", 0)
     return {
-        "num_experts": _take_experts(fields),
+        "num_experts": _take_experts(fields, *NAMES_OF_EXPERTS),
         "num_experts_per_token": fields.take("num_experts_per_tok"),
         "expert_size": fields.take("moe_intermediate_size"),
         "normalize_expert_weights": fields.take("norm_topk_prob", False),
@@ -211,12 +234,11 @@ def _write_qwen_experts(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_qwen3_moe(fields: Fields, num_layers: int) -> dict[str, Any]:
-    window = fields.take("sliding_window", 0) if fields.take("use_sliding_window", False) else 0
-    fields.take("sliding_window", 0)
+    window, slides = fields.take("sliding_window", 0), fields.take("use_sliding_window", False)
     return {
         **_read_attention_bias(fields),
         **_read_qwen_experts(fields, num_layers),
-        **_sliding(window, list(range(num_layers))),
+        **_sliding(window, list(range(num_layers)) if slides else []),
     }
 
 
@@ -230,7 +252,7 @@ def _write_qwen3_moe(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _read_qwen2_moe(fields: Fields, num_layers: int) -> dict[str, Any]:
-    last = fields.peek("max_window_layers", 28)
+    last = fields.take("max_window_layers", 28)
     shared = fields.take("shared_expert_intermediate_size")
     if shared < 1:
         raise ValueError(f"config.json has shared_expert_intermediate_size = {shared}, but it must be at least 1")
@@ -258,7 +280,7 @@ def _read_olmoe(fields: Fields, num_layers: int) -> dict[str, Any]:
         **_read_attention_bias(fields),
         "query_key_norm": "projection",
         "clip_qkv": fields.take("clip_qkv", 0.0),
-        "num_experts": _take_experts(fields),
+        "num_experts": _take_experts(fields, *NAMES_OF_EXPERTS),
         "num_experts_per_token": fields.take("num_experts_per_tok"),
         "expert_size": fields.take("intermediate_size"),
         "normalize_expert_weights": fields.take("norm_topk_prob", False),
@@ -266,6 +288,8 @@ def _read_olmoe(fields: Fields, num_layers: int) -> dict[str, Any]:
 
 
 def _write_olmoe(config: TransformerConfig) -> dict[str, Any]:
+    if config.num_heads * config.head_dim != config.hidden_size:
+        raise ValueError("the heads of an OLMoE model are as wide together as its hidden state")
     return {
         "attention_bias": config.attention_bias == "all",
         "clip_qkv": config.clip_qkv or None,
@@ -278,12 +302,13 @@ def _write_olmoe(config: TransformerConfig) -> dict[str, Any]:
 
 def _read_mixtral(fields: Fields, num_layers: int) -> dict[str, Any]:
     fields.expect("router_jitter_noise", 0.0)
+    window = fields.take("sliding_window", 0)
     return {
         "query_key_norm": "none",
-        "num_experts": _take_experts(fields),
+        "num_experts": _take_experts(fields, *NAMES_OF_EXPERTS),
         "num_experts_per_token": fields.take("num_experts_per_tok"),
         "expert_size": fields.take("intermediate_size"),
-        **_sliding(fields.take("sliding_window", 0), list(range(num_layers))),
+        **_sliding(window, list(range(num_layers)) if window else []),
     }
 
 
@@ -303,23 +328,27 @@ def _read_gpt_oss(fields: Fields, num_layers: int) -> dict[str, Any]:
         **_read_attention_bias(fields, default=True),
         "query_key_norm": "none",
         "attention_sinks": True,
-        "num_experts": _take_experts(fields),
+        "num_experts": _take_experts(fields, *NAMES_OF_EXPERTS),
         "num_experts_per_token": fields.take("num_experts_per_tok"),
         "expert_size": fields.take("intermediate_size"),
         "router_bias": True,
         "expert_biases": True,
         "activation": "clamped",
-        **_read_sliding(fields, num_layers, lambda layer: layer % 2 == 0),
+        **_sliding(
+            fields.take("sliding_window", 0), _take_sliding_layers(fields, num_layers, lambda layer: layer % 2 == 0)
+        ),
     }
 
 
 def _write_gpt_oss(config: TransformerConfig) -> dict[str, Any]:
     return {
+        **({} if config.rope_scaling else {"rope_scaling": {"rope_type": "default"}}),
+        "swiglu_limit": CLAMP_LIMIT,
         "attention_bias": config.attention_bias == "all",
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_token,
         "intermediate_size": config.expert_size,
-        "sliding_window": config.sliding_window or None,
+        "sliding_window": config.sliding_window or 128,  # transformers wants one even where no layer slides
         "layer_types": _layer_types(config),
     }
 
@@ -349,15 +378,15 @@ def _read_deepseek(fields: Fields, num_layers: int) -> dict[str, Any]:
         "query_key_norm": "none",
         "dense_layers": dense,
         "dense_size": size if dense else 0,
-        "num_experts": fields.take("n_routed_experts"),
+        "num_experts": _take_experts(fields, "n_routed_experts"),
         "num_experts_per_token": fields.take("num_experts_per_tok"),
         "expert_size": expert_size,
         "shared_expert_size": fields.take("n_shared_experts", 0) * expert_size,
         "router": "sigmoid",
-        "router_groups": fields.take("n_group", 1),
-        "router_groups_per_token": fields.take("topk_group", 1),
+        "router_groups": fields.take("n_group", 8),
+        "router_groups_per_token": fields.take("topk_group", 4),
         "normalize_expert_weights": fields.take("norm_topk_prob", True),
-        "expert_weight_scale": fields.take("routed_scaling_factor", 1.0),
+        "expert_weight_scale": fields.take("routed_scaling_factor", 2.5),
     }
 
 
@@ -371,6 +400,7 @@ def _write_deepseek(config: TransformerConfig) -> dict[str, Any]:
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 0,
         "kv_lora_rank": latent.kv_rank,
         "q_lora_rank": latent.query_rank or None,
         "qk_nope_head_dim": latent.plain_dim,
@@ -394,6 +424,14 @@ MIXTRAL_NAMES = Names(
     router="block_sparse_moe.gate", experts="block_sparse_moe.experts", gate_up_down=("w1", "w3", "w2")
 )
 GPT_OSS_NAMES = Names(router="mlp.router", experts_together=True)
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -401,7 +439,16 @@ FAMILIES = {
         Family("qwen2_moe", "Qwen2MoeForCausalLM", _read_qwen2_moe, _write_qwen2_moe),
         Family("olmoe", "OlmoeForCausalLM", _read_olmoe, _write_olmoe, default_epsilon=1e-5),
         Family("mixtral", "MixtralForCausalLM", _read_mixtral, _write_mixtral, MIXTRAL_NAMES, 1_000_000.0, 1e-5),
-        Family("gpt_oss", "GptOssForCausalLM", _read_gpt_oss, _write_gpt_oss, GPT_OSS_NAMES, 150_000.0, 1e-5),
+        Family(
+            "gpt_oss",
+            "GptOssForCausalLM",
+            _read_gpt_oss,
+            _write_gpt_oss,
+            GPT_OSS_NAMES,
+            150_000.0,
+            1e-5,
+            GPT_OSS_ROPE,
+        ),
         Family(
             "deepseek_v3",
             "DeepseekV3ForCausalLM",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from models.config import DTYPES, TransformerConfig
-from models.hugging_face.config_json import read_config_json
+from models.hugging_face.config_json import OF_THE_WRITER, WITHOUT_EFFECT, Fields, read_config_json
 from models.hugging_face.families import family_for, family_of
 from models.hugging_face.names import plan_of
 from models.hugging_face.reading import read_params
@@ -25,17 +25,20 @@ from rspo_jax.sharding import RULES, Rules, shardings_of
 
 IGNORED_TENSORS = ("*.rotary_emb.inv_freq",)
 COMPANIONS = (
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
     "added_tokens.json",
-    "chat_template.jinja",
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
+    "tokenization_*.py",
+    "tokenizer*.json",
+    "vocab.*",
 )
 """What goes along from the folder that a model came from: its tokenizer, and how it is meant to generate."""
+FLOAT32 = ("correction_bias",)
+"""Parameters that are not cast: they are in float32 whatever the others are in."""
 
 
 def load_config_hf(
@@ -52,9 +55,12 @@ def load_config_hf(
     Raises:
       ValueError: if there is no config.json, the architecture is none of `FAMILIES`, or a field is not supported.
     """
-    values = read_config_json(folder)
-    stored = values.get("dtype", values.get("torch_dtype"))
+    return _config_of(read_config_json(folder), dtype, param_dtype)
+
+
+def _config_of(values: dict[str, Any], dtype: str | None, param_dtype: str) -> TransformerConfig:
     config = family_of(values.get("model_type")).config_of(values)
+    stored = values.get("dtype") or values.get("torch_dtype")
     dtype = dtype or (stored if stored in DTYPES else "float32")
     return dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
 
@@ -85,7 +91,8 @@ def load_hf(
       ValueError: if config.json or the weights are not what the library supports, or do not fit each other; the first
         tensor that is missing, unexpected or misshapen is named.
     """
-    config = dataclasses.replace(load_config_hf(folder, dtype, param_dtype), remat=remat)
+    values = read_config_json(folder)
+    config = dataclasses.replace(_config_of(values, dtype, param_dtype), remat=remat)
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     mesh = jax.sharding.get_mesh()
     if not mesh.empty:
@@ -94,9 +101,9 @@ def load_hf(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
         )
     # Heads that predict further tokens are stored as layers beyond the last.
-    further = read_config_json(folder).get("num_nextn_predict_layers") or 0
+    further = Fields(values).take("num_nextn_predict_layers", 0)
     beyond = tuple(f"model.layers.{config.num_layers + number}.*" for number in range(further))
-    plan = plan_of(config, family_of(read_config_json(folder)["model_type"]).names)
+    plan = plan_of(config, family_of(values["model_type"]).names)
     tied = ("lm_head.weight",) if config.tie_embeddings else ()
     return config, read_params(folder, plan, shapes, (*IGNORED_TENSORS, *beyond, *tied))
 
@@ -125,17 +132,23 @@ def save_hf(
       FileExistsError: if the folder holds something.
     """
     family = family_for(config)
-    values: dict[str, Any] = {}
-    files: dict[str, bytes] = {}
-    if source is not None:
-        values = read_config_json(source)
-        values = values if values.get("model_type") == family.model_type else {}
-        paths = (pathlib.Path(source) / name for name in COMPANIONS)
-        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-    for outdated in ("rope_parameters", "torch_dtype", "num_nextn_predict_layers"):
-        values.pop(outdated, None)
-    values |= family.fields_of(config) | {"dtype": dtype or config.param_dtype}
+    values, files = ({}, {}) if source is None else _from_source(pathlib.Path(source))
+    values |= family.fields_of(config) | {"dtype": jnp.dtype(dtype or params["embedding"].dtype).name}
     files["config.json"] = (json.dumps(values, indent=2) + "\n").encode()
-    write_params(
-        folder, plan_of(config, family.names), params, None if dtype is None else jnp.dtype(dtype), files=files
+    write_params(folder, plan_of(config, family.names), params, _stored_as(params, dtype), files=files)
+
+
+def _from_source(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What a new folder takes over from an older one: fields of config.json that say nothing of the mathematics, and
+    small files."""
+    kept = WITHOUT_EFFECT - OF_THE_WRITER
+    values = {name: value for name, value in read_config_json(source).items() if name in kept}
+    paths = (path for pattern in COMPANIONS for path in sorted(source.glob(pattern)))
+    return values, {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def _stored_as(params: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """For each parameter the dtype of its tensors."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.dtype if dtype is None or path[-1].key in FLOAT32 else jnp.dtype(dtype), params
     )
