@@ -58,7 +58,7 @@ $(STAMP): requirements-dev.txt
 		echo "There is no '$(PYTHON)' here; name a Python 3.11 to 3.14, as in: make setup PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { \
 		echo "rspo_jax needs Python 3.11 to 3.14, but $(PYTHON) is $$("$(PYTHON)" -V 2>&1); choose another, as in: make setup PYTHON=python3.12" >&2; exit 1; }
-	@echo "Making $(VENV) from requirements-dev.txt (about 1.3 GB)"
+	@echo "Making $(VENV) from requirements-dev.txt (about 1.4 GB)"
 	@"$(PYTHON)" -m venv --clear $(VENV)
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements-dev.txt > $(VENV)/uv.txt
 	@$(RUN) pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
