@@ -125,7 +125,7 @@ class CountdownRun(Run):
 
     task: CountdownConfig = CountdownConfig(train=12_000, validation=500, test=1_500)
     reward: CountdownReward = CountdownReward()
-    model: models.TransformerConfig = field(
+    model: Annotated[models.TransformerConfig, tyro.conf.AvoidSubcommands] = field(
         default_factory=lambda: models.TransformerConfig(vocab_size=CharacterTokenizer.vocabulary_size, expert_size=96)
     )
     objective: Annotated[ObjectiveOptions, tyro.conf.arg(name="")] = ObjectiveOptions()
