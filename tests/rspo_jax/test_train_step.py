@@ -52,6 +52,8 @@ def read_layers(reader, router_logits):
 class TablePolicy:
     """Parameters: logits [V, V], and router [L, V, E] unless it is dense."""
 
+    router_score = "softmax"
+
     def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None, router_reader=None):
         params = variables["params"]
         router_logits = params["router"][:, tokens] if "router" in params else None

@@ -89,6 +89,8 @@ def read_layer(reader, router_logits):
 class TwoExperts:
     """A mixture of two tables of next-token logits, [E, V, V], with a router [1, V, E]; it compiles quickly."""
 
+    router_score = "softmax"
+
     def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None, router_reader=None):
         params = variables["params"]
         router_logits = params["router"][:, tokens]
