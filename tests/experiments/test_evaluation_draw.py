@@ -54,7 +54,7 @@ class TablePolicy:
 def subject():
     size = CharacterTokenizer.vocabulary_size
     table = 2 * jax.random.normal(jax.random.key(1), (size, size)) + jnp.where(jnp.arange(size) == 1, 3.0, 0.0)[None, :]
-    return Subject("", {}, TablePolicy(), table, DigitTask(), 5, epath.Path("."))  # pyright: ignore[reportArgumentType]
+    return Subject("", {}, TablePolicy(), table, DigitTask(), 5, None, epath.Path("."))  # pyright: ignore[reportArgumentType]
 
 
 def drawn(subject, drawing=DRAWING, present=()):
