@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# One process a core; the tests of a file stay together, because they share what is expensive to set up.
+WORKERS ?= --numprocesses auto --dist loadfile
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.complete
@@ -28,11 +30,11 @@ demo: setup ## train a small mixture of experts on Countdown with RSPO
 	$(RUN) experiments.train countdown $(ARGS)
 
 test: setup ## run the tests (ARGS="-k router" selects)
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest $(WORKERS) $(ARGS)
 
 # pytest exits with 5 when it finds nothing to run.
 test-slow: setup ## run the tests that are marked slow
-	@$(RUN) pytest -m slow $(ARGS) || { status=$$?; [ $$status -eq 5 ] || exit $$status; \
+	@XLA_FLAGS= $(RUN) pytest -m slow $(WORKERS) $(ARGS) || { status=$$?; [ $$status -eq 5 ] || exit $$status; \
 		echo "No slow test was selected, so none ran."; }
 
 lint: setup ## check style and formatting with ruff

@@ -1,7 +1,12 @@
 """Settings for the whole suite: silent type promotion and silent rank promotion are errors, as warnings are by
 `pyproject.toml`. Holds no fixtures and knows nothing of the code under test."""
 
+import os
 import signal
+
+# Most of a test's time is LLVM's, which optimises programs that run once. It must be set before JAX is imported; an
+# XLA_FLAGS of one's own, also an empty one (`make test-slow`), keeps the programs as users compile them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 
