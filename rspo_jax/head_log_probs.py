@@ -28,7 +28,7 @@ class TokenScores(NamedTuple):
     log_probs: Array
     """float32 [B, T]."""
     entropy: Array
-    """float32 [B, T], in nats; it carries no gradient."""
+    """float32 [B, T], in nats; it carries no gradient unless asked to."""
 
 
 class _Mesh(NamedTuple):
@@ -45,6 +45,7 @@ class _Settings(NamedTuple):
     temperature: float
     columns: int | None
     """Columns of a block; None chooses."""
+    entropy_gradient: bool
     mesh: _Mesh = _Mesh()
 
 
@@ -61,7 +62,13 @@ class _RowSums(NamedTuple):
 
 
 def head_log_probs(
-    hidden: Array, head: Array, targets: Array, temperature: float = 1.0, *, block_columns: int | None = None
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    temperature: float = 1.0,
+    *,
+    entropy_gradient: bool = False,
+    block_columns: int | None = None,
 ) -> TokenScores:
     """Scores each target under softmax(hidden · head / temperature), without the logits.
 
@@ -71,7 +78,8 @@ def head_log_probs(
     accumulate in float32, and everything elementwise is float32; float64 stays float64. The backward pass rounds the
     gradient of a block's logits to the dtype of hidden before it enters the two products.
 
-    The entropy is a statistic: its gradient is zero by definition, as if behind `jax.lax.stop_gradient`.
+    The entropy is a statistic: its gradient is zero by definition, as if behind `jax.lax.stop_gradient`. A loss that
+    has the entropy in it asks for its gradient, which costs a few more operations a logit and no memory.
 
     Under a mesh set by `jax.set_mesh`, rows, tokens and vocabulary are split as `rspo_jax.sharding.RULES` says, the
     latter two where the mesh divides them; the head is gathered along D only. Without a set mesh the result is right
@@ -82,6 +90,7 @@ def head_log_probs(
       head: float [D, V], in the dtype of hidden.
       targets: int [B, T] in [0, V). Out of range the log-probability is NaN.
       temperature: positive; the one that the responses were sampled with.
+      entropy_gradient: whether the entropy is differentiable.
       block_columns: columns of a block, for tests. Chosen from the shapes when absent.
 
     Returns:
@@ -92,7 +101,8 @@ def head_log_probs(
       TypeError: on targets that are not integers, or hidden and head that are not of one floating dtype.
     """
     _check(hidden, head, targets, temperature, block_columns)
-    return _scores(hidden, head, targets.astype(jnp.int32), _Settings(float(temperature), block_columns))
+    settings = _Settings(float(temperature), block_columns, entropy_gradient)
+    return _scores(hidden, head, targets.astype(jnp.int32), settings)
 
 
 def _check(hidden: Array, head: Array, targets: Array, temperature: float, block_columns: int | None) -> None:
@@ -126,13 +136,18 @@ def _forward(hidden: Array, head: Array, targets: Array, settings: _Settings) ->
     log_probs = jnp.where((targets >= 0) & (targets < head.shape[1]), log_probs, jnp.nan)
     entropy = log_sum - sums.weighted / sums.sum_exp
     # The maximum and the log of the sum are kept apart: their sum, the log-sum-exp, would round large logits.
-    return TokenScores(log_probs, entropy), (hidden, head, targets, sums.maximum, log_sum)
+    residuals = (hidden, head, targets, sums.maximum, log_sum)
+    return TokenScores(log_probs, entropy), (*residuals, entropy) if settings.entropy_gradient else residuals
 
 
 def _backward(settings: _Settings, residuals: tuple, gradient: TokenScores) -> tuple[Array, Array, None]:
-    hidden, head, *_ = residuals
-    spread = _spread(_gradients, "hwtttt", "hw", hidden, head, settings)
-    hidden_gradient, head_gradient = spread(*residuals, gradient.log_probs)
+    hidden, head, *per_token = residuals
+    arrays = (*per_token, gradient.log_probs)
+    if settings.entropy_gradient:
+        *per_token, entropy = per_token
+        arrays = (*per_token, gradient.log_probs, gradient.entropy, entropy)
+    spread = _spread(_gradients, "hw" + "t" * len(arrays), "hw", hidden, head, settings)
+    hidden_gradient, head_gradient = spread(hidden, head, *arrays)
     return hidden_gradient.astype(hidden.dtype), head_gradient, None
 
 
@@ -288,23 +303,29 @@ def _gradients(
     targets: Array,
     maximum: Array,
     log_sum: Array,
-    gradient: Array,
-    *,
+    *gradients_and_entropy: Array,
     settings: _Settings,
 ) -> tuple[Array, Array]:
-    """Gradients of hidden, in the accumulator's dtype, and of the head: ∂ log p / ∂ x_v = 1[v = target] − p_v."""
+    """Gradients of hidden, in the accumulator's dtype, and of the head: ∂ log p / ∂ x_v = 1[v = target] − p_v, and
+    where the entropy H has one, ∂H / ∂x_v = −p_v (log p_v + H)."""
     dtype = _accumulator(hidden)
     blocks = _blocks(hidden, head, settings)
-    gradient = (gradient / settings.temperature)[..., None]
+    gradient, *for_entropy = (array[..., None] for array in gradients_and_entropy)
+    gradient = gradient / settings.temperature
 
     def visit(index: Array | int, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden_gradient, head_gradient = gradients
         # From the last block to the first: columns that two blocks meet are written last by the one that owns them.
         block = blocks.number - 1 - index
         part, logits = blocks.logits(block, hidden, head, settings.temperature)
-        probs = jnp.exp(logits - maximum[..., None] - log_sum[..., None])
+        log_probs = logits - maximum[..., None] - log_sum[..., None]
+        probs = jnp.exp(log_probs)
         is_target = blocks.ids(block) == targets[..., None]
         logits_gradient = jnp.where(is_target, gradient - gradient * probs, -gradient * probs)
+        if for_entropy:
+            of_entropy, entropy = for_entropy
+            information = jnp.where(probs > 0, log_probs, 0)  # impossible tokens have no share in the entropy
+            logits_gradient -= of_entropy / settings.temperature * probs * (information + entropy)
         logits_gradient = logits_gradient.astype(hidden.dtype)
         hidden_gradient += jnp.einsum("btv,dv->btd", logits_gradient, part, preferred_element_type=dtype)
         part_gradient = jnp.einsum("btd,btv->dv", hidden, logits_gradient, preferred_element_type=dtype)

@@ -6,20 +6,30 @@ import dataclasses
 
 import numpy as np
 
-DEFAULTS = {
-    "rspo": {"gamma_min": 0.8, "clip_low": 0.4, "clip_high": 0.4, "position": "pre_clip"},
-    "gmpo": {"clip_low": 0.4, "clip_high": 0.4},
-    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
-    "gspo_rs": {"clip_low": 3e-4, "clip_high": 4e-4, "gamma_min": 0.8},
-    "grpo": {"clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence_mean"},
-    "grpo_rs": {
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "aggregation": "sequence_mean",
-        "gamma_min": 0.8,
-    },
+_SHIFT = {"gamma_min": None, "gamma_use": "weight"}
+_GRPO = _SHIFT | {
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "aggregation": "sequence_mean",
+    "constant_length": None,
+    "dual_clip": None,
 }
-USES_ROUTER_SHIFT = {"rspo", "gspo_rs", "grpo_rs"}
+DEFAULTS = {
+    "rspo": {"gamma_min": 0.8, "gamma_use": "weight", "clip_low": 0.4, "clip_high": 0.4, "position": "pre_clip"},
+    "gmpo": {"clip_low": 0.4, "clip_high": 0.4},
+    "gspo": _SHIFT | {"clip_low": 3e-4, "clip_high": 4e-4},
+    "gspo_token": _SHIFT | {"clip_low": 3e-4, "clip_high": 4e-4},
+    "grpo": _GRPO,
+    "dr_grpo": _GRPO | {"aggregation": "constant_length"},
+    "dapo": _GRPO | {"clip_high": 0.28, "aggregation": "token_mean"},
+    "cispo": _SHIFT | {"clip_low": None, "clip_high": 0.2},
+    "sapo": _SHIFT | {"tau_positive": 1.0, "tau_negative": 1.05},
+    "rloo": _GRPO | {"aggregation": "token_mean"},
+    "reinforce_pp": _GRPO | {"aggregation": "token_mean"},
+}
+GRPO_FAMILY = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp")
+USES_ROUTER_SHIFT = {"rspo"}
+"""By default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +98,65 @@ def random_batch(seed: int, drift: float = 0.3) -> Batch:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Response:
+    """One non-empty response in float64, as far as a formula sees it."""
+
+    row: int
+    positions: np.ndarray
+    advantages: np.ndarray  # of its tokens
+    log_probs: np.ndarray
+    d: np.ndarray  # log-ratios
+    gamma: np.ndarray  # floored router shift, 1 where there is none
+    learns: np.ndarray  # False where a mask leaves the token out
+
+    @property
+    def advantage(self) -> float:
+        """Of a response whose tokens share one."""
+        assert np.all(self.advantages == self.advantages[0])
+        return float(self.advantages[0])
+
+
 def _responses(name: str, batch: Batch, settings: dict):
-    """Yields (row, positions, advantage, log-ratios, floored shift) of each non-empty response."""
     for row in range(batch.mask.shape[0]):
-        positions = np.flatnonzero(batch.mask[row])
-        if positions.size == 0:
+        at = np.flatnonzero(batch.mask[row])
+        if at.size == 0:
             continue
-        new = batch.log_probs[row, positions].astype(np.float64)
-        old = batch.old_log_probs[row, positions].astype(np.float64)
-        gamma = np.ones(positions.size)
-        if name in USES_ROUTER_SHIFT:
-            raw = batch.router_shift[row, positions].astype(np.float64)
-            gamma = np.maximum(raw, settings["gamma_min"])
-        yield row, positions, float(batch.advantages[row]), new - old, gamma
+        new = batch.log_probs[row, at].astype(np.float64)
+        d = new - batch.old_log_probs[row, at].astype(np.float64)
+        advantages = np.broadcast_to(batch.advantages[row], batch.mask.shape[1:])[at].astype(np.float64)
+        gamma, learns = np.ones(at.size), np.ones(at.size, bool)
+        if settings.get("gamma_min") is not None:
+            raw = batch.router_shift[row, at].astype(np.float64)
+            if settings["gamma_use"] == "weight":
+                gamma = np.maximum(raw, settings["gamma_min"])
+            else:
+                learns = raw >= np.float64(np.float32(settings["gamma_min"]))
+                d = np.where(learns, d, 0.0)
+        yield _Response(row, at, advantages, new, d, gamma, learns)
+
+
+def _aggregation(name: str, settings: dict) -> str:
+    return settings.get("aggregation", "token_mean" if name == "cispo" else "sequence_mean")
+
+
+def token_shares(name: str, batch: Batch, **changes) -> np.ndarray:
+    """What one unit of each token adds to the mean over the batch, float64 [B, T]."""
+    settings = {**DEFAULTS[name], **changes}
+    lengths = batch.mask.sum(axis=1, keepdims=True)
+    if _aggregation(name, settings) == "token_mean":
+        return batch.mask / max(lengths.sum(), 1)
+    share = 1 / np.maximum(lengths, 1)
+    if _aggregation(name, settings) == "constant_length":
+        share = 1 / (settings["constant_length"] or batch.mask.shape[1])
+    return batch.mask * share / max(np.count_nonzero(lengths), 1)
+
+
+def weight(name: str, batch: Batch, **changes) -> float:
+    """What the sum of the loss terms is divided by."""
+    settings = {**DEFAULTS[name], **changes}
+    by_token = _aggregation(name, settings) == "token_mean"
+    return float(batch.mask.sum() if by_token else batch.mask.any(axis=1).sum())
 
 
 def _log_clip(x, advantage, settings):
@@ -109,89 +165,129 @@ def _log_clip(x, advantage, settings):
     return np.maximum(x, -settings["clip_low"])
 
 
-def _log_weight(name, d, gamma, advantage, settings):
+def _log_weight(name, response: _Response, settings):
     """Log of the sequence weight of GMPO and RSPO: the mean of the clipped log-ratios."""
+    d, log_gamma, advantage = response.d, np.log(response.gamma), response.advantage
     if name == "gmpo":
         return np.mean(_log_clip(d, advantage, settings))
     if settings["position"] == "pre_clip":
-        return np.mean(_log_clip(d + np.log(gamma), advantage, settings))
+        return np.mean(_log_clip(d + log_gamma, advantage, settings))
     sign = np.sign(advantage) if settings["position"] == "post_clip_literal" else 1.0
-    return np.mean(_log_clip(d, advantage, settings) + sign * np.log(gamma))
+    return np.mean(_log_clip(d, advantage, settings) + sign * log_gamma)
 
 
-def _surrogate(ratio, advantage, settings):
-    """min(ratio * A, clip(ratio) * A) of PPO."""
+def _surrogate(ratio, advantages, settings):
+    """min(ratio * A, clip(ratio) * A) of PPO, and for A < 0 no less than dual_clip * A."""
     clipped = np.clip(ratio, 1.0 - settings["clip_low"], 1.0 + settings["clip_high"])
-    return np.minimum(ratio * advantage, clipped * advantage)
+    value = np.minimum(ratio * advantages, clipped * advantages)
+    if settings.get("dual_clip") is None:
+        return value
+    return np.where(advantages < 0, np.maximum(value, settings["dual_clip"] * advantages), value)
 
 
-def total_and_weight(name: str, batch: Batch, **changes) -> tuple[float, float]:
-    """Sum of the loss terms and the number that it is divided by."""
+def _sequence_ratio(response: _Response) -> float:
+    return np.exp(np.mean(response.d + np.log(response.gamma)))
+
+
+def _clipped_weight(ratio, settings):
+    """CISPO's weight without gradient."""
+    low = -np.inf if settings["clip_low"] is None else 1.0 - settings["clip_low"]
+    return np.clip(ratio, low, 1.0 + settings["clip_high"])
+
+
+def _temperature(response: _Response, settings):
+    return np.where(response.advantages > 0, settings["tau_positive"], settings["tau_negative"])
+
+
+def _sigmoid(x):
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def _token_values(name, response: _Response, settings, fixed: _Response):
+    """J of each token. Where a formula stops the gradient, it takes the ratios of `fixed`."""
+    advantages = response.advantages
+    if name in GRPO_FAMILY:
+        return _surrogate(np.exp(response.d) * response.gamma, advantages, settings)
+    if name == "gspo_token":
+        ratio = _sequence_ratio(fixed) * np.exp(np.where(response.learns, response.log_probs - fixed.log_probs, 0.0))
+        return _surrogate(ratio, advantages, settings)
+    if name == "cispo":
+        log_probs = np.where(response.learns, response.log_probs, fixed.log_probs)
+        return _clipped_weight(np.exp(fixed.d), settings) * response.gamma * advantages * log_probs
+    if name == "sapo":
+        tau = _temperature(response, settings)
+        return 4 / tau * _sigmoid(tau * (np.exp(response.d) * response.gamma - 1)) * advantages
+    if name == "gspo":
+        return np.full(advantages.shape, _surrogate(_sequence_ratio(response), response.advantage, settings))
+    return np.full(advantages.shape, response.advantage * np.exp(_log_weight(name, response, settings)))
+
+
+def _token_factors(name, response: _Response, settings):
+    """What A of each token is multiplied by in n_i times the gradient of the mean over tokens, clips aside."""
+    if name in GRPO_FAMILY:
+        return np.exp(response.d) * response.gamma
+    if name == "cispo":
+        return _clipped_weight(np.exp(response.d), settings) * response.gamma
+    if name == "sapo":
+        tau, ratio = _temperature(response, settings), np.exp(response.d) * response.gamma
+        return 4 * _sigmoid(tau * (ratio - 1)) * _sigmoid(-tau * (ratio - 1)) * ratio
+    if name in ("gspo", "gspo_token"):
+        return np.full(response.d.size, _sequence_ratio(response))
+    return np.full(response.d.size, np.exp(_log_weight(name, response, settings)))
+
+
+def loss(name: str, batch: Batch, penalty=None, fixed: Batch | None = None, **changes) -> float:
+    """The loss, -J, plus the mean penalty; zero for a batch without any response token.
+
+    `fixed` is the batch that stopped gradients are taken from, for differences of this function.
+    """
     settings = {**DEFAULTS[name], **changes}
-    total, weight = 0.0, 0.0
-    for _, _, advantage, d, gamma in _responses(name, batch, settings):
-        if name in ("grpo", "grpo_rs"):
-            terms = _surrogate(np.exp(d) * gamma, advantage, settings)
-            by_token = settings["aggregation"] == "token_mean"
-            total -= np.sum(terms) if by_token else np.mean(terms)
-            weight += d.size if by_token else 1
-        elif name in ("gspo", "gspo_rs"):
-            total -= _surrogate(np.exp(np.mean(d + np.log(gamma))), advantage, settings)
-            weight += 1
-        else:
-            total -= advantage * np.exp(_log_weight(name, d, gamma, advantage, settings))
-            weight += 1
-    return total, weight
-
-
-def loss(name: str, batch: Batch, **changes) -> float:
-    """The loss, -J; zero for a batch without any response token."""
-    total, weight = total_and_weight(name, batch, **changes)
-    return total / weight if weight else 0.0
+    shares = token_shares(name, batch, **changes)
+    result = 0.0 if penalty is None else float(np.sum((shares * penalty)[batch.mask]))
+    pairs = zip(*(_responses(name, b, settings) for b in (batch, fixed or batch)), strict=True)
+    for response, at_fixed in pairs:
+        values = _token_values(name, response, settings, at_fixed)
+        result -= np.sum(shares[response.row, response.positions] * values)
+    return float(result)
 
 
 def kept(name: str, batch: Batch, **changes) -> np.ndarray:
-    """Bool [B, T]: response tokens whose gradient is not cut by the clip. Ties are kept."""
+    """Bool [B, T]: response tokens that the clip leaves alone. Ties are kept."""
     settings = {**DEFAULTS[name], **changes}
     keep = np.zeros(batch.mask.shape, bool)
-    for row, positions, advantage, d, gamma in _responses(name, batch, settings):
-        if name in ("grpo", "grpo_rs"):
-            x, low, high = (
-                np.exp(d) * gamma,
-                1.0 - settings["clip_low"],
-                1.0 + settings["clip_high"],
-            )
-        elif name in ("gspo", "gspo_rs"):
-            x = np.full(d.size, np.exp(np.mean(d + np.log(gamma))))
+    for response in _responses(name, batch, settings):
+        d, gamma, advantages, at = response.d, response.gamma, response.advantages, (response.row, response.positions)
+        if name == "sapo":
+            keep[at] = True
+            continue
+        if name == "cispo":
+            ratio = np.exp(d)
+            keep[at] = ratio == _clipped_weight(ratio, settings)
+            continue
+        if name in (*GRPO_FAMILY, "gspo", "gspo_token"):
+            x = np.exp(d) * gamma if name in GRPO_FAMILY else np.full(d.size, _sequence_ratio(response))
             low, high = 1.0 - settings["clip_low"], 1.0 + settings["clip_high"]
         else:
             x = d + np.log(gamma) if settings.get("position") == "pre_clip" else d
             low, high = -settings["clip_low"], settings["clip_high"]
-        if advantage > 0:
-            keep[row, positions] = x <= high
-        elif advantage < 0:
-            keep[row, positions] = x >= low
-        else:
-            keep[row, positions] = True
+        highest = np.inf if settings.get("dual_clip") is None else settings["dual_clip"]
+        good, bad = x <= high, (x >= low) & (x <= highest)
+        keep[at] = np.where(advantages > 0, good, np.where(advantages < 0, bad, True))
     return keep
 
 
 def gradient(name: str, batch: Batch, **changes) -> np.ndarray:
     """Closed form of d loss / d log_probs, float64 [B, T]."""
     settings = {**DEFAULTS[name], **changes}
-    keep = kept(name, batch, **changes)
-    _, weight = total_and_weight(name, batch, **changes)
+    shares = token_shares(name, batch, **changes)
+    keep = np.ones(batch.mask.shape, bool) if name == "cispo" else kept(name, batch, **changes)
     result = np.zeros(batch.mask.shape)
-    for row, positions, advantage, d, gamma in _responses(name, batch, settings):
-        share = 1.0 / d.size
-        if name in ("grpo", "grpo_rs"):
-            factor = np.exp(d) * gamma
-            share = 1.0 if settings["aggregation"] == "token_mean" else share
-        elif name in ("gspo", "gspo_rs"):
-            factor = np.exp(np.mean(d + np.log(gamma)))
-        else:
-            factor = np.exp(_log_weight(name, d, gamma, advantage, settings))
-        result[row, positions] = -advantage * share / weight * factor * keep[row, positions]
+    for response in _responses(name, batch, settings):
+        at = (response.row, response.positions)
+        active = keep[at] & response.learns
+        # A cut ratio may be infinite.
+        factors = np.where(active, _token_factors(name, response, settings), 0.0)
+        result[at] = -response.advantages * shares[at] * factors
     return result
 
 
@@ -203,7 +299,9 @@ def metrics(name: str, batch: Batch, **changes) -> dict[str, float]:
     """The metrics of a batch that has at least one response token, router shift given."""
     settings = {**DEFAULTS[name], **changes}
     cut = ~kept(name, batch, **changes)
-    sign = np.sign(batch.advantages)[:, None] * np.ones(batch.mask.shape)
+    advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
+    sign = np.sign(advantages) * np.ones(batch.mask.shape)
+    cut &= sign != 0
     selected = batch.mask
     d = batch.log_probs[selected].astype(np.float64) - batch.old_log_probs[selected]
     gamma = batch.router_shift[selected].astype(np.float64)
@@ -218,7 +316,7 @@ def metrics(name: str, batch: Batch, **changes) -> dict[str, float]:
         "gamma_min": np.min(gamma),
         "gamma_p10": np.quantile(gamma, 0.1),
     }
-    if name in USES_ROUTER_SHIFT:
+    if settings.get("gamma_min") is not None:
         floor = np.float64(np.float32(settings["gamma_min"]))
         result["gamma_floor_fraction"] = _mean(gamma < floor)
     return {key: float(value) for key, value in result.items()}
@@ -273,3 +371,19 @@ def group_advantages(rewards, scale: bool = True) -> np.ndarray:
             centered = centered / (np.sqrt((centered**2).sum() / (group.size - 1)) + 1e-6)
         result.append(centered)
     return np.stack(result)
+
+
+def leave_one_out_advantages(rewards) -> np.ndarray:
+    """R - the mean of the other rewards of the group."""
+    rewards = np.asarray(rewards, np.float64)
+    result = np.zeros(rewards.shape)
+    for row, column in np.ndindex(rewards.shape):
+        others = [rewards[row, other] for other in range(rewards.shape[1]) if other != column]
+        result[row, column] = rewards[row, column] - sum(others) / len(others)
+    return result
+
+
+def batch_advantages(rewards) -> np.ndarray:
+    """(R - mean) / (unbiased standard deviation + 1e-6) of all rewards together."""
+    flat = np.asarray(rewards, np.float64).reshape(1, -1)
+    return group_advantages(flat).reshape(np.shape(rewards))

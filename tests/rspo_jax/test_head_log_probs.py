@@ -125,6 +125,26 @@ def test_entropy_carries_no_gradient():
     assert all(not np.any(gradient) for gradient in gradients)
 
 
+@pytest.mark.parametrize("block_columns", [None, 8])
+def test_entropy_has_the_gradient_of_the_plain_form_where_it_is_asked_for(block_columns):
+    hidden, head, targets, weights = random_inputs(seed=5)
+
+    def plain(hidden, head):
+        logits = jnp.einsum("btd,dv->btv", hidden, head)
+        both = token_log_probs(logits, targets, 0.7) + 2 * token_entropy(logits, 0.7)
+        return jnp.sum(weights * both)
+
+    def fused(hidden, head):
+        score = functools.partial(head_log_probs, entropy_gradient=True, block_columns=block_columns)
+        log_probs, entropy = score(hidden, head, targets, 0.7)
+        return jnp.sum(weights * (log_probs + 2 * entropy))
+
+    expected = jax.grad(plain, argnums=(0, 1))(hidden, head)
+    for gradient, exact in zip(jax.grad(fused, argnums=(0, 1))(hidden, head), expected, strict=True):
+        assert np.abs(exact).max() > 0.01
+        np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_inside_scan_checkpoint_and_vmap():
     hidden, head, targets, weights = random_inputs(seed=4)
     score = functools.partial(head_log_probs, block_columns=8)

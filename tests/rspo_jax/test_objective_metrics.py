@@ -6,15 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from objective_cases import DUAL, SHIFT, case_id, make_config, pad
 
 import rspo_jax
 
-NAMES = ["rspo", "gmpo", "gspo", "grpo", "gspo_rs", "grpo_rs"]
-CASES = [(name, {}) for name in NAMES] + [
-    ("rspo", {"position": "post_clip"}),
-    ("rspo", {"position": "post_clip_literal"}),
-    ("grpo", {"aggregation": "token_mean"}),
+NAMES = ["rspo", "gmpo", "gspo", "grpo", "cispo", "sapo"]
+"""One for each clip."""
+CASES = [
+    *[(name, {}) for name in NAMES],
+    ("gspo", SHIFT),
+    ("grpo", SHIFT | {"gamma_use": "mask"}),
+    DUAL,
 ]
+FLOORED = [("rspo", {}), *CASES[-3:-1]]
 ALWAYS = {
     "clip_fraction",
     "clip_fraction_positive",
@@ -27,21 +31,11 @@ WITH_ROUTER_SHIFT = {"gamma_mean", "gamma_min", "gamma_p10"}
 CLIP_FRACTIONS = ("clip_fraction", "clip_fraction_positive", "clip_fraction_negative")
 
 
-def case_id(value):
-    return "-".join(value.values()) or "default" if isinstance(value, dict) else None
-
-
-def pad(array):
-    """All batches run in one shape, so that each configuration is compiled once."""
-    return np.pad(array, [(0, most - size) for size, most in zip(array.shape, (6, 7), strict=False)])
-
-
 def report(name, batch, settings=None, **overrides):
-    """The metrics as floats."""
-    arrays = {key: value for key, value in (batch.arrays() | overrides).items() if value is not None}
-    arrays = {key: jnp.asarray(pad(np.asarray(value))) for key, value in arrays.items()}
-    config = rspo_jax.OBJECTIVES[name].config_type(**(settings or {}))
-    _, metrics = rspo_jax.OBJECTIVES[name].loss(**arrays, config=config)
+    """The metrics as floats. All batches run in one shape and with an entropy, so that each form is compiled once."""
+    arrays = {"entropy": np.zeros(batch.mask.shape, np.float32)} | batch.arrays() | overrides
+    arrays = {key: jnp.asarray(pad(value)) for key, value in arrays.items()}
+    _, metrics = rspo_jax.OBJECTIVES[name].loss(**arrays, config=make_config(name, settings or {}))
     return {key: float(value) for key, value in metrics.items()}
 
 
@@ -50,47 +44,39 @@ def clip_fractions(metrics):
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=case_id)
-@pytest.mark.parametrize("drift", [3e-4, 0.6, 5.0, 50.0])
-def test_metrics_match_oracle(name, settings, drift):
-    for seed in range(6):
-        batch = oracles.random_batch(seed, drift)
-        metrics = report(name, batch, settings)
-        expected = oracles.metrics(name, batch, **settings)
-        for key, value in expected.items():
-            assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+def test_metrics_match_oracle(name, settings):
+    for drift in (3e-4, 0.6, 5.0, 50.0):
+        for seed in range(4):
+            batch = oracles.random_batch(seed, drift)
+            metrics = report(name, batch, settings)
+            for key, value in oracles.metrics(name, batch, **settings).items():
+                assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_metrics_match_oracle_under_vmap(name):
+def test_metrics_match_oracle_under_vmap():
     batches = [oracles.random_batch(seed, 0.6) for seed in (10, 11)]
     arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *[batch.arrays() for batch in batches])
-    _, metrics = jax.vmap(lambda arrays: rspo_jax.OBJECTIVES[name].loss(**arrays))(arrays)
+    _, metrics = jax.vmap(lambda arrays: rspo_jax.OBJECTIVES["rspo"].loss(**arrays))(arrays)
     for index, batch in enumerate(batches):
-        for key, value in oracles.metrics(name, batch).items():
+        for key, value in oracles.metrics("rspo", batch).items():
             assert float(metrics[key][index]) == pytest.approx(value, rel=1e-5, abs=1e-6), key
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_metrics_are_float32_scalars(name):
-    batch = oracles.random_batch(seed=20)
-    arrays = {key: jnp.asarray(value) for key, value in batch.arrays().items()}
-    _, metrics = rspo_jax.OBJECTIVES[name].loss(**arrays, entropy=jnp.ones(batch.mask.shape))
-    for key, value in metrics.items():
-        assert value.shape == () and value.dtype == jnp.float32, key
-        assert np.isfinite(value), key
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", rspo_jax.OBJECTIVES)
 def test_router_shift_and_entropy_are_reported_only_where_given(name):
-    batch = oracles.random_batch(seed=21)
-    plain = set(report(name, batch, router_shift=None))
-    assert plain >= ALWAYS
-    assert not [key for key in plain if key.startswith("gamma") or key == "entropy"]
-    shifted = set(report(name, batch))
-    assert shifted >= ALWAYS | WITH_ROUTER_SHIFT and "entropy" not in shifted
-    assert ("gamma_floor_fraction" in shifted) == (name in oracles.USES_ROUTER_SHIFT)
-    full = set(report(name, batch, entropy=jnp.ones(batch.mask.shape)))
-    assert full == shifted | {"entropy"}
+    array, rows = jax.ShapeDtypeStruct((6, 7), jnp.float32), jax.ShapeDtypeStruct((6,), jnp.float32)
+    arrays = {"log_probs": array, "old_log_probs": array, "advantages": rows}
+    arrays["mask"] = jax.ShapeDtypeStruct((6, 7), jnp.bool_)
+
+    def keys(**more):
+        _, metrics = jax.eval_shape(lambda arrays: rspo_jax.OBJECTIVES[name].loss(**arrays), arrays | more)
+        assert {(value.shape, value.dtype) for value in metrics.values()} == {((), np.dtype("float32"))}
+        return set(metrics)
+
+    assert keys() == ALWAYS
+    shifted = ALWAYS | WITH_ROUTER_SHIFT | ({"gamma_floor_fraction"} if name == "rspo" else set())
+    assert keys(router_shift=array) == shifted
+    assert keys(router_shift=array, entropy=array, penalty=array) == shifted | {"entropy"}
 
 
 def test_clip_fractions_are_split_by_the_sign_of_the_advantage():
@@ -100,54 +86,34 @@ def test_clip_fractions_are_split_by_the_sign_of_the_advantage():
         mask=[[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]],
     )
     # Three of four good tokens, one of two bad ones, none of the four with a zero advantage.
-    for name in ("rspo", "gmpo", "grpo", "grpo_rs"):
+    for name in ("rspo", "gmpo", "grpo"):
         np.testing.assert_allclose(clip_fractions(report(name, batch)), (0.4, 0.75, 0.5), rtol=1e-6)
+    # CISPO clips the weights of all tokens from above and, by default, those of none from below.
+    np.testing.assert_allclose(clip_fractions(report("cispo", batch)), (0.3, 0.75, 0.0), rtol=1e-6)
+    assert clip_fractions(report("sapo", batch)) == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("name", ["gspo", "gspo_rs"])
-def test_clipped_sequence_counts_with_all_its_tokens(name):
+def test_clipped_sequence_counts_with_all_its_tokens():
     batch = oracles.batch_from_log_ratios(
         [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0], [0.0, 0.0, 0.0, 0.0]],
         advantages=[1.0, -1.0, 1.0],
         mask=[[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]],
     )
-    np.testing.assert_allclose(clip_fractions(report(name, batch)), (7 / 8, 4 / 5, 1.0), rtol=1e-6)
+    np.testing.assert_allclose(clip_fractions(report("gspo", batch)), (7 / 8, 4 / 5, 1.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_tie_at_the_clip_bound_is_not_clipped(name):
-    tie = 0.5 if name in ("rspo", "gmpo") else 0.0
-    batch = oracles.batch_from_log_ratios([[tie, tie], [-tie, -tie]], advantages=[1.0, -1.0])
-    assert clip_fractions(report(name, batch, {"clip_low": tie, "clip_high": tie})) == (
-        0.0,
-        0.0,
-        0.0,
-    )
-    batch = oracles.batch_from_log_ratios([[tie + 1e-3] * 2, [-tie - 1e-3] * 2], advantages=[1.0, -1.0])
-    assert clip_fractions(report(name, batch, {"clip_low": tie, "clip_high": tie})) == (
-        1.0,
-        1.0,
-        1.0,
-    )
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("cispo", "sapo")])
 def test_clip_fraction_counts_the_tokens_whose_gradient_is_zero(name):
     batch = oracles.random_batch(seed=22, drift=0.8)
-    arrays = {key: jnp.asarray(value) for key, value in batch.arrays().items()}
-    log_probs = arrays.pop("log_probs")
-    loss = rspo_jax.OBJECTIVES[name].loss
-    differentiated = jax.jit(jax.grad(lambda values: loss(values, **arrays), has_aux=True))
-    gradient, metrics = differentiated(log_probs)
-    cut = (np.asarray(gradient) == 0) & batch.mask & (batch.advantages != 0)[:, None]
+    cut = (oracles.gradient(name, batch) == 0) & batch.mask & (batch.advantages != 0)[:, None]
     assert 0 < cut.sum() < batch.mask.sum()
-    np.testing.assert_allclose(metrics["clip_fraction"], cut.sum() / batch.mask.sum(), rtol=1e-6)
+    np.testing.assert_allclose(report(name, batch)["clip_fraction"], cut.sum() / batch.mask.sum(), rtol=1e-6)
 
 
 def test_gspo_router_shift_clips_bad_responses_only_when_on_policy():
     # The published clip of GSPO is so tight that any router shift closes it for every bad response.
     batch = oracles.batch_from_log_ratios(np.zeros((2, 3)), advantages=[1.0, -1.0], router_shift=0.9996)
-    assert clip_fractions(report("gspo_rs", batch)) == (0.5, 0.0, 1.0)
+    assert clip_fractions(report("gspo", batch, SHIFT)) == (0.5, 0.0, 1.0)
     assert clip_fractions(report("gspo", batch)) == (0.0, 0.0, 0.0)
 
 
@@ -176,22 +142,20 @@ def test_router_shift_metrics_are_of_the_raw_shift():
         assert metrics["gamma_min"] == pytest.approx(0.1, rel=1e-6)
         assert metrics["gamma_p10"] == pytest.approx(np.quantile(seen, 0.1), abs=1e-6)
     # On the floored shift this fraction would always be zero.
-    for name in ("rspo", "gspo_rs", "grpo_rs"):
-        assert report(name, batch)["gamma_floor_fraction"] == pytest.approx(3 / 6)
+    for name, settings in FLOORED:
+        assert report(name, batch, settings)["gamma_floor_fraction"] == pytest.approx(3 / 6)
 
 
-@pytest.mark.parametrize("name", ["rspo", "gspo_rs", "grpo_rs"])
-def test_router_shift_exactly_at_the_floor_is_not_below_it(name):
-    below = np.nextafter(np.float32(0.75), np.float32(0))
-    gamma = np.array([[0.75, 0.75, below, 1.0]], np.float32)
-    batch = oracles.batch_from_log_ratios(np.zeros((1, 4)), advantages=[1.0], router_shift=gamma)
-    assert report(name, batch, {"gamma_min": 0.75})["gamma_floor_fraction"] == 0.25
-    # 0.8 has no exact float32; the default floor must be compared in the dtype of the shift.
+@pytest.mark.parametrize(("name", "settings"), FLOORED, ids=case_id)
+def test_router_shift_exactly_at_the_floor_is_not_below_it(name, settings):
+    # 0.8 has no exact float32; the floor must be compared in the dtype of the shift.
     gamma = np.full((1, 4), 0.8, np.float32)
-    batch = batch.replace(router_shift=gamma)
-    assert report(name, batch)["gamma_floor_fraction"] == 0.0
-    batch = batch.replace(router_shift=np.nextafter(gamma, np.float32(0)))
-    assert report(name, batch)["gamma_floor_fraction"] == 1.0
+    below = np.nextafter(gamma, np.float32(0))
+    batch = oracles.batch_from_log_ratios(np.zeros((1, 4)), advantages=[1.0], router_shift=gamma)
+    assert report(name, batch, settings)["gamma_floor_fraction"] == 0.0
+    assert report(name, batch.replace(router_shift=below), settings)["gamma_floor_fraction"] == 1.0
+    gamma[0, 2] = below[0, 2]
+    assert report(name, batch.replace(router_shift=gamma), settings)["gamma_floor_fraction"] == 0.25
 
 
 def test_tenth_percentile_is_the_linear_quantile_of_the_response_tokens():
@@ -251,8 +215,9 @@ def test_on_policy_metrics(name):
 def test_ratios_and_divergence_leave_the_router_shift_out():
     batch = oracles.random_batch(seed=26, drift=0.6)
     keys = ("ratio_mean", "ratio_max", "approx_kl")
-    for name in NAMES:
-        plain, shifted = report(name, batch, router_shift=None), report(name, batch)
+    for name, settings in [*[(name, {}) for name in NAMES], *CASES[-3:]]:
+        plain = report(name, batch, settings, router_shift=np.ones_like(batch.router_shift))
+        shifted = report(name, batch, settings)
         assert [plain[key] for key in keys] == [shifted[key] for key in keys]
 
 
