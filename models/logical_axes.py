@@ -1,5 +1,5 @@
 """The logical axes of every parameter of a model and of its cache: how they lie on a mesh, by
-`rspo_jax.sharding.RULES`. It must never know a mesh.
+`rspo_jax.sharding.RULES`; and which of the parameters are the router's. It must never know a mesh.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from models.config import Stack, TransformerConfig
 CACHE_AXES = ("layers", "rows", "attended_heads", None, None)
 
 NORM = {"scale": (None,)}
+ROUTER_PARAMS = ("router", "router_bias", "correction_bias")
 FEED_FORWARD = {"gate_up": ("embed", None, "dense_hidden"), "down": ("dense_hidden", "embed")}
 
 
@@ -21,6 +22,13 @@ def model_axes(config: TransformerConfig) -> dict[str, Any]:
         layer = _layer_axes(config, stack)
         axes[stack.name] = jax.tree.map(lambda names: ("layers", *names), layer, is_leaf=_is_axes)
     return axes if config.tie_embeddings else axes | {"head": ("embed", "vocabulary")}
+
+
+def router_mask(config: TransformerConfig) -> dict[str, Any]:
+    """A pytree like that of the parameters: True on those of the router."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ROUTER_PARAMS, model_axes(config), is_leaf=_is_axes
+    )
 
 
 def _is_axes(node: Any) -> bool:

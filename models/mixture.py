@@ -1,7 +1,7 @@
 """Routing and the mixture of experts: which experts a token goes through, and with which weights.
 
-`choose_experts` is a pure function of router logits. This file must never know attention, or a loss that looks at the
-router.
+`choose_experts` is a pure function of router logits and, where it is forced, of the experts to use. This file must
+never know attention, or a loss that looks at the router.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from models.blocks import FeedForward, fan_in_normal
 from models.config import TransformerConfig
 from models.expert_parallel import mix_experts, mix_experts_of_layer
 from models.experts import Experts
+from rspo_jax.types import ForcedRoute
 
 Array = jax.Array
 
@@ -27,7 +28,12 @@ class Choice(NamedTuple):
     """int32 [B, T, K]."""
 
 
-def choose_experts(router_logits: Array, config: TransformerConfig, correction_bias: Array | None = None) -> Choice:
+def choose_experts(
+    router_logits: Array,
+    config: TransformerConfig,
+    correction_bias: Array | None = None,
+    forced: ForcedRoute | None = None,
+) -> Choice:
     """The experts that a token activates.
 
     Args:
@@ -37,22 +43,37 @@ def choose_experts(router_logits: Array, config: TransformerConfig, correction_b
         2412.19437, equations 12 to 16) ranks by score plus correction, takes the groups whose two best are best
         together, and in them the K best experts; the correction does not enter the weights.
       correction_bias: float32 [E], for a sigmoid router.
+      forced: of one layer, [B, T, K]: the experts to take instead. Groups and correction have no say then, and the
+        weights are made of the scores of these experts as of any others.
     """
     c = config
-    if c.router == "softmax":
-        weights, expert_ids = jax.lax.top_k(jax.nn.softmax(router_logits, axis=-1), c.num_experts_per_token)
-        if c.normalize_expert_weights:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    expert_ids = None if forced is None else forced.expert_ids.astype(jnp.int32)
+    if forced is not None and forced.weights is not None:
+        weights = _divided(forced.weights, c)
+    elif c.router == "softmax":
+        scores = jax.nn.softmax(router_logits, axis=-1)
+        if expert_ids is None:
+            chosen, expert_ids = jax.lax.top_k(scores, c.num_experts_per_token)
+        else:
+            chosen = jnp.take_along_axis(scores, expert_ids, axis=-1)
+        weights = _divided(chosen, c)
     else:
-        assert correction_bias is not None
-        ranks = jax.lax.stop_gradient(jax.nn.sigmoid(router_logits) + correction_bias[None, None, :])
-        _, expert_ids = jax.lax.top_k(_of_best_groups(ranks, c), c.num_experts_per_token)
+        if expert_ids is None:
+            assert correction_bias is not None
+            ranks = jax.lax.stop_gradient(jax.nn.sigmoid(router_logits) + correction_bias[None, None, :])
+            _, expert_ids = jax.lax.top_k(_of_best_groups(ranks, c), c.num_experts_per_token)
         log_scores = jax.nn.log_sigmoid(jnp.take_along_axis(router_logits, expert_ids, axis=-1))
         # Sigmoids divided by their sum; K of them may all be 0 in float32, but not their logarithms.
         weights = jax.nn.softmax(log_scores, axis=-1) if c.normalize_expert_weights else jnp.exp(log_scores)
     if c.expert_weight_scale != 1.0:
         weights = weights * c.expert_weight_scale
+    assert expert_ids is not None
     return Choice(weights, expert_ids)
+
+
+def _divided(scores: Array, config: TransformerConfig) -> Array:
+    """By their sum over the K experts, where the model does so."""
+    return scores / jnp.sum(scores, axis=-1, keepdims=True) if config.normalize_expert_weights else scores
 
 
 def _of_best_groups(ranks: Array, config: TransformerConfig) -> Array:
@@ -74,9 +95,10 @@ class MixtureOfExperts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, layer: Array | None = None, stack: Experts | None = None
+        self, x: Array, layer: Array | None = None, stack: Experts | None = None, forced: ForcedRoute | None = None
     ) -> tuple[Array, Array, Array]:
         """x: [B, T, D]. For decoding, `stack` holds the experts of all layers and `layer` is this one's index.
+        `forced` is this layer's own.
 
         Returns:
           [B, T, D], the router logits float32 [B, T, E] and the expert ids int32 [B, T, K].
@@ -92,7 +114,7 @@ class MixtureOfExperts(nn.Module):
         correction = None
         if c.router == "sigmoid":
             correction = self.param("correction_bias", nn.initializers.zeros_init(), (c.num_experts,), jnp.float32)
-        weights, expert_ids = choose_experts(router_logits, c, correction)
+        weights, expert_ids = choose_experts(router_logits, c, correction, forced)
         if stack is None:
             experts = jax.tree.map(lambda leaf: leaf.astype(dtype), experts)
             mixed = mix_experts(x, weights.astype(dtype), expert_ids, experts, c.activation)

@@ -20,11 +20,11 @@ from models.attention_layers import Attention, AttentionInputs, LatentAttentionL
 from models.blocks import FeedForward, RMSNorm, fan_in_normal
 from models.config import Stack, TransformerConfig
 from models.experts import Experts
-from models.logical_axes import CACHE_AXES, model_axes
+from models.logical_axes import CACHE_AXES, model_axes, router_mask
 from models.mixture import MixtureOfExperts
 from models.rope import rotary_angles
 from rspo_jax.sharding import axes_of, constrain, free_axes, parts_of, split_axes, spread
-from rspo_jax.types import ModelOutput, RouterReader, RouterReading
+from rspo_jax.types import ForcedRoute, ModelOutput, RouterReader, RouterReading
 
 Array = jax.Array
 
@@ -64,6 +64,8 @@ class LayerInputs(NamedTuple):
     """bool scalar; None in a model in which all layers slide or none does."""
     read_router: Callable[..., tuple[Any, Any]] | None
     """None without experts, too."""
+    forced_route: ForcedRoute | None = None
+    """[B, T, K] each; None without experts, too."""
 
 
 class SharedInputs(NamedTuple):
@@ -120,7 +122,7 @@ class Layer(nn.Module):
         router_logits = layer_reading = None
         if self.sparse:
             moe = MixtureOfExperts(c, name="moe")
-            mixed, router_logits, expert_ids = moe(normed, layer.index_in_stack, inputs.experts)
+            mixed, router_logits, expert_ids = moe(normed, layer.index_in_stack, inputs.experts, layer.forced_route)
             if layer.read_router is not None:
                 reading, layer_reading = layer.read_router(reading, router_logits, expert_ids)
         else:
@@ -157,6 +159,7 @@ class Transformer(nn.Module):
         segment_ids: Array | None = None,
         cache: Cache | None = None,
         router_reader: RouterReader | None = None,
+        forced_route: ForcedRoute | None = None,
     ) -> ModelOutput:
         """Scores the next token at every position.
 
@@ -168,6 +171,7 @@ class Transformer(nn.Module):
             slot of the oldest; several must not run over the end of the ring, which cannot be checked in a traced
             length.
           router_reader: sees the router logits and the chosen experts of each layer.
+          forced_route: the experts of each token in each layer that has any, in place of those the router would choose.
 
         Returns:
           `logits` float32 [B, T, V], `router_logits` float32 [L, B, T, E] (None without experts), `hidden` and `head`,
@@ -179,6 +183,9 @@ class Transformer(nn.Module):
         c = self.config
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         _check_inputs(tokens, positions, segment_ids, cache)
+        if forced_route is not None:
+            _check_route(forced_route, tokens, c)
+            forced_route = jax.tree.map(lambda leaf: constrain(leaf, "layers", "rows", "tokens", None), forced_route)
         attention = self._attention_inputs(positions, segment_ids, cache)
         embedding = self.param(
             "embedding",
@@ -193,7 +200,7 @@ class Transformer(nn.Module):
         decodes = tokens.shape[1] == 1 and cache is not None and not self.is_initializing()
         for stack in c.stacks:
             shared = SharedInputs(attention, self._experts_of(stack) if decodes and stack.sparse else None)
-            layers = _layer_inputs(c, stack, reader, sparse_before)
+            layers = _layer_inputs(c, stack, (reader.read, forced_route), sparse_before)
             carry, output = _scanned_layers(c, stack.length)(c, stack.sparse, name=stack.name)(carry, layers, shared)
             if stack.sparse:
                 outputs.append(output)
@@ -265,14 +272,22 @@ class Transformer(nn.Module):
         """The logical axes of every parameter (`rspo_jax.sharding.RULES`), in a pytree like that of the parameters."""
         return model_axes(self.config)
 
+    def router_params(self) -> dict:
+        """Which parameters are the router's, a pytree of bools like that of the parameters: its matrix, its bias and
+        the correction of its choice. The gate of a shared expert chooses nothing and is not one of them."""
+        return router_mask(self.config)
+
     @property
     def router_score(self) -> str:
         """What turns router logits into scores, "softmax" or "sigmoid"."""
         return self.config.router
 
 
-def _layer_inputs(config: TransformerConfig, stack: Stack, reader: RouterReader, sparse_before: int) -> LayerInputs:
-    """For all layers of a stack, before which stand so many layers with experts."""
+def _layer_inputs(
+    config: TransformerConfig, stack: Stack, by_layer: tuple[Any, ForcedRoute | None], sparse_before: int
+) -> LayerInputs:
+    """For all layers of a stack, before which stand so many layers with experts. `by_layer` is what the router reader
+    has for all of these, and the forced route."""
     places = jnp.arange(stack.length, dtype=jnp.int32)
     slides = None
     if 0 < len(config.sliding_layers) < config.num_layers:
@@ -280,8 +295,10 @@ def _layer_inputs(config: TransformerConfig, stack: Stack, reader: RouterReader,
         slides = jnp.asarray([layer in config.sliding_layers for layer in layers])
     own = slice(sparse_before, sparse_before + stack.length)
     whole = stack.length == config.num_sparse_layers
-    read = reader.read if whole else jax.tree.map(lambda leaf: leaf[own], reader.read)
-    return LayerInputs(places + stack.first, places, slides, read if stack.sparse else None)
+    read, forced = by_layer if whole else jax.tree.map(lambda leaf: leaf[own], by_layer)
+    if not stack.sparse:
+        read = forced = None
+    return LayerInputs(places + stack.first, places, slides, read, forced)
 
 
 def _joined(outputs: list[Any]) -> tuple[Array | None, Any]:
@@ -301,6 +318,22 @@ def _check_inputs(tokens: Array, positions: Array | None, segment_ids: Array, ca
         rows, slots = cache.segment_ids.shape
         if rows != tokens.shape[0] or slots < tokens.shape[1]:
             raise ValueError(f"a cache of {rows} rows and {slots} slots cannot take tokens of shape {tokens.shape}")
+
+
+def _check_route(route: ForcedRoute, tokens: Array, config: TransformerConfig) -> None:
+    if not config.num_sparse_layers:
+        raise ValueError("forced_route says which experts to use, but this model has none: leave it out")
+    shape = (config.num_sparse_layers, *tokens.shape, config.num_experts_per_token)
+    for name, array in zip(route._fields, route, strict=True):
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"forced_route.{name} must have axes [L, B, T, K], here {shape}; got {array.shape}: record the route "
+                "of the same tokens with the same model"
+            )
+    if not jnp.issubdtype(route.expert_ids.dtype, jnp.integer):
+        raise ValueError(f"forced_route.expert_ids must be integers, got {route.expert_ids.dtype}")
+    if route.weights is not None and route.weights.dtype != jnp.float32:
+        raise ValueError(f"forced_route.weights must be float32, got {route.weights.dtype}")
 
 
 def init_params(config: TransformerConfig, key: Array) -> dict:

@@ -12,10 +12,12 @@ import bisect
 import heapq
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rspo_jax.router import ROUTE_AXES
 from rspo_jax.sharding import constrain
 from rspo_jax.types import Array, PackedBatch, PackedRows, RolloutBatch
 
@@ -164,6 +166,23 @@ def pack_rows(tokens: Array, source: Array, segment_ids: Array) -> PackedRows:
     return PackedRows(jnp.where(is_token, flat[first], 0), jnp.where(is_token, flat[first + 1], 0), segment_ids)
 
 
+def pack_route(route: Array, source: Array) -> Array:
+    """Gathers the experts of a rollout's tokens into rows.
+
+    Args:
+      route: uint8 or uint16 [B, L, K, W - 1], aligned with the inputs.
+      source: int32 [..., N, T], of a plan.
+
+    Returns:
+      [..., N, L, K, T]; 0 on padding.
+    """
+    rows, num_layers, k, columns = route.shape
+    by_token = jnp.moveaxis(route, -1, 1).reshape(rows, columns, num_layers * k)
+    row, column = jnp.divmod(jnp.maximum(source, 0), columns + 1)
+    packed = jnp.where((source >= 0)[..., None], by_token[row, column], 0)
+    return jnp.moveaxis(packed, -2, -1).reshape(*source.shape[:-1], num_layers, k, source.shape[-1])
+
+
 @jax.jit
 def pack_rollout(rollout: RolloutBatch, plan: PackingPlan) -> PackedBatch:
     """The parts of a rollout, in rows: all that a learner needs of it."""
@@ -174,13 +193,17 @@ def pack_rollout(rollout: RolloutBatch, plan: PackingPlan) -> PackedBatch:
         of_parts = (array[:, -response_width:] if array.ndim == 2 else array)[plan.responses]
         return constrain(of_parts, None, "rows", *(None,) * (of_parts.ndim - 2))
 
-    rows = pack_rows(rollout.tokens, plan.source, plan.segment_ids)
+    rows, route = pack_rows(rollout.tokens, plan.source, plan.segment_ids), rollout.route
+    if route is not None:
+        chex.assert_shape(route, (rollout.tokens.shape[0], None, None, rollout.tokens.shape[1] - 1))
+        route = constrain(pack_route(route, plan.source), None, *ROUTE_AXES)
     return PackedBatch(
         rows=PackedRows(*(constrain(array, None, "rows", "tokens") for array in rows)),
         places=plan.places,
         mask=by_response(rollout.mask),
         sampler_log_probs=by_response(rollout.sampler_log_probs),
         advantages=by_response(rollout.advantages),
+        route=route,
     )
 
 

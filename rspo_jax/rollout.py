@@ -172,11 +172,13 @@ def sample_in_chunks(
     tokenizer: Tokenizer,
     chunks: int,
     repeats: int = 1,
+    record_route: bool = False,
 ) -> list[Samples]:
     """Starts to draw one response a row of the prompts, in equal chunks, without waiting for any of them.
 
     Each prompt stands in `repeats` rows in a row; where a chunk holds whole such groups, it reads a prompt once.
-    `keys`, [B], are one a row: into how many chunks the rows are cut does not change what is drawn.
+    `keys`, [B], are one a row: into how many chunks the rows are cut does not change what is drawn. With
+    `record_route` the samples say which experts each token went through.
     """
     rows, rest = divmod(prompts.tokens.shape[0], chunks)
     if rest or not rows:
@@ -194,6 +196,7 @@ def sample_in_chunks(
             tokenizer.stop_ids,
             tokenizer.pad_id,
             repeats,
+            record_route,
         )
         for start in range(0, prompts.tokens.shape[0], rows)
     ]
@@ -228,6 +231,7 @@ def assemble(prompts: Prompts, chunks: list[Samples]) -> RolloutBatch:
         mask=jnp.concatenate([before_response, samples.mask], axis=1),
         sampler_log_probs=jnp.concatenate([before_response.astype(jnp.float32), samples.log_probs], axis=1),
         advantages=jnp.zeros(prompts.tokens.shape[0]),
+        route=samples.route,
     )
 
 

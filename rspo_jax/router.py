@@ -14,8 +14,9 @@ against itself at exactly 0 and leaves the mean of many differences right, howev
 tolerance below). A slot is off by at most one step of the grid, hence γ by less than 1e-3.
 
 Both directions exist twice: on router logits of all layers together (`trace_router`, `router_shift`), and as readers
-that go along with the model's scan over its layers (`trace_reader`, `drift_reader`). This file alone knows what a
-`RouterTrace` holds; it must never know a model or a loss.
+that go along with the model's scan over its layers (`trace_reader`, `drift_reader`). Routes can also be used again:
+`forced_route_of` makes of a trace what a model takes, and `route_reader` notes which experts were used and no more.
+This file alone knows what a `RouterTrace` holds; it must never know a model or a loss.
 """
 
 import functools
@@ -27,10 +28,12 @@ import jax
 import jax.numpy as jnp
 
 from rspo_jax.precision import at_least_float32
-from rspo_jax.types import Array, RouterReader, RouterReading, RouterTrace
+from rspo_jax.types import Array, ForcedRoute, RouterReader, RouterReading, RouterTrace
 
 LAYER_AGGREGATIONS = ("mean", "sum")
 SCORES = ("softmax", "sigmoid")
+ROUTE_AXES = ("rows", "layers", None, "tokens")
+"""Logical axes of both arrays of a `RouterTrace`, and of a recorded route."""
 STEPS_PER_NAT = 1024
 """Of the grid. 16 bits reach down to −64 nats; what is less likely is kept as that."""
 ROUNDING_TOLERANCE = 0.01
@@ -78,6 +81,35 @@ def trace_reader(score: str = "softmax") -> RouterReader:
 def trace_of(reading: RouterReading) -> RouterTrace:
     """The trace from a reading of `trace_reader`."""
     return _swap_rows_and_layers(reading.layers)
+
+
+def route_reader() -> RouterReader:
+    """Reads the experts that each token goes through; see `route_of`."""
+    return RouterReader(jax.tree_util.Partial(_read_route))
+
+
+def route_of(reading: RouterReading) -> Array:
+    """The experts of each token, uint8 or uint16 [B, L, K, T], from a reading of `route_reader`."""
+    return jnp.swapaxes(reading.layers, 0, 1)
+
+
+def forced_route_of(trace: RouterTrace, with_weights: bool = False) -> ForcedRoute:
+    """What makes a model send each token through the experts of the old policy.
+
+    Args:
+      trace: of the same tokens.
+      with_weights: take the old policy's scores of these experts as well, rounded as the trace has them: a score is
+        off by a factor of at most exp(1/2048), 0.05 %, and a combine weight that the model divides by the sum of all
+        by at most exp(1/1024), 0.1 %. So under the old parameters a forced pass is only nearly the free one. Scores
+        below exp(-64) count as that.
+
+    Returns:
+      Expert ids as small as the trace keeps them, and float32 weights or None.
+    """
+    expert_ids, steps = (jnp.transpose(leaf, (1, 0, 3, 2)) for leaf in trace)
+    if not with_weights:
+        return ForcedRoute(expert_ids)
+    return ForcedRoute(expert_ids, jnp.exp(-steps.astype(jnp.float32) / STEPS_PER_NAT))
 
 
 def router_shift(
@@ -129,8 +161,14 @@ def check_covers(trace: RouterTrace, rows: tuple[int, ...]) -> None:
         raise ValueError(f"the old route covers [N, T] = {covered}, the rows {rows}: score the same batch")
 
 
-def drift_reader(trace: RouterTrace, score: str = "softmax") -> RouterReader:
-    """Adds up the drift Σ_l d_l of the current policy against `trace`, without gradient; see `gamma_of`.
+def drift_reader(trace: RouterTrace, score: str = "softmax", differentiable: bool = False) -> RouterReader:
+    """Adds up the drift Σ_l d_l of the current policy against `trace`; see `gamma_of`.
+
+    Args:
+      trace: of the same tokens.
+      score: as for the trace.
+      differentiable: whether γ passes a gradient on to the routers. RSPO's has none (the paper's run without the
+        stop-gradient collapses); this is for that ablation.
 
     Raises:
       ValueError: if the score is unknown.
@@ -138,7 +176,7 @@ def drift_reader(trace: RouterTrace, score: str = "softmax") -> RouterReader:
     _check_choice("score", score, SCORES)
     rows, _, _, tokens = trace.expert_ids.shape
     start = jnp.zeros((rows, tokens), jnp.float32)
-    return RouterReader(jax.tree_util.Partial(_drift_reads(score), _swap_rows_and_layers(trace)), start)
+    return RouterReader(jax.tree_util.Partial(_drift_reads(score, differentiable), _swap_rows_and_layers(trace)), start)
 
 
 def gamma_of(reading: RouterReading, trace: RouterTrace, layer_aggregation: str = "mean") -> Array:
@@ -161,22 +199,30 @@ def _trace_reads(score: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _drift_reads(score: str) -> Callable[..., Any]:
+def _drift_reads(score: str, differentiable: bool) -> Callable[..., Any]:
     def read(layer: RouterTrace, drift: Array, router_logits: Array, expert_ids: Array) -> tuple[Array, None]:
         del expert_ids  # those that the old policy activated count
-        return drift + _layer_drift(score, jax.lax.stop_gradient(router_logits), layer).astype(drift.dtype), None
+        logits = router_logits if differentiable else jax.lax.stop_gradient(router_logits)
+        return drift + _layer_drift(score, logits, layer).astype(drift.dtype), None
 
     return read
+
+
+def _read_route(carry: None, router_logits: Array, expert_ids: Array) -> tuple[None, Array]:
+    return carry, _small_ids(router_logits, expert_ids)
+
+
+def _small_ids(router_logits: Array, expert_ids: Array) -> Array:
+    """[B, T, K] -> [B, K, T], in as few bytes as all experts need."""
+    id_dtype = jnp.uint8 if router_logits.shape[-1] <= 256 else jnp.uint16
+    return jnp.swapaxes(expert_ids.astype(id_dtype), -1, -2)
 
 
 def _trace_layer(score: str, router_logits: Array, expert_ids: Array) -> RouterTrace:
     """[B, T, E], [B, T, K] -> the trace of one layer, [B, K, T]."""
     log_probs = _log_scores_at(score, router_logits, expert_ids)
     steps = jnp.clip(jnp.round(-log_probs * STEPS_PER_NAT), 0, jnp.iinfo(jnp.uint16).max)
-    id_dtype = jnp.uint8 if router_logits.shape[-1] <= 256 else jnp.uint16
-    return RouterTrace(
-        jnp.swapaxes(expert_ids.astype(id_dtype), -1, -2), jnp.swapaxes(steps.astype(jnp.uint16), -1, -2)
-    )
+    return RouterTrace(_small_ids(router_logits, expert_ids), jnp.swapaxes(steps.astype(jnp.uint16), -1, -2))
 
 
 def _layer_drift(score: str, router_logits: Array, trace: RouterTrace) -> Array:

@@ -2,18 +2,19 @@
 
 Rows are decoded in slots. A slot whose response has ended takes the next waiting prompt, fed token by token beside the
 decoding of the others, so that one long response does not keep the rest of the batch waiting. One program without
-recompilation; deterministic in the key, response by response, whatever slot it is drawn in. This file must never know
-a task, a reward or a concrete model.
+recompilation; deterministic in the key, response by response, whatever slot it is drawn in. On request it notes which
+experts each token went through. This file must never know a task, a reward or a concrete model.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rspo_jax.router import ROUTE_AXES, route_of, route_reader
 from rspo_jax.sharding import constrain
 from rspo_jax.types import Array, Params, Policy, Samples
 
@@ -82,6 +83,31 @@ class _Requests(NamedTuple):
         return self.prompts.shape[0] * self.repeats
 
 
+class _Read(NamedTuple):
+    """What came of reading tokens, T a row."""
+
+    logits: Array  # [rows, V]: of the last tokens
+    cache: object
+    route: Array | None  # [rows, T, L, K]: the experts of all, if asked for
+
+
+class _Model(NamedTuple):
+    """What reads the tokens."""
+
+    policy: Policy
+    params: Params
+    record_route: bool
+
+    def read(self, tokens: Array, segment_ids: Array, cache: object) -> _Read:
+        options: dict[str, Any] = {"router_reader": route_reader()} if self.record_route else {}
+        output = self.policy.apply({"params": self.params}, tokens, segment_ids=segment_ids, cache=cache, **options)
+        if not self.record_route:
+            return _Read(output.logits[:, -1], output.cache, None)
+        if output.reading is None:
+            raise ValueError("this model has no experts, so it has no route to record: leave record_route out")
+        return _Read(output.logits[:, -1], output.cache, jnp.moveaxis(route_of(output.reading), -1, 1))
+
+
 class _Slots(NamedTuple):
     """What each slot is doing, all [slots]."""
 
@@ -100,9 +126,10 @@ class _DecodeState(NamedTuple):
     log_probs: Array  # float32 [B, R]
     lengths: Array  # int32 [B]
     cache: object
+    route: Array | None  # [B, P + R - 1, L, K], so that what a slot writes lies together
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "config", "stop_tokens", "pad_id", "repeats"))
+@functools.partial(jax.jit, static_argnames=("policy", "config", "stop_tokens", "pad_id", "repeats", "record_route"))
 def generate(
     policy: Policy,
     params: Params,
@@ -113,6 +140,7 @@ def generate(
     stop_tokens: tuple[int, ...],
     pad_id: int = 0,
     repeats: int = 1,
+    record_route: bool = False,
 ) -> Samples:
     """Draws `repeats` responses to each prompt, B in all.
 
@@ -126,12 +154,14 @@ def generate(
       stop_tokens: a row is finished once it draws one of them; that token still belongs to the response.
       pad_id: fills the rest.
       repeats: responses to a prompt, in consecutive rows. Each prompt is read once for all of them.
+      record_route: note the experts of every token read; what is drawn does not depend on it.
 
     Returns:
       `Samples` with R = `config.max_new_tokens`.
 
     Raises:
-      ValueError: if the shapes do not fit, the keys are not one a response, or `repeats` is not positive.
+      ValueError: if the shapes do not fit, the keys are not one a response, `repeats` is not positive, or a route is
+        asked for of a model without experts.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -146,15 +176,17 @@ def generate(
     num_slots = min(config.slots or batch_size, batch_size)
     prompts, prompt_mask = (constrain(array, "rows", None) for array in (prompts, prompt_mask))
     requests = _Requests(prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), keys, repeats)
+    model = _Model(policy, params, record_route)
     # A ring of this many slots holds the longest sequence, whatever was in it before.
-    logits, cache = _prefill(policy, params, requests, prompt_mask, num_slots, width + config.max_new_tokens)
+    prefill = _prefill(model, requests, prompt_mask, num_slots, width + config.max_new_tokens)
     start = _DecodeState(
         slots=_first_slots(requests, num_slots),
         waiting=jnp.int32(num_slots),
         tokens=jnp.full((batch_size, config.max_new_tokens), pad_id, jnp.int32),
         log_probs=jnp.zeros((batch_size, config.max_new_tokens), jnp.float32),
         lengths=jnp.zeros(batch_size, jnp.int32),
-        cache=cache,
+        cache=prefill.cache,
+        route=None if prefill.route is None else _first_route(prefill.route, batch_size, config.max_new_tokens),
     )
     take_in = functools.partial(_take_in, requests=requests, config=config, stop_tokens=stop_tokens)
 
@@ -162,30 +194,54 @@ def generate(
         slots, inputs = _next_inputs(state.slots, requests)
         segment_ids = jnp.where(slots.active, slots.segment, 0)[:, None]
         inputs = jnp.where(slots.active, inputs, pad_id)
-        output = policy.apply({"params": params}, inputs[:, None], segment_ids=segment_ids, cache=state.cache)
-        return take_in(state._replace(slots=slots, cache=output.cache), output.logits[:, -1])
+        read = model.read(inputs[:, None], segment_ids, state.cache)
+        if read.route is not None:
+            state = state._replace(route=_note_route(state, requests, read.route[:, 0]))
+        return take_in(state._replace(slots=slots, cache=read.cache), read.logits)
 
-    first = take_in(start, logits)
+    first = take_in(start, prefill.logits)
     end = jax.lax.while_loop(lambda state: jnp.any(state.slots.active), decode, first)
     mask = jnp.arange(config.max_new_tokens, dtype=jnp.int32)[None, :] < end.lengths[:, None]
-    return Samples(*(constrain(array, "rows", None) for array in (end.tokens, mask, end.log_probs)))
+    samples = Samples(*(constrain(array, "rows", None) for array in (end.tokens, mask, end.log_probs)))
+    if end.route is None:
+        return samples
+    return samples._replace(route=constrain(jnp.transpose(end.route, (0, 2, 3, 1)), *ROUTE_AXES))
 
 
-def _prefill(
-    policy: Policy, params: Params, requests: _Requests, prompt_mask: Array, num_slots: int, length: int
-) -> tuple[Array, object]:
-    """Reads the prompts of the first slots: the logits of their last tokens, [slots, V], and the cache."""
+def _prefill(model: _Model, requests: _Requests, prompt_mask: Array, num_slots: int, length: int) -> _Read:
+    """Reads the prompts of the first slots, into a cache of that length."""
     num_prompts = -(-num_slots // requests.repeats)
     shared = num_slots % requests.repeats == 0  # else one prompt's responses do not all begin at once
     rows = jnp.arange(num_prompts) if shared else requests.prompt_of(jnp.arange(num_slots))
-    cache = policy.init_cache(rows.size, length)
+    cache = model.policy.init_cache(rows.size, length)
     segment_ids = prompt_mask[rows].astype(jnp.int32)
-    output = policy.apply({"params": params}, requests.prompts[rows], segment_ids=segment_ids, cache=cache)
-    logits, cache = output.logits[:, -1], output.cache
+    logits, cache, route = model.read(requests.prompts[rows], segment_ids, cache)
+    if route is not None:
+        route = jnp.where(prompt_mask[rows][:, :, None, None], route, 0)
     if shared and requests.repeats > 1:
         # An index, not `jnp.repeat`: with that, XLA's compiler for CPUs comes to no end at some vocabulary sizes.
-        return logits[requests.prompt_of(jnp.arange(num_slots))], policy.repeat_cache(cache, requests.repeats)
-    return logits, cache
+        prompt_of_slot = requests.prompt_of(jnp.arange(num_slots))
+        route = None if route is None else route[prompt_of_slot]
+        return _Read(logits[prompt_of_slot], model.policy.repeat_cache(cache, requests.repeats), route)
+    return _Read(logits, cache, route)
+
+
+def _first_route(prompt_route: Array, batch_size: int, response_width: int) -> Array:
+    """The experts of the tokens read so far, [B, P + R - 1, L, K], from those of the first slots' prompts."""
+    num_slots, width, *rest = prompt_route.shape
+    route = jnp.zeros((batch_size, width + response_width - 1, *rest), prompt_route.dtype)
+    return constrain(route.at[:num_slots, :width].set(prompt_route), "rows", None, None, None)
+
+
+def _note_route(state: _DecodeState, requests: _Requests, token_route: Array) -> Array:
+    """Writes down the experts of the token that each slot has just read, [slots, L, K], at its column in prompt and
+    response together. The state is that before the token."""
+    assert state.route is not None
+    slots, width = state.slots, requests.prompts.shape[1]
+    unread = requests.prompt_lengths[requests.prompt_of(slots.request)] - slots.fed
+    column = jnp.where(unread > 0, width - unread, width + slots.drawn - 1)
+    row = jnp.where(slots.active, slots.request, requests.count)  # out of bounds is dropped
+    return state.route.at[row, column].set(token_route, mode="drop")
 
 
 def _first_slots(requests: _Requests, num_slots: int) -> _Slots:
@@ -239,6 +295,7 @@ def _take_in(
         log_probs=state.log_probs.at[row, slots.drawn].set(log_probs, mode="drop"),
         lengths=state.lengths.at[row].set(drawn, mode="drop"),
         cache=state.cache,
+        route=state.route,
     )
 
 

@@ -55,6 +55,17 @@ class RouterReading(NamedTuple):
     """The reading of each layer, stacked on a leading axis L."""
 
 
+class ForcedRoute(NamedTuple):
+    """Experts that the tokens of one forward pass go through, in place of those that the routers would choose."""
+
+    expert_ids: Array
+    """int [L, B, T, K], of any integer type, each in [0, E). A token's experts may stand in any order."""
+    weights: Array | None = None
+    """float32 [L, B, T, K], positive: the scores of these experts, before the model divides them by their sum and
+    scales them as it does its own. The router then has no gradient from what the experts return. None: the scores come
+    from the current router logits at `expert_ids`, and gradients flow through them."""
+
+
 class Policy(Protocol):
     """A model as the sampler and the trainer see it; a Flax module fits without an adapter."""
 
@@ -66,6 +77,7 @@ class Policy(Protocol):
         segment_ids: Array | None = None,
         cache: Any = None,
         router_reader: RouterReader | None = None,
+        forced_route: ForcedRoute | None = None,
     ) -> Any:
         """Runs the model and returns a `ModelOutput` (which Flax's `apply` does not declare).
 
@@ -77,6 +89,8 @@ class Policy(Protocol):
           cache: keys and values of the tokens so far, from `init_cache` or an earlier call.
           router_reader: called with the router logits and the chosen experts of each MoE layer. A dense model leaves
             `reading` None.
+          forced_route: the experts to use. Router logits, in the output and for the reader, are what they would have
+            been for the same hidden states; the reader's expert ids are those used.
         """
         ...
 
@@ -103,12 +117,17 @@ class Policy(Protocol):
         names, or of None for axes that are never split."""
         ...
 
+    def router_params(self) -> Any:
+        """A pytree like that of the parameters, of bools: True on those that choose and weigh experts."""
+        ...
+
 
 class RouterTrace(NamedTuple):
     """Which experts the old policy activated, and how sure it was: 3 bytes a slot with up to 256 experts, 4 with more.
 
-    Opaque outside `router.py`, except that its arrays lead with the rows, so that a batch and its trace are cut and
-    sharded alike. The tokens come last because a TPU pads the last axis to a multiple of 128, and K is about 8.
+    Opaque outside `router.py`, except that the ids are what they say, and that its arrays lead with the rows, so that a
+    batch and its trace are cut and sharded alike. The tokens come last because a TPU pads the last axis to a multiple
+    of 128, and K is about 8.
     """
 
     expert_ids: Array
@@ -126,6 +145,9 @@ class Samples(NamedTuple):
     """bool [B, R]; True on response tokens, the stop token included."""
     log_probs: Array
     """float32 [B, R] under the distribution drawn from; 0 where the mask is False."""
+    route: Array | None = None
+    """uint8 or uint16 [B, L, K, P + R - 1]: the experts of every token that was read, at its column in prompt and
+    response together (the last response token is never read); 0 elsewhere. None unless it was asked for."""
 
 
 class RolloutBatch(NamedTuple):
@@ -141,6 +163,9 @@ class RolloutBatch(NamedTuple):
     """float32 [B, T], aligned with the targets; 0 where the mask is False."""
     advantages: Array
     """float32 [B]."""
+    route: Array | None = None
+    """uint8 or uint16 [B, L, K, T], aligned with the inputs: the experts that the sampler used; 0 on padding. None
+    unless it was recorded."""
 
 
 class PackedRows(NamedTuple):
@@ -166,6 +191,9 @@ class PackedBatch(NamedTuple):
     """float32 [B, T]; 0 where the mask is False."""
     advantages: Array
     """float32 [B]."""
+    route: Array | None = None
+    """uint8 or uint16 [N, L, K, T of the rows]: the experts that the sampler used for each input; 0 on padding. None
+    unless they were recorded."""
 
 
 class ScoredBatch(NamedTuple):
@@ -176,6 +204,8 @@ class ScoredBatch(NamedTuple):
     """float32 [B, T]."""
     old_route: RouterTrace | None
     """Of the rows, [N, L, K, T of the rows]; None for a dense model."""
+    reference_log_probs: Array | None = None
+    """float32 [B, T] of the policy that a KL penalty holds on to; None without one."""
 
 
 class Tokenizer(Protocol):

@@ -4,6 +4,8 @@ the compiled training step must not contain. Joins the model and the algorithm; 
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 import rspo_jax
 from models import Transformer, TransformerConfig, init_params
 from rspo_jax.head_log_probs import head_log_probs
-from rspo_jax.router import drift_reader, gamma_of, trace_of, trace_reader
+from rspo_jax.router import drift_reader, forced_route_of, gamma_of, trace_of, trace_reader
 
 # Sizes that no other array of a program has by chance.
 CONFIG = TransformerConfig(
@@ -47,9 +49,13 @@ def policies():
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def read(params, reader, config=CONFIG):
+def read(params, reader, config=CONFIG, route=None):
     output = Transformer(config).apply(
-        {"params": params}, TOKENS[:, :-1], segment_ids=jnp.asarray(SEGMENT_IDS), router_reader=reader
+        {"params": params},
+        TOKENS[:, :-1],
+        segment_ids=jnp.asarray(SEGMENT_IDS),
+        router_reader=reader,
+        forced_route=route,
     )
     return output.router_logits, output.reading
 
@@ -80,6 +86,23 @@ def test_the_shift_is_that_of_the_router_logits(policies, layer_aggregation):
     np.testing.assert_array_equal(gamma_of(read(old, drift_reader(trace))[1], trace), np.ones((B, T)))
 
 
+def test_under_replay_the_shift_is_that_of_the_natural_router_logits(policies):
+    old, new = policies
+    _, trace = trace_in_forward(old)
+    route = forced_route_of(trace)
+    router_logits, reading = read(new, drift_reader(trace), route=route)
+    gamma = gamma_of(reading, trace)
+    np.testing.assert_allclose(gamma, rspo_jax.router_shift(router_logits, trace), rtol=0, atol=1e-6)
+    assert np.max(gamma) < 0.999  # though the experts are the old ones
+    # Under the old parameters the replayed pass is the free one, and that with the old scores, on a grid, nearly so.
+    free, _ = trace_in_forward(old)
+    again, reading = read(old, drift_reader(trace), route=route)
+    np.testing.assert_array_equal(again, free)
+    np.testing.assert_array_equal(gamma_of(reading, trace), np.ones((B, T)))
+    copied, _ = read(old, drift_reader(trace), route=forced_route_of(trace, with_weights=True))
+    assert 0 < np.abs(np.asarray(copied) - np.asarray(free)).max() < 1e-3
+
+
 def test_an_unknown_aggregation_is_refused(policies):
     _, trace = trace_in_forward(policies[0])
     _, reading = read(policies[0], drift_reader(trace))
@@ -103,47 +126,69 @@ def plain_loss(params, trace, old_log_probs):
     return rspo_jax.rspo_loss(log_probs, old_log_probs, jnp.asarray(ADVANTAGES), jnp.asarray(MASK), gamma)[0]
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_loss_and_gradient_are_those_of_the_plain_form(policies, remat):
+class Compiled(NamedTuple):
+    """A loss and its gradient as one program, and the shapes of all arrays in it."""
+
+    run: Callable[..., Any]
+    shapes: set[tuple[int, ...]]
+
+
+def compiled(loss, *arguments):
+    program = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+    return Compiled(program, shapes_in(program))
+
+
+def shapes_in(program):
+    """Axes of length 1 left out, in any order of the axes."""
+    shapes = re.findall(r"\b[a-z][a-z0-9]*\[([0-9,]*)\]", program.as_text())
+    return {tuple(sorted(int(axis) for axis in shape.split(",") if axis not in ("", "1"))) for shape in shapes}
+
+
+@pytest.fixture(scope="module")
+def arguments(policies):
     old, new = policies
     _, trace = trace_in_forward(old)
-    old_log_probs = jnp.asarray(np.random.default_rng(2).uniform(-4.5, -3, (B, T)).astype(np.float32))
-    expected, expected_gradient = jax.jit(jax.value_and_grad(plain_loss))(new, trace, old_log_probs)
-    config = dataclasses.replace(CONFIG, remat=remat)
-    loss = functools.partial(loss_in_forward, config=config)
-    actual, gradient = jax.jit(jax.value_and_grad(loss))(new, trace, old_log_probs)
+    return new, trace, jnp.asarray(np.random.default_rng(2).uniform(-4.5, -3, (B, T)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def plain(arguments):
+    return compiled(plain_loss, *arguments)
+
+
+@pytest.fixture(scope="module", params=["none", "full"])
+def in_forward(request, arguments):
+    config = dataclasses.replace(CONFIG, remat=request.param)
+    return request.param, compiled(functools.partial(loss_in_forward, config=config), *arguments)
+
+
+def test_loss_and_gradient_are_those_of_the_plain_form(arguments, plain, in_forward):
+    expected, expected_gradient = plain.run(*arguments)
+    actual, gradient = in_forward[1].run(*arguments)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected_gradient))
     assert largest > 1e-3
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=1e-6), gradient, expected_gradient)
 
 
-def arrays_of(function, *arguments):
-    """The shapes of all arrays in a compiled program, axes of length 1 left out, in any order of the axes."""
-    text = jax.jit(function).lower(*arguments).compile().as_text()
-    shapes = re.findall(r"\b[a-z][a-z0-9]*\[([0-9,]*)\]", text)
-    return {tuple(sorted(int(axis) for axis in shape.split(",") if axis not in ("", "1"))) for shape in shapes}
+OF_ALL_LAYERS = tuple(sorted((3, B, T, 13)))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_step_holds_no_router_logits_of_all_layers(policies, remat):
-    old, new = policies
-    _, trace = trace_in_forward(old)
-    old_log_probs = jnp.zeros((B, T), jnp.float32)
-    loss = functools.partial(loss_in_forward, config=dataclasses.replace(CONFIG, remat=remat))
-    of_all_layers = tuple(sorted((3, B, T, 13)))
-    shapes = arrays_of(jax.grad(loss), new, trace, old_log_probs)
+def test_a_step_holds_no_router_logits_of_all_layers(arguments, plain, in_forward):
+    remat, program = in_forward
     # Autodiff keeps one array of that size for the gates themselves; full recomputation none at all.
-    assert (of_all_layers in shapes) == (remat == "none" and of_all_layers in gmpo_arrays(new, old_log_probs))
-    assert of_all_layers in arrays_of(jax.grad(plain_loss), new, trace, old_log_probs)
-    assert of_all_layers not in arrays_of(lambda params: trace_of(read(params, trace_reader())[1]), old)
+    expected = remat == "none" and OF_ALL_LAYERS in compiled(gmpo_loss, arguments[0], arguments[2]).shapes
+    assert (OF_ALL_LAYERS in program.shapes) == expected
+    assert OF_ALL_LAYERS in plain.shapes
 
 
-def gmpo_arrays(params, old_log_probs):
-    def loss(params):
-        output = Transformer(CONFIG).apply({"params": params}, TOKENS[:, :-1], segment_ids=jnp.asarray(SEGMENT_IDS))
-        log_probs = head_log_probs(output.hidden, output.head, jnp.asarray(TOKENS[:, 1:])).log_probs
-        gmpo = rspo_jax.OBJECTIVES["gmpo"].loss
-        return gmpo(log_probs, old_log_probs, jnp.asarray(ADVANTAGES), jnp.asarray(MASK))[0]
+def test_a_scoring_pass_holds_no_router_logits_of_all_layers(policies):
+    program = jax.jit(lambda params: trace_of(read(params, trace_reader())[1])).lower(policies[0]).compile()
+    assert OF_ALL_LAYERS not in shapes_in(program)
 
-    return arrays_of(jax.grad(loss), params)
+
+def gmpo_loss(params, old_log_probs):
+    output = Transformer(CONFIG).apply({"params": params}, TOKENS[:, :-1], segment_ids=jnp.asarray(SEGMENT_IDS))
+    log_probs = head_log_probs(output.hidden, output.head, jnp.asarray(TOKENS[:, 1:])).log_probs
+    gmpo = rspo_jax.OBJECTIVES["gmpo"].loss
+    return gmpo(log_probs, old_log_probs, jnp.asarray(ADVANTAGES), jnp.asarray(MASK))[0]

@@ -309,6 +309,32 @@ def test_a_rollout_goes_into_parts():
             np.testing.assert_array_equal(targets[:answer], rollout.tokens[response, P : P + answer])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_experts_go_where_their_tokens_go(dtype):
+    prompts, answers = random_lengths(13, 12)
+    rollout, rng = make_rollout(14, prompts, answers), np.random.default_rng(15)
+    route = rng.integers(1, np.iinfo(dtype).max, (12, 3, 2, P + R - 1)).astype(dtype)
+    for plan in (
+        plan_packing(prompts, answers, P, R, in_parts(12, 2), row_length=25),
+        padded_plan(prompts, answers, P, R, in_parts(12, 2)),
+    ):
+        assert pack_rollout(rollout, plan).route is None
+        packed = np.asarray(pack_rollout(rollout._replace(route=route), plan).route)
+        assert packed.dtype == dtype and packed.shape == (*plan.source.shape[:2], 3, 2, plan.source.shape[2])
+        for part, row, place in np.ndindex(plan.source.shape):
+            source = plan.source[part, row, place]
+            response, column = divmod(source, P + R)
+            expected = 0 if source < 0 else route[response, :, :, column]
+            np.testing.assert_array_equal(packed[part, row, :, :, place], expected)
+
+
+def test_a_route_of_other_tokens_is_refused():
+    prompts, answers = random_lengths(13, 12)
+    rollout = make_rollout(14, prompts, answers)._replace(route=np.zeros((12, 3, 2, P + R), np.uint8))
+    with pytest.raises(AssertionError, match="12, 3, 2, 12"):
+        pack_rollout(rollout, padded_plan(prompts, answers, P, R, in_parts(12, 2)))
+
+
 VOCABULARY, K, COUNT = 11, 2, 12
 MODEL = models.Transformer(
     models.TransformerConfig(
@@ -366,7 +392,7 @@ def plan_loss(params, old_params, rollout, plan):
     """The loss over all parts of a plan, and what was read of each response token, [B, R] in the rollout's order."""
 
     def part_terms(carry, part):
-        rows, places, mask, _, advantages = part
+        rows, places, mask, _, advantages, _ = part
         lines = [unpack(per_token, places) for per_token in read_tokens(params, old_params, *rows)]
         mean = rspo_terms(lines, advantages, mask)
         return (carry[0] + mean.total, carry[1] + mean.weight), lines

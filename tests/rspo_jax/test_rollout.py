@@ -210,8 +210,28 @@ def test_assembling_aligns_everything_with_the_targets():
         batch.sampler_log_probs, [[0, 0, -1, -2, -3, -4], [0, 0, -5, -6, -7, 0], [0, 0, -0.25, 0, 0, 0]]
     )
     np.testing.assert_array_equal(batch.advantages, [0, 0, 0])
-    dtypes = [array.dtype for array in batch]
+    dtypes = [array.dtype for array in batch[:5]]
     assert dtypes == [jnp.int32, jnp.int32, jnp.bool_, jnp.float32, jnp.float32]
+    assert batch.route is None
+    # A recorded route is aligned with the inputs of whole rows already.
+    route = np.random.default_rng(0).integers(0, 9, (3, 2, 2, 6)).astype(np.uint8)
+    chunks = [chunk._replace(route=part) for chunk, part in zip(chunks, (route[:2], route[2:]), strict=True)]
+    np.testing.assert_array_equal(assemble(prompts, chunks).route, route)
+
+
+def test_a_route_is_recorded_only_on_request():
+    class NotingPolicy(AlphabetPolicy):
+        def apply(self, *arguments, router_reader=None, **options):
+            readers.append(router_reader is not None)
+            return super().apply(*arguments, **options)
+
+    readers, keys = [], jax.random.split(jax.random.key(0), 1)
+    arguments = (encode_prompts(TASK, ["a"], 1), keys, GREEDY, TASK.tokenizer, 1)
+    assert sample_in_chunks(NotingPolicy(), alphabet_table(), *arguments)[0].route is None
+    assert set(readers) == {False}
+    with pytest.raises(ValueError, match="this model has no experts"):
+        sample_in_chunks(NotingPolicy(), alphabet_table(), *arguments, record_route=True)
+    assert readers[-1]
 
 
 def test_chunks_keep_the_order_of_rows_and_are_assembled_where_they_were_drawn():

@@ -11,7 +11,7 @@ import oracles
 import pytest
 
 import rspo_jax
-from rspo_jax.router import drift_reader, gamma_of, trace_of, trace_reader
+from rspo_jax.router import drift_reader, forced_route_of, gamma_of, route_of, route_reader, trace_of, trace_reader
 from rspo_jax.types import RouterReading
 
 SHAPE = (3, 2, 4, 8)
@@ -356,6 +356,51 @@ def test_readers_of_sigmoid_scores_agree_with_the_functions():
     jax.tree.map(np.testing.assert_array_equal, trace, expected)
     gamma = gamma_of(read(drift_reader(trace, "sigmoid"), new), trace)
     np.testing.assert_allclose(gamma, rspo_jax.router_shift(new, trace, score="sigmoid"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_reader_has_a_gradient_only_where_it_is_asked_for(score):
+    old = random_logits(seed=68)
+    new, trace = jnp.asarray(drifted(old, seed=69, drift=0.8)), rspo_jax.trace_router(old, 2, score)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def of_reader(logits, differentiable):
+        reader = drift_reader(trace, score, differentiable)
+        layers = (reader.read, logits)
+        drift, _ = jax.lax.scan(lambda drift, layer: layer[0](drift, layer[1], None), reader.carry, layers)
+        return jnp.sum(gamma_of(RouterReading(drift, None), trace))
+
+    expected = jax.grad(lambda logits: jnp.sum(rspo_jax.router_shift(logits, trace, score=score)))(new)
+    assert not np.any(of_reader(new, False)) and np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(of_reader(new, True), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("experts", [8, 256, 257])
+def test_a_trace_as_a_route_to_force(experts):
+    logits = random_logits(seed=66, shape=(3, 2, 4, experts))
+    order = np.argsort(-logits, axis=-1)[..., :2]
+    trace = rspo_jax.trace_router(logits, 2)
+    plain, weighted = forced_route_of(trace), forced_route_of(trace, with_weights=True)
+    assert plain.weights is None and plain.expert_ids.dtype == (jnp.uint8 if experts <= 256 else jnp.uint16)
+    np.testing.assert_array_equal(plain.expert_ids, order)
+    np.testing.assert_array_equal(weighted.expert_ids, order)
+    exact = np.take_along_axis(oracles.log_softmax(logits), order, axis=-1)
+    assert weighted.weights.dtype == jnp.float32
+    np.testing.assert_allclose(np.log(weighted.weights), exact, rtol=0, atol=0.5 / 1024 + 1e-6)
+    divided = np.log(weighted.weights / weighted.weights.sum(axis=-1, keepdims=True))
+    exact = exact - np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(divided, exact, rtol=0, atol=1 / 1024 + 1e-6)
+
+
+@pytest.mark.parametrize("experts", [8, 256, 257])
+def test_the_experts_alone(experts):
+    logits = random_logits(seed=67, shape=(3, 2, 4, experts))
+    expert_ids = np.argsort(-logits, axis=-1)[..., -2:].astype(np.int32)
+    readings = [route_reader().read(None, *layer)[1] for layer in zip(logits, jnp.asarray(expert_ids), strict=True)]
+    route = route_of(RouterReading(None, jnp.stack(readings)))
+    assert route.dtype == (jnp.uint8 if experts <= 256 else jnp.uint16)
+    np.testing.assert_array_equal(route, expert_ids.transpose(1, 0, 3, 2))
 
 
 @pytest.mark.parametrize("score", ["", "softplus"])

@@ -11,6 +11,7 @@ import pytest
 
 from models import Transformer, TransformerConfig, init_params
 from rspo_jax import token_log_probs
+from rspo_jax.router import route_of, route_reader
 from rspo_jax.sampler import SamplerConfig, generate, pad_prompts, truncate_logits
 from rspo_jax.types import ModelOutput
 
@@ -312,6 +313,41 @@ def test_several_responses_to_a_prompt_share_its_reading(params, slots):
     np.testing.assert_array_equal(shared.mask, alone.mask)
     np.testing.assert_allclose(shared.log_probs, alone.log_probs, rtol=0, atol=1e-5)
     assert len({row.tobytes() for row in np.asarray(shared.tokens)}) > 8
+
+
+@jax.jit
+def model_route(params, tokens, segment_ids):
+    output = Transformer(MODEL).apply({"params": params}, tokens, segment_ids=segment_ids, router_reader=route_reader())
+    return route_of(output.reading)
+
+
+@pytest.mark.parametrize("slots", [None, 4])
+def test_the_recorded_experts_are_those_of_the_full_forward_pass(params, slots):
+    """With one prefill for all, and in slots that read later prompts token by token."""
+    config = SamplerConfig(max_new_tokens=7, slots=slots)
+    keys = jax.random.split(jax.random.key(3), 15)
+    prompts, mask = pad_prompts(PROMPTS, 4, 0)
+    draw = functools.partial(generate, Transformer(MODEL), params, prompts, mask, keys, config, (EOS, 4), repeats=3)
+    plain, recorded = draw(), draw(record_route=True)
+    assert plain.route is None
+    for name in ("tokens", "mask", "log_probs"):
+        np.testing.assert_array_equal(getattr(recorded, name), getattr(plain, name))
+    tokens = np.concatenate([np.repeat(prompts, 3, axis=0), recorded.tokens], axis=1)
+    segment_ids = np.concatenate([np.repeat(mask, 3, axis=0), recorded.mask], axis=1).astype(np.int32)
+    expected = np.asarray(model_route(params, tokens[:, :-1], segment_ids[:, :-1]))
+    # An input is read if the token after it belongs to the sequence, too.
+    read = np.broadcast_to((segment_ids[:, :-1] * segment_ids[:, 1:])[:, None, None, :] > 0, expected.shape)
+    assert recorded.route.dtype == jnp.uint8 and recorded.route.shape == (15, 2, 2, 4 + 7 - 1)
+    assert len(set(np.sum(recorded.mask, axis=1).tolist())) > 2 and len(np.unique(expected[read])) == 4
+    np.testing.assert_array_equal(recorded.route, np.where(read, expected, 0))
+
+
+def test_a_model_without_experts_has_no_route_to_record():
+    dense = Transformer(TransformerConfig(num_experts=0, dense_size=4, hidden_size=8, num_layers=1))
+    tokens, mask = pad_prompts([[5, 2]], 2, 0)
+    weights = init_params(dense.config, jax.random.key(0))
+    with pytest.raises(ValueError, match="this model has no experts, so it has no route to record: leave record_route"):
+        generate(dense, weights, tokens, mask, KEYS[:1], GREEDY, (7,), record_route=True)
 
 
 def test_a_prompt_is_read_once_for_all_its_responses():
