@@ -1,9 +1,9 @@
 """How a run is recorded and shown: one JSON line a step, TensorBoard scalars, a progress bar.
 
 A run has two phases, "warm_start" (supervised) and then "rl", each with a step count of its own from 1; a row of
-`metrics.jsonl` is `{"phase": "rl", "step": 12, "reward": 0.4, ...}`. Of several processes the first one writes and
-shows, and the others check what they are given. This file takes finished numbers by name: it must never know how one
-is computed, and nothing of models or plots.
+`metrics.jsonl` is `{"phase": "rl", "step": 12, "reward": 0.4, ...}`, and one of `diagnostics.jsonl` the same with
+arrays. Of several processes the first one writes and shows, and the others check what they are given. This file takes
+finished numbers by name: it must never know how one is computed, and nothing of models or plots.
 """
 
 import collections
@@ -13,13 +13,13 @@ import json
 import logging
 import math
 import operator
-import os
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self, SupportsFloat
 
+import numpy as np
 import rich.console
 import rich.live
 import rich.progress_bar
@@ -27,15 +27,14 @@ import rich.table
 import rich.text
 import tensorboardX
 from etils import epath
+from numpy.typing import ArrayLike
 
 from rspo_jax.agreement import Agreement, is_primary
-from rspo_jax.files import FilePath, GrowingFiles, as_path, is_bucket, replace_file
-
-PHASES = ("warm_start", "rl")
-"""The phases of a run, in the order in which they happen."""
+from rspo_jax.files import FilePath, GrowingFiles, as_path, replace_file
+from rspo_jax.row_files import PHASES, POSITION_NAMES, RowFile, position, read_rows
 
 _METRICS_FILE = "metrics.jsonl"
-_POSITION_NAMES = ("phase", "step")
+_DIAGNOSTICS_FILE = "diagnostics.jsonl"
 _BEFORE_ANY_STEP = (0, -1)
 _logger = logging.getLogger(__name__)
 
@@ -117,47 +116,30 @@ def read_metrics(run_dir: FilePath) -> list[dict[str, Any]]:
     path = as_path(run_dir) / _METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: is {run_dir} the folder of a run?")
-    rows = _read_rows(path)
+    rows = read_rows(path, _as_floats)
     return [{name: math.nan if value is None else value for name, value in row.items()} for _, row in rows]
 
 
-def _read_rows(path: epath.Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each row as its line and its content."""
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = [(line, _parse_row(path, number, line)) for number, line in enumerate(lines, 1)]
-    if last:  # the newline is written last, so what has none may have been cut
-        try:
-            json.loads(last)
-        except ValueError:
-            _logger.warning("%s: dropped the last line, which was cut while being written.", path)
-        else:
-            rows.append((last, _parse_row(path, len(lines) + 1, last)))
-    return rows
+def read_diagnostics(run_dir: FilePath) -> list[dict[str, Any]]:
+    """The rows of a run's `diagnostics.jsonl`, in the order written; none for a run that recorded no arrays.
 
+    Args:
+      run_dir: the run's folder, or its address in a bucket.
 
-def _parse_row(path: epath.Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        _position(row["phase"], row["step"])
-        _as_floats({name: value for name, value in row.items() if name not in _POSITION_NAMES and value is not None})
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(
-            f"{path}, line {number} is not a row of metrics: repair or remove the line {line[:80]!r}."
-        ) from None
-    return row
+    Returns:
+      One dict a row: "phase" (str), "step" (int) and float64 arrays, in which null has become NaN.
 
-
-def _position(phase: str, step: int) -> tuple[int, int]:
-    """Where a row belongs in a run; positions are ordered as the run is."""
-    if phase not in PHASES:
-        raise ValueError(f"The phase must be one of {', '.join(PHASES)}, got {phase!r}.")
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"The step must be a Python int that is not negative, got {step!r}.")
-    return PHASES.index(phase), step
+    Raises:
+      ValueError: if a line, except for a last one that was cut, is not a row.
+    """
+    path = as_path(run_dir) / _DIAGNOSTICS_FILE
+    rows = read_rows(path, _as_arrays) if path.is_file() else []
+    return [{name: row[name] for name in POSITION_NAMES} | _as_arrays(_beside_position(row)) for _, row in rows]
 
 
 class MetricsLog:
-    """Writes a run's metrics to `metrics.jsonl` and to TensorBoard event files in `tensorboard/<phase>/`.
+    """Writes a run's metrics to `metrics.jsonl` and to TensorBoard event files in `tensorboard/<phase>/`, and arrays of
+    its steps to `diagnostics.jsonl`, which a run without any does not have.
 
     A context manager. A run that is interrupted and resumed ends with exactly the rows of an uninterrupted one. All
     processes of a run make one, at the same point, with the same arguments: the first writes, the others do not.
@@ -180,13 +162,13 @@ class MetricsLog:
             was cut while being written, is not a row; or `run_dir` is an address that cannot be written to.
         """
         self._run_dir = as_path(run_dir)
-        self._last = _BEFORE_ANY_STEP if resume_after is None else _position(*resume_after)
+        self._last = _BEFORE_ANY_STEP if resume_after is None else position(*resume_after)
+        self._metrics = RowFile(self._run_dir / _METRICS_FILE, _as_floats)
+        self._diagnostics = RowFile(self._run_dir / _DIAGNOSTICS_FILE, _as_arrays)
         self._boards: dict[str, tensorboardX.SummaryWriter] = {}
         self._open_files = contextlib.ExitStack()
         self._writes = is_primary()
         Agreement("metrics").from_primary(functools.partial(self._open, resume_after))
-        if not self._writes:
-            self._file = self._open_files.enter_context(open(os.devnull, "ab"))  # noqa: SIM115, closed by close()
 
     def __enter__(self) -> Self:
         return self
@@ -194,33 +176,42 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, phase: str, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Appends one row. Non-finite numbers become null in the file and a gap in TensorBoard.
+    def write(
+        self,
+        phase: str,
+        step: int,
+        metrics: Mapping[str, SupportsFloat],
+        arrays: Mapping[str, ArrayLike] | None = None,
+    ) -> None:
+        """Appends one row. Non-finite numbers become null in the files and a gap in TensorBoard.
 
         Args:
           phase: "warm_start" or "rl".
           step: the step within the phase, later than all that was written before.
           metrics: numbers by name; scalar arrays will do.
+          arrays: of the same step, by name, of any rank; kept to six significant digits.
 
         Raises:
           ValueError: if the row is not later than the one before, or a metric is called "phase" or "step".
-          TypeError: if a metric is not a number.
+          TypeError: if a metric is not a number, or an array not one of numbers.
         """
-        position = _position(phase, step)
-        if position <= self._last:
+        at = position(phase, step)
+        if at <= self._last:
             last_phase, last_step = PHASES[self._last[0]], self._last[1]
             raise ValueError(f"Steps must increase, but {phase} step {step} came after {last_phase} step {last_step}.")
-        values = _as_floats(metrics)
+        values, lists = _as_floats(metrics), _as_lists(arrays or {})
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        row = {"phase": phase, "step": step} | {name: finite.get(name) for name in values}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        self._last = position
         if self._writes:
-            board = self._boards.get(phase) or self._open_board(phase)
-            for name, value in finite.items():
-                board.add_scalar(f"{phase}/{name}", value, step)
-            self._files.copy_soon()
+            self._metrics.append({"phase": phase, "step": step} | {name: finite.get(name) for name in values})
+            if lists:
+                self._diagnostics.append({"phase": phase, "step": step} | lists)
+        self._last = at
+        if not self._writes:
+            return
+        board = self._boards.get(phase) or self._open_board(phase)
+        for name, value in finite.items():
+            board.add_scalar(f"{phase}/{name}", value, step)
+        self._files.copy_soon()
 
     def flush(self) -> None:
         """Returns once all rows so far are in `metrics.jsonl`, be it in a bucket. TensorBoard may be seconds behind."""
@@ -234,30 +225,21 @@ class MetricsLog:
         self._open_files.close()
 
     def _open(self, resume_after: tuple[str, int] | None) -> None:
-        path = self._run_dir / _METRICS_FILE
-        content = path.read_bytes() if path.exists() else b""
-        if resume_after is not None:
-            content = self._roll_back(path, *resume_after)
-        elif content:
-            raise FileExistsError(f"{path} already holds a run: resume that run, or choose another folder.")
+        files = (self._metrics, self._diagnostics)
+        if resume_after is None:
+            for file in files:
+                file.refuse_old_rows()
+        else:
+            remains, *_ = [file.roll_back(self._last) for file in files]
+            if resume_after[1] > 0 and remains != self._last:
+                path = self._run_dir / _METRICS_FILE
+                _logger.warning("%s has no row for %s step %d, after which the run goes on.", path, *resume_after)
         self._files = self._open_files.enter_context(GrowingFiles(self._run_dir))
         self._files.folder.mkdir(parents=True, exist_ok=True)
-        local = self._files.folder / _METRICS_FILE
-        if is_bucket(self._run_dir):
-            local.write_bytes(content)
-        self._file = self._open_files.enter_context(open(local, "ab"))  # noqa: SIM115, closed by close()
+        for file in files:
+            self._open_files.callback(file.close)
+            file.open_in(self._files.folder, make=file is self._metrics)
         self._hide_removed_points()
-
-    def _roll_back(self, path: epath.Path, phase: str, step: int) -> bytes:
-        """Removes the rows after a step; what remains."""
-        rows = _read_rows(path) if path.exists() else []
-        kept = [(line, row) for line, row in rows if _position(row["phase"], row["step"]) <= self._last]
-        if step > 0 and (not kept or (kept[-1][1]["phase"], kept[-1][1]["step"]) != (phase, step)):
-            _logger.warning("%s has no row for %s step %d, after which the run goes on.", path, phase, step)
-        content = b"".join(line + b"\n" for line, _ in kept)
-        if path.exists():
-            replace_file(path, content)
-        return content
 
     def _hide_removed_points(self) -> None:
         last_phase, last_step = self._last
@@ -284,13 +266,53 @@ class MetricsLog:
 def _as_floats(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
     values = {}
     for name, value in metrics.items():
-        if name in _POSITION_NAMES:
-            raise ValueError(f"A metric cannot be called {name!r}: that is where the row says when it was.")
+        _check_name(name)
         try:
             values[name] = value.__float__()  # float() would take text as well
         except (AttributeError, TypeError):
             raise TypeError(f"The metric {name!r} is not a number: {value!r}.") from None
     return values
+
+
+def _as_lists(arrays: Mapping[str, ArrayLike]) -> dict[str, Any]:
+    """Nested lists of what JSON can hold: ints, floats of six significant digits, and None for what is not finite."""
+    lists = {}
+    for name, given in arrays.items():
+        _check_name(name)
+        array = np.asarray(given)
+        if not np.issubdtype(array.dtype, np.integer):
+            if not np.issubdtype(array.dtype, np.floating):
+                raise TypeError(f"The array {name!r} is not one of numbers, but of {array.dtype}.")
+            flat = [float(f"{value:.6g}") if math.isfinite(value) else None for value in array.reshape(-1).tolist()]
+            array = np.array(flat, object).reshape(array.shape)
+        lists[name] = array.tolist()
+    return lists
+
+
+def _as_arrays(lists: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The way back, to float64 with NaN for None.
+
+    Raises:
+      ValueError: if a list is ragged.
+      TypeError: if it holds anything but numbers and None.
+    """
+    arrays = {}
+    for name, nested in lists.items():
+        _check_name(name)
+        flat = np.array(nested, object).reshape(-1).tolist()
+        if not all(value is None or type(value) in (int, float) for value in flat):
+            raise TypeError(f"{name!r} is not an array of numbers.")
+        arrays[name] = np.array(nested, np.float64)
+    return arrays
+
+
+def _beside_position(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in POSITION_NAMES}
+
+
+def _check_name(name: str) -> None:
+    if name in POSITION_NAMES:
+        raise ValueError(f"A metric cannot be called {name!r}: that is where the row says when it was.")
 
 
 _TITLES = {"warm_start": "warm start", "rl": "RL"}

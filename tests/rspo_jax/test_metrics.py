@@ -312,6 +312,94 @@ def test_reading_a_folder_without_a_run_is_an_error(tmp_path):
         metrics.read_metrics(tmp_path)
 
 
+# Arrays of a step
+
+ARRAYS = {"load": np.array([[0.25, 0.75], [1 / 3, np.nan]], np.float32), "counts": np.array([3, 0, 2], np.int32)}
+
+
+def record_arrays(run_dir, positions, resume_after=None):
+    """Arrays at every second step of the second phase."""
+    with metrics.MetricsLog(run_dir, resume_after) as log:
+        for phase, step in positions:
+            arrays = {name: array * step for name, array in ARRAYS.items()} if phase == "rl" and step % 2 else None
+            log.write(phase, step, metrics_of(phase, step), arrays)
+
+
+def test_arrays_are_written_and_read_back(tmp_path):
+    record_arrays(tmp_path, FULL_RUN)
+    lines = (tmp_path / "diagnostics.jsonl").read_text().splitlines()
+    assert lines[0] == '{"phase": "rl", "step": 1, "load": [[0.25, 0.75], [0.333333, null]], "counts": [3, 0, 2]}'
+    rows = metrics.read_diagnostics(tmp_path)
+    assert positions_of(rows) == [("rl", 1), ("rl", 3), ("rl", 5), ("rl", 7)]
+    for row in rows:
+        for name, array in ARRAYS.items():
+            assert row[name].dtype == np.float64
+            np.testing.assert_allclose(row[name], row["step"] * array.astype(np.float64), rtol=5e-6)
+    assert positions_of(metrics.read_metrics(tmp_path)) == FULL_RUN
+
+
+def test_six_digits_and_every_rank_survive(tmp_path):
+    values = np.array([1234567.0, -1.2345678e-30, np.inf, -np.inf, 0.0])
+    with metrics.MetricsLog(tmp_path, None) as log:
+        log.write("rl", 1, {}, {"values": values, "one": np.float32(0.1), "none": np.nan, "deep": np.ones((1, 2, 1))})
+    (row,) = metrics.read_diagnostics(tmp_path)
+    np.testing.assert_array_equal(row["values"], [1234570.0, -1.23457e-30, np.nan, np.nan, 0.0])
+    assert row["one"] == 0.1 and np.isnan(row["none"]) and row["deep"].shape == (1, 2, 1)
+
+
+def test_a_run_without_arrays_has_no_file_of_them(tmp_path):
+    record(tmp_path, FULL_RUN)
+    assert not (tmp_path / "diagnostics.jsonl").exists()
+    assert metrics.read_diagnostics(tmp_path) == []
+
+
+@pytest.mark.parametrize("resume_after", [("warm_start", 2), ("rl", 0), ("rl", 3), ("rl", 4)])
+def test_arrays_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path, resume_after):
+    record_arrays(tmp_path / "whole", FULL_RUN)
+    record_arrays(tmp_path / "resumed", FULL_RUN[:-1])
+    rest = [position for position in FULL_RUN if ORDER.index(position) > ORDER.index(resume_after)]
+    record_arrays(tmp_path / "resumed", rest, resume_after)
+    for name in ("metrics.jsonl", "diagnostics.jsonl"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_arrays_alone_are_a_run_already_and_a_cut_line_of_them_is_dropped(tmp_path, caplog):
+    record_arrays(tmp_path, FULL_RUN)
+    path = tmp_path / "diagnostics.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    with caplog.at_level(logging.WARNING):
+        assert positions_of(metrics.read_diagnostics(tmp_path)) == [("rl", 1), ("rl", 3), ("rl", 5)]
+    assert f"{path}: dropped the last line" in caplog.text
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(FileExistsError, match=r"diagnostics\.jsonl already holds a run"):
+        metrics.MetricsLog(tmp_path, None)
+
+
+@pytest.mark.parametrize("value", ['"high"', '["0.5"]', "[[1], [2, 3]]", "[true]", '{"a": 1}'])
+def test_a_malformed_line_of_arrays_is_an_error(tmp_path, value):
+    record(tmp_path, FULL_RUN)
+    path = tmp_path / "diagnostics.jsonl"
+    path.write_text(f'{{"phase": "rl", "step": 1, "load": {value}}}\n')
+    message = re.escape(f"{path}, line 1 is not a row of diagnostics")
+    with pytest.raises(ValueError, match=message):
+        metrics.read_diagnostics(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        metrics.MetricsLog(tmp_path, ("rl", 7))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "error"),
+    [({"step": np.ones(2)}, ValueError), ({"load": np.array(["a"])}, TypeError), ({"load": [True]}, TypeError)],
+)
+def test_bad_arrays_are_refused_and_leave_nothing(tmp_path, arrays, error):
+    with metrics.MetricsLog(tmp_path, None) as log:
+        with pytest.raises(error):
+            log.write("rl", 1, {"reward": 1.0}, arrays)
+        log.write("rl", 1, {"reward": 2.0}, {"load": np.ones(2)})
+    assert metrics.read_metrics(tmp_path) == [{"phase": "rl", "step": 1, "reward": 2.0}]
+    assert len(metrics.read_diagnostics(tmp_path)) == 1
+
+
 # JSON files
 
 

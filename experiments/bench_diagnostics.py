@@ -1,0 +1,144 @@
+"""`python -m experiments.bench_diagnostics`: what the diagnostics of an update cost.
+
+One update of RSPO on one packed batch, with and without them, both compiled here from the same parts and run in turn:
+the figure is the median of the ratios of neighbouring runs, beside that of a program to itself, and what the compiler
+counts of both. Statistics are finished in either program. A step samples and scores as well, so that its ratio is
+smaller still. This file must never be needed by a run.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import jax
+import optax
+import rich.console
+import rich.table
+import tyro
+
+import models
+from experiments.bench import measure
+from experiments.bench.step import OPTIMIZER, Inputs, StepSettings, make_inputs, shape_of
+from rspo_jax.diagnostics import drift_reading, ratio_statistics, response_inputs, routing_reader, routing_statistics
+from rspo_jax.objectives import OBJECTIVES
+from rspo_jax.packing import unpack
+from rspo_jax.router import drift_reader, gamma_of
+from rspo_jax.statistics import Statistic, reduce
+from rspo_jax.train_step import TrainState, score_rows
+from rspo_jax.types import Array, Params, ScoredBatch
+
+WITHOUT, WITH, CONTROL = "without", "with", "without, again"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Time an update with and without diagnostics."""
+
+    step: Annotated[StepSettings, tyro.conf.arg(name="")] = StepSettings()
+    repeats: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.repeats < 2:
+            raise ValueError(f"repeats must be at least 2, got {self.repeats}")
+
+
+def update(
+    policy: Any, diagnostics: bool, state: TrainState, batch: ScoredBatch
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update on the only part of a batch, with finished statistics."""
+    part = jax.tree.map(lambda leaf: leaf[0], batch)
+    objective = OBJECTIVES["rspo"]
+    config = objective.config_type()
+
+    def loss(params: Params) -> tuple[Array, dict[str, Statistic]]:
+        packed, route = part.batch, part.old_route
+        drift = reader = drift_reader(route, policy.router_score)
+        if diagnostics:
+            responses = response_inputs(packed.places, packed.mask, packed.rows.inputs.shape)
+            reader = routing_reader(drift, route.expert_ids, responses, policy.router_score)
+        scores, reading = score_rows(policy, params, packed.rows, 1.0, reader)
+        assert reading is not None
+        gamma = unpack(gamma_of(drift_reading(reading) if diagnostics else reading, route), packed.places)
+        log_probs = unpack(scores.log_probs, packed.places)
+        mean, statistics = objective.terms(log_probs, part.old_log_probs, packed.advantages, packed.mask, gamma, config)
+        if diagnostics:
+            log_ratio = log_probs - part.old_log_probs
+            statistics = statistics | routing_statistics(reading)
+            statistics |= ratio_statistics(log_ratio, packed.mask, gamma, config.gamma_min)
+        return mean.reduce(), statistics
+
+    gradient, statistics = jax.grad(loss, has_aux=True)(state.params)
+    changes, opt_state = OPTIMIZER.build().update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, changes)
+    return TrainState(params, opt_state, state.updates + 1, state.skipped), reduce(statistics)
+
+
+def compile_update(inputs: Inputs, diagnostics: bool) -> jax.stages.Compiled:
+    """The program of one kind."""
+    function = functools.partial(update, models.Transformer(inputs.config), diagnostics)
+    return jax.jit(function, donate_argnums=0).lower(inputs.state, inputs.scored).compile()
+
+
+def follow(compiled: jax.stages.Compiled, inputs: Inputs) -> Callable[[], Any]:
+    """Updates one after the other, each of which takes the state that it is given."""
+    state = jax.tree.map(jax.numpy.copy, inputs.state)
+
+    def call() -> Any:
+        nonlocal state
+        state, shown = compiled(state, inputs.scored)
+        return state, shown
+
+    return call
+
+
+def measure_case(inputs: Inputs, repeats: int) -> list[tuple[str, ...]]:
+    """The rows of the table for one model."""
+    compiled = {name: compile_update(inputs, diagnostics=name == WITH) for name in (WITHOUT, WITH)}
+    analyses = {name: measure.analyse(program) for name, program in compiled.items()}
+    calls = {name: follow(compiled.get(name, compiled[WITHOUT]), inputs) for name in (WITHOUT, WITH, CONTROL)}
+    times = measure.interleaved_seconds(calls, repeats)
+    plain = analyses[WITHOUT]
+    rows = []
+    for name, taken in times.items():
+        ratio = measure.paired_ratios(taken, times[WITHOUT])
+        analysis = analyses.get(name, plain)
+        counted = [
+            getattr(analysis, what) / getattr(plain, what) for what in ("flops", "transcendentals", "bytes_accessed")
+        ]
+        rows.append(
+            (
+                str(shape_of(inputs)) if name == WITHOUT else "",
+                name,
+                f"{1e3 * measure.spread(taken).median:.2f}",
+                f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
+                *(f"{value:.4f}" for value in counted),
+            )
+        )
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for something that the user can mend."""
+    try:
+        benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_diagnostics")
+        configs = benchmark.step.configs()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = rich.table.Table(title=f"An update with and without diagnostics, {jax.devices()[0].device_kind}")
+    for column in ("shape", "diagnostics"):
+        table.add_column(column, no_wrap=True)
+    for column in ("median ms", "ratio (quartiles)", "FLOPs", "exp, log", "bytes"):
+        table.add_column(column, justify="right")
+    for config in configs:
+        for row in measure_case(make_inputs(config, benchmark.step, benchmark.seed), benchmark.repeats):
+            table.add_row(*row)
+    rich.console.Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

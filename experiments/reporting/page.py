@@ -1,0 +1,144 @@
+"""A page of HTML that holds all it shows: pictures as SVG, in the page's own colours, no scripts, nothing to fetch.
+
+Pictures are drawn in the fixed colours of `curves`; here these become variables of the page, so that they are light or
+dark as the page is. This file must never know what a picture shows.
+"""
+
+import html
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+# colour of a picture -> its name, and what it is on a dark page
+_COLOURS = {
+    "#333333": ("ink", "#d6d9df"),
+    "#8a8a8a": ("grey", "#8f96a3"),
+    "#ffffff": ("paper", "#1b1e24"),
+    "#0072b2": ("blue", "#56b4e9"),
+    "#e69f00": ("orange", "#f0b73c"),
+    "#009e73": ("green", "#2fc49b"),
+    "#d55e00": ("red", "#ff8a3d"),
+    "#cc79a7": ("purple", "#e59cc4"),
+    "#a6761d": ("brown", "#cf9f4a"),
+}
+
+_STYLE = """
+:root { color-scheme: light dark; %(light)s --line: #e2e4e8; --soft: #f5f6f8; }
+@media (prefers-color-scheme: dark) { :root { %(dark)s --line: #33373f; --soft: #23272e; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 1500px; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p { margin: .3rem 0; } .quiet, figcaption { color: var(--grey); font-size: .87rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: .8rem; margin: 1.2rem 0; }
+.tile { background: var(--soft); border-radius: 8px; padding: .7rem .9rem; }
+.tile b { display: block; font-size: 1.2rem; } .tile span { color: var(--grey); font-size: .82rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%%), 1fr)); gap: 1.2rem; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; max-width: 720px; }
+figure h3 { margin: 0 0 .2rem; font-size: .98rem; } svg { width: 100%%; height: auto; display: block; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .87rem; }
+th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+summary { cursor: pointer; margin: 2.2rem 0 .6rem; font-weight: 600; }
+.key { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: 1rem 0; } .key svg { width: 34px; display: inline; }
+"""
+
+
+def make_page(title: str, body: Iterable[str]) -> str:
+    """The whole page.
+
+    Args:
+      title: as text.
+      body: pieces of HTML.
+    """
+    light, dark = (
+        " ".join(f"--{name}: {colour};" for name, colour in pairs)
+        for pairs in (
+            [(name, colour) for colour, (name, _) in _COLOURS.items()],
+            list(_COLOURS.values()),
+        )
+    )
+    style = _STYLE % {"light": light, "dark": dark}
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{style}</style></head><body>\n' + "\n".join(
+        itertools.chain(body, ["</body></html>\n"])
+    )
+
+
+def escape(text: object) -> str:
+    """Text as HTML."""
+    return html.escape(str(text))
+
+
+def figure(title: str, caption: str, draw: Callable[[Axes], None]) -> str:
+    """A picture with its words, drawn by `draw`."""
+    drawn = Figure(figsize=(6.4, 3.5), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
+    drawn.patch.set_visible(False)
+    axes = drawn.subplots()
+    draw(axes)
+    axes.set_title("", loc="left", pad=22)  # the page's own heading is the title; room for a legend stays
+    for each in drawn.axes:
+        if not each.images:
+            each.patch.set_visible(False)
+    picture = as_svg(drawn, title)
+    return f"<figure><h3>{escape(title)}</h3>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def as_svg(drawn: Figure, label: str) -> str:
+    """A figure as an element of a page, in the page's colours."""
+    text = io.StringIO()
+    FigureCanvasSVG(drawn).print_svg(text, metadata={"Date": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+    return re.sub(r"(?<=[:\s])#[0-9a-f]{6}\b", _variable, svg)
+
+
+def _variable(match: re.Match[str]) -> str:
+    colour = match.group()
+    return f"var(--{_COLOURS[colour][0]})" if colour in _COLOURS else colour
+
+
+def grid(pictures: Sequence[str]) -> str:
+    """Figures side by side."""
+    return f'<div class="grid">{"".join(pictures)}</div>'
+
+
+def tiles(values: Mapping[str, tuple[str, str]]) -> str:
+    """Numbers to see first: name -> number and a word about it."""
+    cells = (
+        f'<div class="tile">{escape(name)}<b>{escape(value)}</b><span>{escape(words)}</span></div>'
+        for name, (value, words) in values.items()
+    )
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: bool = True) -> str:
+    """A table; all columns but the first are numbers, or text."""
+    kinds = [' class="number"' if numbers and at else "" for at in range(len(columns))]
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
+    lines = ("".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def key(entries: Iterable[tuple[str, str, str]]) -> str:
+    """What lines mean: name, colour, and SVG's dash pattern of each."""
+    marks = (
+        f'<span><svg viewBox="0 0 34 8"><line x1="0" y1="4" x2="34" y2="4" stroke-width="3" stroke-dasharray="{dash}" '
+        f'style="stroke: {_variable_of(colour)}"/></svg> {escape(name)}</span>'
+        for name, colour, dash in entries
+    )
+    return f'<div class="key">{"".join(marks)}</div>'
+
+
+def _variable_of(colour: str) -> str:
+    return re.sub(r"#[0-9a-f]{6}\b", _variable, colour.lower())
