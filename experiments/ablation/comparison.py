@@ -1,0 +1,133 @@
+"""What a study found, in numbers: scores and collapse rates of every cell, and comparisons between levels of a factor.
+
+Reads the table, never the folders of runs. Figures and the summary both take their numbers from here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.ablation.grid import Level
+from experiments.ablation.statistics import (
+    Estimate,
+    estimate,
+    paired_difference,
+    probability_of_improvement,
+    rate,
+)
+from experiments.ablation.study import Plan, Study
+from experiments.ablation.table import Row, Table
+
+Where = Mapping[str, Level | tuple[Level, ...]]
+"""Levels that a factor is held at; one of several where it is a tuple."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The table of a study, as figures ask for it."""
+
+    study: Study
+    plan: Plan
+    table: Table
+
+    def runs(self, free: Sequence[str], where: Where) -> list[Row]:
+        """The rows of runs that are done, in the order of the plan.
+
+        Args:
+          free: factors of which the runs may have any level, but must have one.
+          where: levels of other factors; those named in neither are at their default.
+        """
+        rows = [self.table.runs.get(planned.name) for planned in self.plan.runs]
+        return [row for row in rows if row is not None and row["state"] == "done" and self._fits(row, free, where)]
+
+    def _fits(self, row: Row, free: Sequence[str], where: Where) -> bool:
+        for factor in self.study.factors:
+            level, wanted = row.get(factor), where.get(factor, self.study.defaults.get(factor))
+            if factor in where or factor not in free:
+                if level not in (wanted if isinstance(wanted, tuple) else (wanted,)):
+                    return False
+            elif level is None:
+                return False
+        return True
+
+    def levels(self, factor: str, rows: Sequence[Row]) -> list[Level]:
+        """Those that some of the runs have: numbers by size, others as declared."""
+        present = {row[factor] for row in rows}
+        declared = [planned.factors[factor] for planned in self.plan.runs]
+        levels = [level for level in dict.fromkeys(declared) if level in present]
+        numbers = [level for level in levels if isinstance(level, int | float)]
+        return [*sorted(numbers)] if len(numbers) == len(levels) else levels
+
+    def score(self, rows: Sequence[Row], metric: str | None = None) -> Estimate | None:
+        """The interquartile mean of a score over runs, with its interval; None without any."""
+        scores = list(self.table.scores(metric or self.study.score, rows).values())
+        return estimate([scores]) if scores else None
+
+    def improvement(self, strata: Sequence[tuple[Sequence[Row], Sequence[Row]]]) -> Estimate | None:
+        """The probability that a run of the first has a better score than one of the second; None without runs."""
+        sides = [(list(ours.values()), list(theirs.values())) for ours, theirs in self._by_seed(strata)]
+        sides = [(ours, theirs) for ours, theirs in sides if ours and theirs]
+        if not sides:
+            return None
+        return probability_of_improvement([ours for ours, _ in sides], [theirs for _, theirs in sides])
+
+    def comparison(self, strata: Sequence[tuple[Sequence[Row], Sequence[Row]]]) -> dict[str, Any]:
+        """The same and the mean difference on common seeds, each with its interval, for a JSON file."""
+        sides = self._by_seed(strata)
+        difference = None
+        if any(ours.keys() & theirs.keys() for ours, theirs in sides):
+            difference = paired_difference([ours for ours, _ in sides], [theirs for _, theirs in sides])
+        return _flat("probability", self.improvement(strata)) | _flat("difference", difference)
+
+    def _by_seed(
+        self, strata: Sequence[tuple[Sequence[Row], Sequence[Row]]]
+    ) -> list[tuple[dict[int, float], dict[int, float]]]:
+        score = self.study.score
+        return [(self.table.scores(score, ours), self.table.scores(score, theirs)) for ours, theirs in strata]
+
+
+def collapse_rate(rows: Sequence[Row]) -> Estimate | None:
+    """The share of runs that collapsed (`rspo_jax.collapse`); None without any."""
+    return rate([bool(row["collapsed"]) for row in rows]) if rows else None
+
+
+def summarize(results: Results) -> dict[str, Any]:
+    """What `summary.json` holds: for each cell its runs, its score, its collapse rate and its costs."""
+    cells = []
+    states = {
+        planned.name: results.table.runs.get(planned.name, {}).get("state", "waiting") for planned in results.plan.runs
+    }
+    for cell in results.study.grid:
+        names = [planned.name for planned in results.plan.runs if planned.name.rsplit(",seed=", 1)[0] == cell.name]
+        rows = [results.table.runs[name] for name in names if states[name] == "done"]
+        seconds = [row["seconds"] for row in rows if row.get("seconds") is not None]
+        cells.append(
+            {"cell": cell.name, "runs": len(names), "done": len(rows)}
+            | {"failed": sum(states[name] in ("failed", "blocked") for name in names)}
+            | _flat("score", results.score(rows))
+            | _flat("collapse_rate", collapse_rate(rows))
+            | {"seconds": sum(seconds) / len(seconds) if seconds else None}
+        )
+    counts = {state: sum(found == state for found in states.values()) for state in dict.fromkeys(states.values())}
+    return {"study": results.study.name, "score": results.study.score, "states": counts, "cells": cells}
+
+
+def _flat(name: str, found: Estimate | None) -> dict[str, Any]:
+    return {name: None} if found is None else {name: found.value, f"{name}_interval": [found.low, found.high]}
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """The summary as a table of plain text."""
+    width = max(len(cell["cell"]) for cell in summary["cells"])
+    lines = [f"{'cell':{width}}   runs   {summary['score']} (interquartile mean, 95 %)   collapsed"]
+    for cell in summary["cells"]:
+        runs = f"{cell['done']}/{cell['runs']}"
+        score = collapsed = "–"
+        if cell["score"] is not None:
+            low, high = cell["score_interval"]
+            score = f"{100 * cell['score']:5.1f} % [{100 * low:5.1f}, {100 * high:5.1f}]"
+        if cell["collapse_rate"] is not None:
+            low, high = cell["collapse_rate_interval"]
+            collapsed = f"{100 * cell['collapse_rate']:3.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+        lines.append(f"{cell['cell']:{width}}  {runs:>5}   {score:<{len(summary['score']) + 29}}   {collapsed}")
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""One run in a process of its own: `python -m experiments.ablation.worker FOLDER --cores 0,1`.
+
+Holds itself to its cores, waits until no other process works in the folder, and goes on with the run there. Its
+standard input is a pipe that nothing is ever written to: when it closes, whoever started this process is gone, and it
+saves its state and leaves. This file must never know what a study is.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+LOCK_FILE = ".lock"
+
+
+def main() -> int:
+    """Returns the exit code of `experiments.train`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--cores", default="")
+    options = parser.parse_args()
+    if options.cores and hasattr(os, "sched_setaffinity"):
+        # Before JAX is imported: XLA makes as many threads as the process may use cores.
+        os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
+    threading.Thread(target=_leave_with_parent, name="leave with parent", daemon=True).start()
+    with locked(options.folder):
+        return _run(options.folder)
+
+
+def _run(folder: str) -> int:
+    from experiments import train
+    from experiments.config import load_config
+    from rspo_jax.files import as_path
+
+    try:
+        name, _ = load_config(as_path(folder) / "config.json")
+    except ValueError as error:
+        return train.complain(error)
+    return train.main([name, "--run-dir", folder, "--resume"])
+
+
+def _leave_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def locked(folder: str, wait: bool = True) -> Iterator[bool]:
+    """Holds a folder, against other processes that ask; it ends with this process at the latest.
+
+    Args:
+      folder: which.
+      wait: until no other process holds it.
+
+    Yields:
+      Whether it is held; always true after waiting, and where the system knows no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    with open(os.path.join(folder, LOCK_FILE), "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Studies for `python -m experiments.ablate`: one short file each, with a `STUDY`."""

@@ -1,0 +1,164 @@
+"""Router shift on Countdown: does it help GRPO, GSPO and GMPO, and when does training without it collapse?
+
+Every method at every level of off-policyness (updates that a rollout is cut into), and at some of them the rigid
+alternatives to router shift and the ablations of RSPO. Learning rates are those that `countdown_tuning` found.
+"""
+
+from collections.abc import Mapping
+
+from experiments.ablation.figures import (
+    BLUE,
+    GREEN,
+    RED,
+    CollapseRates,
+    FinalScores,
+    Improvement,
+    LearningCurves,
+    Sensitivity,
+)
+from experiments.ablation.grid import Grid, choose, vary
+from experiments.ablation.study import Study, Style
+from experiments.config import CountdownRun
+from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
+from models import TransformerConfig
+from rspo_jax.sampler import SamplerConfig
+from rspo_jax.train_step import OptimizerConfig
+from rspo_jax.trainer_config import CheckpointConfig, EvaluationConfig, TrainerConfig, WarmStartConfig
+
+STEPS = 100
+UPDATES = (4, 16, 32)
+"""Of a rollout."""
+ABLATED_UPDATES = (16, 32)
+"""Where alternatives and ablations are compared."""
+SEEDS, ABLATION_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+
+# Rollouts are drawn, and evaluations made, 512 responses at a time: the two shapes that differ only in how they sample
+# are all that a run has to trace.
+BASE = CountdownRun(
+    task=CountdownConfig(train=12_000, validation=512, test=1_536),
+    model=TransformerConfig(vocab_size=CharacterTokenizer.vocabulary_size, expert_size=96),
+    trainer=TrainerConfig(
+        steps=STEPS,
+        prompts=128,
+        group_size=8,
+        learned_groups=48,
+        rollout_chunks=2,
+        sampler=SamplerConfig(max_new_tokens=12),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        warm_start=WarmStartConfig(steps=400, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
+        evaluation=EvaluationConfig(every=20, problems=512),
+        checkpoint=CheckpointConfig(every=50, keep=1),
+    ),
+)
+
+METHODS: dict[str, dict[str, object]] = {
+    "grpo": {"objective.objective": "grpo"},
+    "grpo_rs": {"objective.objective": "grpo", "objective.gamma_min": 0.8},
+    "gspo": {"objective.objective": "gspo"},
+    "gspo_rs": {"objective.objective": "gspo", "objective.gamma_min": 0.8},
+    "gmpo": {"objective.objective": "gmpo"},
+    "rspo": {"objective.objective": "rspo"},
+}
+"""RSPO is GMPO with router shift."""
+
+RIGID = {
+    f"gmpo_{routing}": {"objective.objective": "gmpo", "objective.routing": routing}
+    for routing in ("frozen", "copy", "replay_trainer", "replay_sampler")
+}
+"""What the paper compares router shift with."""
+
+LEARNING_RATES: dict[str, float] = {}
+"""Of methods that are not tuned to that of the base run."""
+
+DEFAULTS = {"gamma": "weight", "gamma_min": 0.8, "position": "pre_clip", "layers": "mean"}
+
+LABELS = {
+    "grpo": "GRPO",
+    "grpo_rs": "GRPO + RS",
+    "gspo": "GSPO",
+    "gspo_rs": "GSPO + RS",
+    "gmpo": "GMPO",
+    "rspo": "RSPO (GMPO + RS)",
+    "gmpo_frozen": "GMPO, frozen router",
+    "gmpo_copy": "GMPO, copied weights",
+    "gmpo_replay_trainer": "GMPO, replay (R2)",
+    "gmpo_replay_sampler": "GMPO, replay (R3)",
+    "updates": "updates a rollout",
+    "gamma_min": "floor of γ",
+    "learning_rate": "learning rate",
+    "weight": "weight, no gradient",
+    "mask": "mask",
+    "gradient": "weight, with gradient",
+    "pre_clip": "before the clip",
+    "post_clip": "after the clip",
+    "post_clip_literal": "after, as printed",
+    "mean": "mean over layers",
+    "sum": "sum over layers",
+}
+
+STYLES = {
+    "grpo": Style(RED, dashed=True),
+    "grpo_rs": Style(RED),
+    "gspo": Style(GREEN, dashed=True),
+    "gspo_rs": Style(GREEN),
+    "gmpo": Style(BLUE, dashed=True),
+    "rspo": Style(BLUE),
+}
+
+
+def methods(names: Mapping[str, Mapping[str, object]], learning_rates: Mapping[str, float]) -> Grid:
+    """A cell for each method, with its own learning rate where it has one."""
+    field = "trainer.optimizer.learning_rate"
+    rates = {name: {field: learning_rates[name]} if name in learning_rates else {} for name in names}
+    return choose("method", {name: {**changes, **rates[name]} for name, changes in names.items()})
+
+
+def updates(*levels: int) -> Grid:
+    return vary("updates", "trainer.mini_batches", *levels)
+
+
+RSPO = methods({"rspo": METHODS["rspo"]}, LEARNING_RATES)
+
+ABLATIONS = (
+    choose("gamma", {"mask": {"objective.gamma_use": "mask"}, "gradient": {"objective.gamma_gradient": True}})
+    + vary("gamma_min", "objective.gamma_min", 0.2, 0.5, 0.9, 0.95)
+    + vary("position", "objective.position", "post_clip", "post_clip_literal")
+    + vary("layers", "objective.layer_aggregation", "sum")
+)
+"""Each changes one thing of RSPO."""
+
+MAIN = {"method": tuple(METHODS)}
+RIVALS = {"method": ("gmpo", "rspo", *RIGID), "updates": ABLATED_UPDATES}
+ABLATED = {"method": "rspo", "updates": ABLATED_UPDATES}
+
+STUDY = Study(
+    name="countdown",
+    base=BASE,
+    grid=methods(METHODS, LEARNING_RATES) * updates(*UPDATES)
+    + (methods(RIGID, LEARNING_RATES) * updates(*ABLATED_UPDATES)).with_seeds(*ABLATION_SEEDS)
+    + (RSPO * updates(*ABLATED_UPDATES) * ABLATIONS).with_seeds(*ABLATION_SEEDS),
+    seeds=SEEDS,
+    defaults=DEFAULTS,
+    figures=(
+        LearningCurves("curves", panels="updates", where=MAIN),
+        LearningCurves("drift", panels="updates", where=MAIN, metric="gamma_mean"),
+        LearningCurves("entropy", panels="updates", where=MAIN, metric="entropy"),
+        LearningCurves("ratios", panels="updates", where=MAIN, metric="ratio_max", log=True),
+        FinalScores("scores", panels="updates", where=MAIN),
+        CollapseRates("collapses", panels="updates", where=MAIN),
+        Improvement(
+            "improvement",
+            panels="updates",
+            pairs=(("grpo_rs", "grpo"), ("gspo_rs", "gspo"), ("rspo", "gmpo"), ("rspo", "grpo"), ("rspo", "gspo")),
+        ),
+        FinalScores("rigid", panels="updates", where=RIVALS),
+        LearningCurves("rigid_curves", panels="updates", where=RIVALS),
+        FinalScores("gamma", panels="updates", groups="gamma", where=ABLATED),
+        LearningCurves("gamma_curves", panels="updates", lines="gamma", where=ABLATED),
+        FinalScores("position", panels="updates", groups="position", where=ABLATED),
+        FinalScores("layers", panels="updates", groups="layers", where=ABLATED),
+        Sensitivity("gamma_min", factor="gamma_min", lines="updates", where=ABLATED),
+    ),
+    labels=LABELS,
+    styles=STYLES,
+)
