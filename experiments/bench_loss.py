@@ -155,7 +155,7 @@ def our_variants(benchmark: Benchmark) -> list[tuple[str, bool, str]]:
     chosen = itertools.product(benchmark.objectives, benchmark.router_shift, benchmark.returns)
     return list(
         dict.fromkeys(
-            (name, shift == "with" and (returns == METRICS or OBJECTIVES[name].uses_router_shift), returns)
+            (name, shift == "with" and (returns == METRICS or OBJECTIVES[name].uses_router_shift()), returns)
             for name, shift, returns in chosen
         )
     )

@@ -5,6 +5,7 @@ be wrong with a run is refused before the first compile.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import typing
@@ -20,8 +21,11 @@ from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownCon
 from experiments.tasks.countdown.task import CountdownTask
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.text import ChatConfig, HuggingFaceTokenizer
+from rspo_jax.corrections import CorrectionConfig
 from rspo_jax.files import FilePath, as_path
 from rspo_jax.objectives import OBJECTIVES
+from rspo_jax.regularizers import RegularizerConfig
+from rspo_jax.routing_control import ROUTINGS
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import LearnerConfig, OptimizerConfig
 from rspo_jax.trainer_config import EvaluationConfig, TrainerConfig, WarmStartConfig, check_learner
@@ -47,15 +51,34 @@ class ObjectiveOptions:
 
     objective: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(OBJECTIVES) + "}")] = "rspo"
     gamma_min: float | None = None
-    """Floor of the router-shift ratio."""
+    """Floor of the router-shift ratio; switches router shift on in objectives that leave it out by default."""
+    gamma_use: str | None = None
+    """The router-shift ratio as a weight, or as a mask (an ablation)."""
+    gamma_gradient: bool | None = None
+    """Let the gradient flow through the router-shift ratio (an ablation)."""
     clip_low: float | None = None
     clip_high: float | None = None
+    dual_clip: float | None = None
+    """Bound of the ratio of bad responses; 3 is usual."""
     position: str | None = None
     """Where RSPO's γ enters: pre_clip, post_clip or post_clip_literal."""
     aggregation: str | None = None
-    """GRPO's mean: sequence_mean or token_mean."""
+    """The mean of GRPO and its family: sequence_mean, token_mean or constant_length."""
+    constant_length: int | None = None
+    """Tokens that the aggregation constant_length divides by."""
+    tau_positive: float | None = None
+    """SAPO's temperature for good responses."""
+    tau_negative: float | None = None
+    """SAPO's temperature for the others."""
     layer_aggregation: str = "mean"
     """Of the router shift over layers: mean or sum."""
+    routing: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(ROUTINGS) + "}")] = "free"
+    """What is done to the routers: nothing (free), no updates of them (frozen), the old policy's choice and scores
+    (copy), its choice alone (replay_trainer), or the choice of the sampler (replay_sampler)."""
+    regularizers: RegularizerConfig = RegularizerConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    diagnostics: bool = True
+    """Record how routes, experts and ratios spread: arrays of each step in diagnostics.jsonl."""
     micro_batches: int = 1
     """Parts that a mini-batch is cut into to save memory."""
     row_length: int | None = None
@@ -76,8 +99,9 @@ class ObjectiveOptions:
             raise ValueError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
         config_type = OBJECTIVES[self.objective].config_type
         known = {option.name for option in dataclasses.fields(config_type)}
+        of_any = {option.name for row in OBJECTIVES.values() for option in dataclasses.fields(row.config_type)}
         options = {}
-        for name in ("gamma_min", "clip_low", "clip_high", "position", "aggregation"):
+        for name in [option.name for option in dataclasses.fields(self) if option.name in of_any]:
             value = getattr(self, name)
             if value is not None and name not in known:
                 raise ValueError(f"{self.objective} has no option {name}; it has {', '.join(sorted(known))}")
@@ -112,6 +136,10 @@ class Run:
             objective=self.objective.objective,
             objective_config=self.objective.config(),
             layer_aggregation=self.objective.layer_aggregation,
+            routing=self.objective.routing,
+            regularizers=self.objective.regularizers,
+            correction=self.objective.correction,
+            diagnostics=self.objective.diagnostics,
             temperature=self.trainer.sampler.temperature,
             micro_batches=self.objective.micro_batches,
             row_length=self.objective.row_length,
@@ -141,8 +169,14 @@ class CountdownRun(Run):
     )
     data_dir: str | None = None
     """Where the data set is kept; TensorFlow Datasets' own folder when absent."""
+    start_from: str | None = None
+    """The folder of a run of the same model, with whose newest parameters this one begins, in place of a warm start."""
 
     def __post_init__(self) -> None:
+        if self.start_from is not None and self.trainer.warm_start.steps:
+            raise ValueError(
+                f"a run that starts from {self.start_from} has had its warm start: set warm_start.steps to 0"
+            )
         self.task.check()
         self.reward.check()
         for split in SPLITS:
@@ -162,11 +196,31 @@ class CountdownRun(Run):
             )
         check_learner(self.trainer, self.learner())
 
+    def check(self) -> None:
+        if self.start_from is None:
+            return
+        _, source = load_config(as_path(self.start_from) / "config.json")
+        if source.architecture() != self.model:
+            changes = "; ".join(differences(source.architecture(), self.model))
+            raise ValueError(f"the run in {self.start_from} has another model ({changes}): give this one the same")
+
     def architecture(self) -> models.TransformerConfig:
         return self.model
 
     def build_task(self) -> CountdownTask:
         return CountdownTask(self.task, self.reward, self.data_dir)
+
+    def load_params(self) -> Params | None:
+        if self.start_from is None:
+            return None
+        from rspo_jax.trainer import restore_params
+
+        _, source = load_config(as_path(self.start_from) / "config.json")
+        init_params = functools.partial(models.init_params, self.model)
+        with_reference = source.learner().regularizers.needs_reference
+        return restore_params(
+            models.Transformer(self.model), init_params, source.trainer, self.start_from, with_reference
+        ).params
 
 
 @dataclass(frozen=True)

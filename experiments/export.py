@@ -59,7 +59,11 @@ def write(export: Export) -> int:
     run.check()
     model, config = run.architecture(), dataclasses.replace(run.trainer, mesh=export.mesh)
     restored = restore_params(
-        models.Transformer(model), functools.partial(models.init_params, model), config, export.run_dir
+        models.Transformer(model),
+        functools.partial(models.init_params, model),
+        config,
+        export.run_dir,
+        run.learner().regularizers.needs_reference,
     )
     source = run.model if isinstance(run, FolderRun) else None
     dtype = export.dtype or (None if source is None else model.dtype)

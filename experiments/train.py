@@ -187,7 +187,8 @@ def check_devices(run: Run, prompt_width: int) -> None:
     try:
         mesh = make_mesh(run.trainer.mesh)
         check_mesh(run.trainer, run.learner(), mesh, prompt_width + run.trainer.sampler.max_new_tokens - 1)
-        state_on_mesh(models.Transformer(model), functools.partial(models.init_params, model), run.trainer, mesh)
+        policy, init_params = models.Transformer(model), functools.partial(models.init_params, model)
+        state_on_mesh(policy, init_params, run.trainer, mesh, run.learner().regularizers.needs_reference)
     except ValueError as error:
         raise UserError(str(error)) from error
 

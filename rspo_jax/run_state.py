@@ -33,15 +33,26 @@ class RunState(NamedTuple):
     """int32 scalar: steps of reinforcement learning made."""
     lengths: ResponseLengths
     """Of the last rollout: they decide how the next is drawn."""
+    reference: Params | None = None
+    """Parameters that reinforcement learning began with, where a KL penalty holds on to them."""
 
 
-def fresh_state(init_params: Callable[[Array], Params], config: TrainerConfig) -> RunState:
-    """The state before the first step."""
+def fresh_state(
+    init_params: Callable[[Array], Params], config: TrainerConfig, with_reference: bool = False
+) -> RunState:
+    """The state before the first step; `with_reference` it keeps a copy of the parameters."""
     key, params_key = jax.random.split(jax.random.key(config.seed))
     zero = jnp.int32(0)
-    train_state = init_train_state(init_params(params_key), config.first_optimizer)
+    params = init_params(params_key)
+    reference = copy_params(params) if with_reference else None
+    train_state = init_train_state(params, config.first_optimizer)
     no_lengths = ResponseLengths(jnp.float32(0), jnp.float32(0))
-    return RunState(train_state, jax.random.key_data(key), zero, zero, zero, no_lengths)
+    return RunState(train_state, jax.random.key_data(key), zero, zero, zero, no_lengths, reference)
+
+
+def copy_params(params: Params) -> Params:
+    """Parameters in memory of their own: an update takes that of those it changes."""
+    return jax.tree.map(jnp.copy, params)
 
 
 def first_state(
@@ -56,26 +67,31 @@ def first_state(
       template: shapes and shardings.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
+    fresh = functools.partial(fresh_state, config=config, with_reference=template.reference is not None)
     if params is None:
-        return jax.jit(functools.partial(fresh_state, init_params, config), out_shardings=shardings)()
+        return jax.jit(functools.partial(fresh, init_params), out_shardings=shardings)()
     chex.assert_trees_all_equal_shapes_and_dtypes(params, template.train.params)
-    begin = jax.jit(lambda params: fresh_state(lambda _: params, config), out_shardings=shardings, donate_argnums=0)
+    begin = jax.jit(lambda params: fresh(lambda _: params), out_shardings=shardings, donate_argnums=0)
     return begin(params)
 
 
 def state_on_mesh(
-    policy: Policy, init_params: Callable[[Array], Params], config: TrainerConfig, mesh: Mesh
+    policy: Policy,
+    init_params: Callable[[Array], Params],
+    config: TrainerConfig,
+    mesh: Mesh,
+    with_reference: bool = False,
 ) -> RunState:
     """The shapes of a run's state, each with its sharding: parameters and optimizer by the table, the rest whole.
 
     Raises:
       ValueError: if the mesh does not divide a parameter, with its name.
     """
-    state = jax.eval_shape(functools.partial(fresh_state, init_params, config))
+    state = jax.eval_shape(functools.partial(fresh_state, init_params, config, with_reference))
     whole = NamedSharding(mesh, PartitionSpec())
-    shardings = jax.tree.map(lambda _: whole, state)._replace(
-        train=train_state_shardings(policy, config.first_optimizer, state.train, mesh, config.mesh.parameter_rules)
-    )
+    train = train_state_shardings(policy, config.first_optimizer, state.train, mesh, config.mesh.parameter_rules)
+    reference = train.params if with_reference else None
+    shardings = jax.tree.map(lambda _: whole, state)._replace(train=train, reference=reference)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
     )

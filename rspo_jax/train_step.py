@@ -16,27 +16,21 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rspo_jax.head_log_probs import TokenScores, head_log_probs
-from rspo_jax.log_probs import token_entropy, token_log_probs
-from rspo_jax.objectives import OBJECTIVES
+from rspo_jax.diagnostics import mismatch_statistics
 from rspo_jax.packing import unpack
-from rspo_jax.router import LAYER_AGGREGATIONS, check_covers, drift_reader, gamma_of, trace_of, trace_reader
+from rspo_jax.policy_loss import LearnerConfig, part_terms, score_rows, whole_of
+from rspo_jax.router import ROUTE_AXES, trace_of, trace_reader
+from rspo_jax.routing_control import freeze, scoring_route
 from rspo_jax.sharding import RULES, MeshConfig, Rules, constrain, free_axes, shardings_of
 from rspo_jax.statistics import Mean, Statistic, Sum, masked_mean
 from rspo_jax.types import (
     Array,
     PackedBatch,
-    PackedRows,
     Params,
     Policy,
-    RouterReader,
-    RouterReading,
     RouterTrace,
     ScoredBatch,
 )
-
-ROUTE_AXES = ("rows", "layers", None, "tokens")
-"""Logical axes of both arrays of a `RouterTrace`."""
 
 
 @dataclass(frozen=True)
@@ -87,36 +81,6 @@ class OptimizerConfig:
         )
 
 
-@dataclass(frozen=True)
-class LearnerConfig:
-    """What a gradient of the policy objective is made from."""
-
-    objective: str = "rspo"
-    objective_config: Any = None
-    """A config of the objective's own type; its defaults when absent."""
-    layer_aggregation: str = "mean"
-    temperature: float = 1.0
-    """The sampler's, so that the policy trained is the policy sampled."""
-    micro_batches: int = 1
-    """Parts that a mini-batch is cut into, one after the other, to save memory."""
-    row_length: int | None = None
-    """Places of a row that responses are packed into; by default as many as the longest possible sequence has."""
-    route_on_host: bool = False
-    """Keep the old route in the host's memory between scoring and update, if it is too much for the device."""
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
-        if self.layer_aggregation not in LAYER_AGGREGATIONS:
-            raise ValueError(f"layer_aggregation must be one of {LAYER_AGGREGATIONS}, got {self.layer_aggregation!r}")
-        if self.micro_batches < 1:
-            raise ValueError(f"micro_batches must be at least 1, got {self.micro_batches}")
-        if self.row_length is not None and self.row_length < 1:
-            raise ValueError(f"row_length must be at least 1, got {self.row_length}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive to train, got {self.temperature}")
-
-
 class TrainState(NamedTuple):
     """What an update changes."""
 
@@ -159,18 +123,6 @@ def train_state_shardings(
     return TrainState(params, opt_state, whole, whole)  # pyright: ignore[reportArgumentType]
 
 
-def score_rows(
-    policy: Policy, params: Params, rows: PackedRows, temperature: float, router_reader: RouterReader | None = None
-) -> tuple[TokenScores, RouterReading | None]:
-    """What one forward pass says of the targets of packed rows: log-probability and entropy, [N, T], and what the
-    reader saw of the router at the inputs that score them."""
-    output = policy.apply({"params": params}, rows.inputs, segment_ids=rows.segment_ids, router_reader=router_reader)
-    if output.hidden is not None and output.head is not None:
-        return head_log_probs(output.hidden, output.head, rows.targets, temperature), output.reading
-    log_probs = token_log_probs(output.logits, rows.targets, temperature)
-    return TokenScores(log_probs, token_entropy(jax.lax.stop_gradient(output.logits), temperature)), output.reading
-
-
 def to_host(batch: ScoredBatch) -> ScoredBatch:
     """Moves the old route to the host's memory."""
     return batch._replace(old_route=jax.device_put(batch.old_route, jax.memory.Space.Host))
@@ -195,7 +147,7 @@ def split_parts(batch: Any, pieces: int) -> list[Any]:
 
 @functools.partial(jax.jit, static_argnames=("policy", "config"))
 def score(
-    policy: Policy, params: Params, batch: PackedBatch, config: LearnerConfig
+    policy: Policy, params: Params, batch: PackedBatch, config: LearnerConfig, reference: Params | None = None
 ) -> tuple[ScoredBatch, dict[str, Statistic]]:
     """The scoring pass: what the policy that generated a rollout says of it, in the trainer's own numerics.
 
@@ -204,25 +156,41 @@ def score(
       params: those that the responses were drawn with.
       batch: parts of a rollout, one after the other, [parts, ...].
       config: scoring.
+      reference: parameters of the policy that a KL penalty holds on to.
 
     Returns:
-      The batch with old log-probabilities and old route, and statistics: the entropy of the policy in nats, and
-      `sampler_kl`, an estimate of KL(sampler ‖ trainer) from the sampler's log-probabilities.
+      The batch with old log-probabilities, those of the reference if there is one, and old route, and statistics: the
+      entropy of the policy in nats, and `sampler_kl`, an estimate of KL(sampler ‖ trainer) from the sampler's
+      log-probabilities.
     """
 
-    def score_part(part: PackedBatch) -> tuple[Array, RouterTrace | None, dict[str, Statistic]]:
-        scores, reading = score_rows(policy, params, part.rows, config.temperature, trace_reader(policy.router_score))
+    def score_part(part: PackedBatch) -> tuple[Array, Array | None, RouterTrace | None, dict[str, Statistic]]:
+        scores, reading = score_rows(
+            policy,
+            params,
+            part.rows,
+            config.temperature,
+            trace_reader(policy.router_score),
+            scoring_route(config.routing, part),
+        )
         log_probs, entropy = (unpack(per_token, part.places) for per_token in scores)
         log_ratio = jnp.where(part.mask, log_probs - part.sampler_log_probs, 0)
         statistics: dict[str, Statistic] = {
             "entropy": masked_mean(entropy, part.mask),
             "sampler_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, part.mask),
         }
+        if config.diagnostics:
+            statistics |= mismatch_statistics(log_probs, part.sampler_log_probs, part.mask)
         route = None if reading is None else RouterTrace(*(constrain(leaf, *ROUTE_AXES) for leaf in trace_of(reading)))
-        return log_probs, route, statistics
+        of_reference = None
+        if reference is not None:
+            reference_scores, _ = score_rows(policy, reference, part.rows, config.temperature)
+            of_reference = unpack(reference_scores.log_probs, part.places)
+        return log_probs, of_reference, route, statistics
 
-    log_probs, route, statistics = jax.lax.map(score_part, batch)
-    return ScoredBatch(batch, log_probs, route), statistics
+    log_probs, of_reference, route, statistics = jax.lax.map(score_part, batch)
+    # The sampler's route has done its work: the old route holds it from here on.
+    return ScoredBatch(batch._replace(route=None), log_probs, route, of_reference), statistics
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "optimizer", "config", "mesh"), donate_argnames=("state",))
@@ -247,24 +215,13 @@ def update(
     Returns:
       The next state and the objective's statistics, with `loss`, `grad_norm` (before clipping) and `skipped_updates`.
     """
-    objective = OBJECTIVES[config.objective]
+    whole = whole_of(policy, state.params, batch, config)
 
     def terms(params: Params, part: ScoredBatch) -> tuple[Mean, dict[str, Statistic]]:
-        batch, route = part.batch, part.old_route
-        reader = None
-        if route is not None:
-            check_covers(route, batch.rows.inputs.shape)
-            reader = drift_reader(route, policy.router_score)
-        scores, reading = score_rows(policy, params, batch.rows, config.temperature, reader)
-        gamma = None
-        if route is not None and reading is not None:
-            gamma = unpack(gamma_of(reading, route, config.layer_aggregation), batch.places)
-        log_probs = unpack(scores.log_probs, batch.places)
-        return objective.terms(
-            log_probs, part.old_log_probs, batch.advantages, batch.mask, gamma, config.objective_config
-        )
+        return part_terms(policy, params, part, config, whole)
 
-    return _apply_gradient(optimizer, state, terms, batch, _Places(policy, mesh))
+    frozen = policy.router_params() if config.routing == "frozen" else None
+    return _apply_gradient(optimizer, state, terms, batch, _Places(policy, mesh), frozen)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "optimizer", "mesh"), donate_argnames=("state",))
@@ -322,8 +279,12 @@ def _apply_gradient(
     terms: Callable[[Params, Any], tuple[Mean, dict[str, Statistic]]],
     parts: Any,
     places: _Places,
+    frozen: Any = None,
 ) -> tuple[TrainState, dict[str, Statistic]]:
-    """Sums the gradient of `terms` over the parts, divides by the summed weight, and applies it if it is finite."""
+    """Sums the gradient of `terms` over the parts, divides by the summed weight, and applies it if it is finite.
+
+    `frozen` is None, or says of each parameter whether it stays as it is.
+    """
 
     def total(params: Params, part: Any) -> tuple[Array, tuple[Mean, dict[str, Statistic]]]:
         mean, statistics = terms(params, part)
@@ -343,10 +304,14 @@ def _apply_gradient(
         gradient, (loss, statistics) = jax.lax.scan(accumulate, zeros, parts)
     weight = jnp.maximum(jnp.sum(loss.weight), 1)
     gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / weight, gradient)
+    if frozen is not None:
+        gradient = freeze(gradient, frozen)
     gradient_norm = optax.tree.norm(gradient)
     gradient = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradient, state.params)
     finite = jnp.isfinite(loss.reduce()) & jnp.isfinite(gradient_norm)
     changes, opt_state = optimizer.build().update(gradient, state.opt_state, state.params)
+    if frozen is not None:
+        changes = freeze(changes, frozen)
     params = places.keep(optax.apply_updates(state.params, changes))
     opt_state = places.keep_in(optimizer, opt_state)
 

@@ -7,77 +7,48 @@ parameters, optimizer, PRNG key, data cursor and step counts. This file must nev
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
-from rspo_jax.advantages import group_advantages
+from rspo_jax.agreement import is_primary
 from rspo_jax.checkpoint import Checkpoints
+from rspo_jax.collapse import Alarm
 from rspo_jax.data import take
+from rspo_jax.diagnostics import finish
 from rspo_jax.files import FilePath, as_path
-from rspo_jax.metrics import MetricsLog, Progress, wilson_interval
+from rspo_jax.metrics import MetricsLog, Progress, read_metrics, wilson_interval
 from rspo_jax.preemption import Preemption
+from rspo_jax.reinforcement import Run, StepRecord, learn, learning_rate_at, start_rollout
 from rspo_jax.rollout import (
-    Judged,
     Packing,
-    Prompts,
-    ResponseLengths,
-    assemble,
     check_solutions,
-    encode_prompts,
     encode_solutions,
-    judge,
     pack,
-    refilling_pays,
-    sample_in_chunks,
     solve,
     usable_problems,
 )
-from rspo_jax.run_state import RunState, first_state, fresh_state, sampling_params, state_on_mesh
+from rspo_jax.run_state import RunState, copy_params, first_state, fresh_state, sampling_params, state_on_mesh
 from rspo_jax.sampler import SamplerConfig
-from rspo_jax.sharding import constrain, fetch, make_mesh
+from rspo_jax.sharding import make_mesh
 from rspo_jax.statistics import Statistic, reduce
 from rspo_jax.train_step import (
     LearnerConfig,
-    OptimizerConfig,
     init_train_state,
-    score,
-    split_parts,
     supervised_update,
-    to_device,
-    to_host,
-    update,
 )
 from rspo_jax.trainer_config import (
     TrainerConfig,
     check_learner,
     check_mesh,
 )
-from rspo_jax.types import Array, Params, Policy, RolloutBatch, Task
+from rspo_jax.types import Array, Params, Policy, Task
 
 Batch = TypeVar("Batch")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What stays the same over a run."""
-
-    policy: Policy
-    task: Task
-    learner: LearnerConfig
-    config: TrainerConfig
-    train_problems: Sequence[Any]
-    validation_problems: Sequence[Any]
-    test_problems: Sequence[Any]
-    width: int
-    """Of padded prompts, in tokens."""
-    dropped: dict[str, float]
-    """How many problems of each split are left out, as metrics; none where every prompt is welcome."""
 
 
 @dataclass
@@ -87,6 +58,7 @@ class Recorder:
     log: MetricsLog
     checkpoints: Checkpoints
     preemption: Preemption
+    alarm: Alarm
     elapsed_before: float
     started: float = field(default_factory=time.monotonic)
 
@@ -145,14 +117,14 @@ def train(
         Preemption() as preemption,
         Checkpoints(as_path(run_dir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     ):
-        template = state_on_mesh(policy, init_params, config, mesh)
+        template = state_on_mesh(policy, init_params, config, mesh, learner.regularizers.needs_reference)
         restored = checkpoints.restore_newest(template, say=_say) if resume else None
         state = first_state(init_params, load_params(), config, template) if restored is None else restored.state
         elapsed = 0.0 if restored is None else float(restored.metadata["elapsed_seconds"])
         if resume:
             _say(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")
         with MetricsLog(run_dir, resume_after=_position(state) if resume else None) as log:
-            recorder = Recorder(log, checkpoints, preemption, elapsed)
+            recorder = Recorder(log, checkpoints, preemption, _alarm_after(run_dir, resume), elapsed)
             state = _warm_start(run, state, recorder)
             state = _reinforce(run, state, recorder)
             return state.train.params, recorder.elapsed
@@ -200,9 +172,15 @@ class RestoredParams(NamedTuple):
 
 
 def restore_params(
-    policy: Policy, init_params: Callable[[Array], Params], config: TrainerConfig, run_dir: FilePath
+    policy: Policy,
+    init_params: Callable[[Array], Params],
+    config: TrainerConfig,
+    run_dir: FilePath,
+    with_reference: bool = False,
 ) -> RestoredParams:
     """The parameters of the newest sound checkpoint in `run_dir`, read straight to where the mesh in use has them.
+
+    `with_reference` says whether the run keeps those of a reference (`RegularizerConfig.needs_reference`).
 
     Raises:
       ValueError: if there is no checkpoint, or it does not fit the model or the mesh.
@@ -210,14 +188,23 @@ def restore_params(
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
-        template = jax.eval_shape(functools.partial(fresh_state, init_params, config))
+        template = jax.eval_shape(functools.partial(fresh_state, init_params, config, with_reference))
     else:
-        template = state_on_mesh(policy, init_params, config, mesh)
+        template = state_on_mesh(policy, init_params, config, mesh, with_reference)
     with Checkpoints(as_path(run_dir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         restored = checkpoints.restore_newest(template, say=_say)
     if restored is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")
     return RestoredParams(restored.state.train.params, int(restored.state.step), restored.index)
+
+
+def _alarm_after(run_dir: FilePath, resume: bool) -> Alarm:
+    """An alarm that has seen the rows before a resumption, and does not ring again for them."""
+    alarm = Alarm()
+    if resume and is_primary() and (as_path(run_dir) / "metrics.jsonl").exists():
+        for row in read_metrics(run_dir):
+            alarm.update(row)
+    return alarm
 
 
 def _position(state: RunState) -> tuple[str, int]:
@@ -243,40 +230,21 @@ def _warm_start(run: Run, state: RunState, recorder: Recorder) -> RunState:
             train_state, statistics = supervised_update(run.policy, optimizer, state.train, batch, run.config.mesh)
             cursor = state.cursor + config.batch_size
             state = state._replace(train=train_state, cursor=cursor, warm_start_step=jnp.int32(step))
-            metrics = _to_host([statistics]) | packing_metrics | {"learning_rate": _learning_rate(optimizer, step - 1)}
+            numbers, _ = _to_host([statistics])
+            metrics = numbers | packing_metrics | {"learning_rate": learning_rate_at(optimizer, step - 1)}
             metrics |= _speed(started, int(jnp.sum(solutions.mask)))
             recorder.log.write("warm_start", step, metrics)
             progress.update(step, metrics)
             if step == config.steps:
                 train_state = init_train_state(state.train.params, run.config.decaying_optimizer)
-                state = state._replace(train=train_state, cursor=jnp.int32(0))
+                reference = None if state.reference is None else copy_params(train_state.params)
+                state = state._replace(train=train_state, cursor=jnp.int32(0), reference=reference)
             stop = recorder.preemption.agreed()
             if stop or step == config.steps or step % run.config.checkpoint.every == 0:
                 recorder.save(state)
             if stop:
                 raise Stopped(stop)
     return state
-
-
-class Draws(NamedTuple):
-    """Responses that the device is still drawing."""
-
-    problems: list[Any]
-    """One a row: each problem `group_size` times."""
-    rollout: RolloutBatch
-    chunks: list[Any]
-    refilled: bool
-    """Whether slots that were done took the next prompt."""
-    started: float
-
-
-class StepRecord(NamedTuple):
-    """What is known of a step; its statistics may still be on their way from the device."""
-
-    step: int
-    statistics: list[dict[str, Statistic]]
-    metrics: dict[str, float]
-    started: float
 
 
 def _reinforce(run: Run, state: RunState, recorder: Recorder) -> RunState:
@@ -286,126 +254,33 @@ def _reinforce(run: Run, state: RunState, recorder: Recorder) -> RunState:
         return state
     with Progress("rl", max(config.steps, 1), completed=done) as progress:
 
-        def write(step: int, metrics: dict[str, float]) -> None:
-            recorder.log.write("rl", step, metrics)
+        def write(step: int, metrics: dict[str, float], arrays: dict[str, np.ndarray]) -> None:
+            recorder.log.write("rl", step, metrics, arrays)
             progress.update(step, metrics)
+            why = recorder.alarm.update({"phase": "rl", "step": step} | metrics)
+            if why is not None:
+                progress.say(f"step {step}: signs of a collapse: {why}")
 
         if done == 0:
-            write(0, _evaluate(run, state, final=True))
+            write(0, _evaluate(run, state, final=True), {})
         previous: StepRecord | None = None
         for step in range(done + 1, config.steps + 1):
-            draws, state = _start_rollout(run, state)
+            draws, state = start_rollout(run, state)
             if previous is not None:  # the host has time: the device is drawing
-                write(previous.step, _finish(previous))
-            state, previous = _learn(run, state, draws)
+                write(previous.step, *_finish(previous))
+            state, previous = learn(run, state, draws)
             last, stop = step == config.steps, recorder.preemption.agreed()
             evaluating = last or step % config.evaluation.every == 0
             saving = last or stop or step % config.checkpoint.every == 0
             if evaluating or saving:
-                metrics, previous = _finish(previous), None
-                write(step, metrics | (_evaluate(run, state, final=last) if evaluating else {}))
+                (metrics, arrays), previous = _finish(previous), None
+                write(step, metrics | (_evaluate(run, state, final=last) if evaluating else {}), arrays)
                 stop = recorder.preemption.agreed()  # once more: an evaluation takes its time
             if saving or stop:
                 recorder.save(state)
             if stop and not last:
                 raise Stopped(stop)
     return state
-
-
-def _start_rollout(run: Run, state: RunState) -> tuple[Draws, RunState]:
-    """Starts to draw `group_size` responses to each of the next prompts."""
-    config, started = run.config, time.monotonic()
-    key, sample_key = jax.random.split(jax.random.wrap_key_data(state.key))
-    rows = take(len(run.train_problems), (config.seed, 1), int(state.cursor), config.prompts)
-    problems = [run.train_problems[row] for row in rows]
-    prompts = encode_prompts(run.task, problems, run.width, repeats=config.group_size)
-    num_chunks, sampler, refilled = _how_to_draw(config, prompts, state.lengths)
-    chunks = sample_in_chunks(
-        run.policy,
-        sampling_params(run.policy, state.train.params, config),
-        prompts,
-        jax.random.split(sample_key, prompts.tokens.shape[0]),
-        sampler,
-        run.task.tokenizer,
-        num_chunks,
-        config.group_size,
-    )
-    repeated = [problem for problem in problems for _ in range(config.group_size)]
-    state = state._replace(key=jax.random.key_data(key), cursor=state.cursor + config.prompts)
-    return Draws(repeated, assemble(prompts, chunks), chunks, refilled, started), state
-
-
-def _how_to_draw(config: TrainerConfig, prompts: Prompts, lengths: ResponseLengths) -> tuple[int, SamplerConfig, bool]:
-    """Into how many chunks a rollout is cut, how each is drawn, and whether its slots are refilled."""
-    slots, rows = config.sampler.slots, config.prompts * config.group_size
-    if slots is None or slots >= rows // config.rollout_chunks:
-        return config.rollout_chunks, config.sampler, False
-    if refilling_pays(float(jnp.sum(prompts.mask) / prompts.mask.shape[0]), lengths):
-        return config.rollout_chunks, config.sampler, True
-    return rows // slots, config.sampler, False
-
-
-def _learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecord]:
-    """Rewards → advantages → scoring pass → mini-batches × epochs of updates."""
-    config, learner = run.config, run.learner
-    judged = judge(run.task, draws.problems, draws.chunks)  # chunk by chunk, while the device draws the next
-    advantages = group_advantages(
-        jnp.asarray(judged.rewards).reshape(-1, config.group_size), scale=config.scale_advantages
-    )
-    informative = np.any(np.asarray(advantages) != 0, axis=1)
-    rollout = draws.rollout._replace(advantages=advantages.reshape(-1))
-    if config.learned_groups is not None:
-        rollout = _take_rows(rollout, _rows_of_groups(informative, config))
-    key, shuffle_key = jax.random.split(jax.random.wrap_key_data(state.key))
-    order = np.asarray(jax.random.permutation(shuffle_key, config.learned_rows))
-    packing = Packing(config.mini_batches, learner.micro_batches, learner.row_length)
-    batch, packing_metrics = pack(rollout, config.sampler.max_new_tokens, order, packing)
-    scored, statistics = [], []
-    for mini_batch in split_parts(batch, config.mini_batches):
-        old, score_statistics = score(run.policy, state.train.params, mini_batch, learner)
-        scored.append(to_host(old) if learner.route_on_host else old)
-        statistics.append(score_statistics)
-    optimizer, train_state = config.decaying_optimizer, state.train
-    learning_rate = _learning_rate(optimizer, int(train_state.updates))
-    for epoch in range(config.epochs):
-        for index in np.asarray(jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), config.mini_batches)):
-            mini_batch = to_device(scored[index]) if learner.route_on_host else scored[index]
-            train_state, update_statistics = update(
-                run.policy, optimizer, train_state, mini_batch, learner, config.mesh
-            )
-            statistics.append(update_statistics)
-    metrics = _rollout_metrics(judged, informative, draws, config) | packing_metrics | {"learning_rate": learning_rate}
-    lengths = ResponseLengths(jnp.float32(metrics["response_length"]), jnp.float32(metrics["longest_response"]))
-    state = state._replace(train=train_state, key=jax.random.key_data(key), step=state.step + 1, lengths=lengths)
-    return state, StepRecord(int(state.step), statistics, metrics, draws.started)
-
-
-def _rows_of_groups(informative: np.ndarray, config: TrainerConfig) -> np.ndarray:
-    """The rows of the `learned_groups` groups to learn from: those with a gradient first."""
-    groups = np.argsort(~informative, kind="stable")[: config.learned_groups]
-    return (groups[:, None] * config.group_size + np.arange(config.group_size)[None, :]).reshape(-1)
-
-
-@jax.jit
-def _take_rows(batch: Batch, rows: ArrayLike) -> Batch:
-    return jax.tree.map(lambda leaf: constrain(leaf[rows], "rows", *(None,) * (leaf.ndim - 1)), batch)
-
-
-def _rollout_metrics(judged: Judged, informative: np.ndarray, draws: Draws, config: TrainerConfig) -> dict[str, float]:
-    lengths = fetch(jnp.sum(draws.rollout.mask, axis=1))
-    unlearned = max(0, int(informative.sum()) - (config.learned_groups or config.prompts))
-    return {
-        "reward": float(judged.rewards.mean()),
-        "solve_rate": float(judged.correct.mean()),
-        "truncated_fraction": float(judged.truncated.mean()),
-        "unjudged": float(judged.unjudged.sum()),
-        "response_length": float(lengths.mean()),
-        "longest_response": float(lengths.max()),
-        "response_tokens": float(lengths.sum()),
-        "refilled": float(draws.refilled),
-        "informative_groups": float(informative.mean()),
-        "unlearned_informative_groups": unlearned / config.prompts,
-    }
 
 
 def _evaluate(run: Run, state: RunState, final: bool) -> dict[str, float]:
@@ -425,28 +300,24 @@ def _evaluate(run: Run, state: RunState, final: bool) -> dict[str, float]:
     return metrics
 
 
-def _finish(record: StepRecord) -> dict[str, float]:
-    """Waits for a step's statistics and joins them with what the host knew."""
-    metrics = _to_host(record.statistics) | record.metrics
-    return metrics | _speed(record.started, int(record.metrics["response_tokens"]))
+def _finish(record: StepRecord) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Waits for a step's statistics and joins them with what the host knew: numbers and arrays."""
+    metrics, arrays = _to_host(record.statistics)
+    return metrics | record.metrics | _speed(record.started, int(record.metrics["response_tokens"])), arrays
 
 
-def _to_host(statistics: list[dict[str, Statistic]]) -> dict[str, float]:
+def _to_host(statistics: list[dict[str, Statistic]]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Finishes the statistics of a step: a name that several updates report is reduced over all of them."""
     by_name: dict[str, list[Statistic]] = {}
     for update_statistics in statistics:
         for name, statistic in update_statistics.items():
             by_name.setdefault(name, []).append(statistic)
-    return {name: float(value) for name, value in jax.device_get(_reduce_stacked(by_name)).items()}
+    return finish(jax.device_get(_reduce_stacked(by_name)))
 
 
 @jax.jit
 def _reduce_stacked(by_name: dict[str, list[Statistic]]) -> dict[str, Array]:
     return reduce({name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) for name, parts in by_name.items()})
-
-
-def _learning_rate(optimizer: OptimizerConfig, updates: int) -> float:
-    return float(np.asarray(optimizer.schedule()(updates)))
 
 
 def _speed(started: float, tokens: int) -> dict[str, float]:

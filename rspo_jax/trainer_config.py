@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from jax.sharding import Mesh
 
+from rspo_jax.advantages import ADVANTAGES
+from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.sharding import RULES, MeshConfig
 from rspo_jax.train_step import LearnerConfig, OptimizerConfig
@@ -86,8 +88,14 @@ class TrainerConfig:
     learned_groups: int | None = None
     """Groups of a rollout that are scored and learned from, all when absent. Groups whose rewards differ come first;
     the others have no gradient, and leaving them out saves their time."""
-    scale_advantages: bool = True
-    """Divide by the group's standard deviation."""
+    dynamic_sampling: bool = False
+    """Leave groups out of the loss whose rewards are all equal, and draw further rollouts, `max_rollouts` a step at
+    most, until enough groups differ (DAPO, arXiv 2503.14476)."""
+    max_rollouts: int = 4
+    advantages: str | None = None
+    """How rewards become advantages (`rspo_jax.advantages.ADVANTAGES`); as the objective's source does when absent."""
+    overlong_buffer: int = 0
+    """Tokens before `sampler.max_new_tokens` over which a penalty for length grows from 0 to 1 (DAPO); 0: none."""
     max_prompt_tokens: int | None = None
     """Problems with longer prompts are left out, of training and of evaluations, and counted; none when absent."""
     seed: int = 0
@@ -102,15 +110,17 @@ class TrainerConfig:
     """How the devices are arranged. Unless it says otherwise, all split rows, parameters and optimizer (fsdp)."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "group_size", "mini_batches", "epochs", "rollout_chunks"):
+        for name in ("prompts", "group_size", "mini_batches", "epochs", "rollout_chunks", "max_rollouts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps < 0:
             raise ValueError(f"steps must be 0 or more, got {self.steps}")
-        if self.group_size < 2 and self.scale_advantages:
+        if self.advantages is not None and self.advantages not in ADVANTAGES:
+            raise ValueError(f"unknown advantages {self.advantages!r}; choose one of {', '.join(ADVANTAGES)}")
+        if not 0 <= self.overlong_buffer <= self.sampler.max_new_tokens:
             raise ValueError(
-                "a group of 1 has no standard deviation to scale by: raise group_size to 2 or more, or switch "
-                "scale_advantages off"
+                f"overlong_buffer must lie between 0 and sampler.max_new_tokens, {self.sampler.max_new_tokens}; got "
+                f"{self.overlong_buffer}"
             )
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise ValueError(
@@ -157,6 +167,12 @@ def check_learner(config: TrainerConfig, learner: LearnerConfig) -> None:
     Raises:
       ValueError: with the sizes and the way out.
     """
+    estimator = config.advantages or OBJECTIVES[learner.objective].advantages
+    if config.group_size < 2 and estimator != "batch":
+        raise ValueError(
+            f"a group of 1 has nothing to compare a response with ({estimator} advantages): raise group_size to 2 or "
+            "more, or choose advantages batch"
+        )
     mini_batch = config.learned_rows // config.mini_batches
     if mini_batch % learner.micro_batches:
         raise ValueError(

@@ -20,16 +20,23 @@ PACKAGES = ("rspo_jax", "models", "experiments")
 # Pure functions of arrays, and the types they speak: nothing that they import may lead to RUNNERS.
 PURE = (
     "advantages",
+    "collapse",
+    "corrections",
+    "diagnostics",
     "head_log_probs",
     "log_probs",
     "objectives",
     "packing",
+    "readers",
+    "regularizers",
     "router",
+    "router_losses",
+    "routing_control",
     "sharding",
     "statistics",
     "types",
 )
-RUNNERS = ("checkpoint", "rollout", "sampler", "train_step", "trainer")
+RUNNERS = ("checkpoint", "policy_loss", "reinforcement", "rollout", "sampler", "train_step", "trainer")
 
 FORBIDDEN_IN = {
     "rspo_jax": ("models", "experiments", "flax", "tensorflow_datasets"),

@@ -227,7 +227,7 @@ def torch_programs(
     shift_inputs = [arrays.gamma] if old_router is None else [arrays.router_logits, *old_router]
     shift_inputs = [torch_losses.tensor(np.asarray(array)) for array in shift_inputs]
     for objective in (name for name in objectives if name in torch_losses.LOSSES):
-        shift = OBJECTIVES[objective].uses_router_shift
+        shift = OBJECTIVES[objective].uses_router_shift()
         loss = torch_losses.with_router(objective) if shift and old_router else torch_losses.LOSSES[objective]
         for library in ("torch eager", "torch compile"):
             inputs = (*base, *shift_inputs) if shift else base

@@ -103,7 +103,7 @@ class Inputs(NamedTuple):
 
     def batch_for(self, objective: str) -> ScoredBatch:
         """Without the route where the objective has no use for it."""
-        return self.scored if OBJECTIVES[objective].uses_router_shift else self.scored._replace(old_route=None)
+        return self.scored if OBJECTIVES[objective].uses_router_shift() else self.scored._replace(old_route=None)
 
 
 def shape_of(inputs: Inputs) -> Shape:
@@ -163,8 +163,8 @@ def step_function(direction: str, objective: str, config: models.TransformerConf
 
     def run_score(params: Params, batch: PackedBatch) -> Any:
         scored, statistics = score(policy, params, batch, learner)
-        route = scored.old_route if OBJECTIVES[objective].uses_router_shift else None  # XLA drops what is not returned
-        return scored.old_log_probs, route, statistics
+        keeps_route = OBJECTIVES[objective].uses_router_shift()  # XLA drops what is not returned
+        return scored.old_log_probs, scored.old_route if keeps_route else None, statistics
 
     return run_update if direction == UPDATE else run_score
 
@@ -173,7 +173,10 @@ def objectives_for(direction: str, objectives: tuple[str, ...]) -> list[str]:
     """All for an update. Scoring differs only by whether the route is kept: the first objective of either kind."""
     if direction == UPDATE:
         return list(objectives)
-    return list({OBJECTIVES[name].uses_router_shift: name for name in reversed(objectives)}.values())[::-1]
+    first: dict[bool, str] = {}
+    for name in objectives:
+        first.setdefault(OBJECTIVES[name].uses_router_shift(), name)
+    return list(first.values())
 
 
 def timed_programs(direction: str, objectives: tuple[str, ...], inputs: Inputs) -> list[Program]:
@@ -202,7 +205,7 @@ def _timed_program(direction: str, objective: str, inputs: Inputs) -> tuple[Prog
     def result() -> tuple[np.ndarray, None]:
         return np.asarray(reduce(call()[-1])["loss" if direction == UPDATE else "entropy"]), None
 
-    shift = OBJECTIVES[objective].uses_router_shift
+    shift = OBJECTIVES[objective].uses_router_shift()
     analysis = measure.analyse(compiled)
     return Program("rspo_jax", objective, shift, METRICS, call, seconds, analysis, result), new_call
 
@@ -232,7 +235,7 @@ def compile_program(direction: str, objective: str, inputs: Inputs, mesh: jax.sh
                 function, inputs.state, batch, donate_argnames=("state",), out_shardings=(shardings, None)
             )
     seconds, analysis = time.perf_counter() - started, measure.analyse(compiled)
-    shift = OBJECTIVES[objective].uses_router_shift
+    shift = OBJECTIVES[objective].uses_router_shift()
     return Program("rspo_jax", objective, shift, METRICS, no_call, seconds, analysis, no_call)
 
 

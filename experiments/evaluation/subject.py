@@ -124,7 +124,8 @@ def _open_run(run_dir: epath.Path, mesh: MeshConfig) -> Subject:
     run.check()
     config, model = dataclasses.replace(run.trainer, mesh=mesh), run.architecture()
     policy = models.Transformer(model)
-    restored = restore_params(policy, functools.partial(models.init_params, model), config, run_dir)
+    init_params, regularizers = functools.partial(models.init_params, model), run.learner().regularizers
+    restored = restore_params(policy, init_params, config, run_dir, regularizers.needs_reference)
     return Subject(
         title=f"{run_dir}, step {restored.step}",
         identity={"run": _absolute(run_dir), "checkpoint": restored.index, "task_name": name},

@@ -74,7 +74,7 @@ class Setting:
 
 
 def uses_route(objective: str) -> bool:
-    return OBJECTIVES[objective].uses_router_shift
+    return OBJECTIVES[objective].uses_router_shift()
 
 
 def lower(program: str, setting: Setting, objective: str, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:

@@ -197,7 +197,7 @@ def test_the_batch_of_a_step_has_no_places_in_vain():
 
 
 def test_scoring_is_compared_by_whether_it_keeps_a_route():
-    names = ("gmpo", "rspo", "grpo", "grpo_rs")
+    names = ("gmpo", "rspo", "grpo", "cispo")
     assert step.objectives_for(step.SCORE, names) == ["gmpo", "rspo"]
     assert step.objectives_for(step.UPDATE, names) == list(names)
 

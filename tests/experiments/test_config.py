@@ -22,7 +22,7 @@ from experiments.tasks.code.sandbox import Limits
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig, CountdownReward
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.text import ChatConfig
-from rspo_jax.objectives import OBJECTIVES, GRPOConfig, GSPORSConfig, RSPOConfig
+from rspo_jax.objectives import OBJECTIVES, GRPOConfig, GSPOConfig, RSPOConfig
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.train_step import OptimizerConfig
 from rspo_jax.trainer_config import EvaluationConfig, TrainerConfig, WarmStartConfig
@@ -36,7 +36,9 @@ OTHER_RUN = CountdownRun(
         steps=3,
         prompts=6,
         learned_groups=4,
-        scale_advantages=False,
+        advantages="group_centred",
+        dynamic_sampling=True,
+        overlong_buffer=3,
         sampler=SamplerConfig(max_new_tokens=20, temperature=0.9, top_k=5, top_p=0.9),
         optimizer=OptimizerConfig(learning_rate=1e-4, decay_updates=100),
         warm_start=WarmStartConfig(steps=0),
@@ -68,14 +70,14 @@ def test_every_objective_has_its_defaults(name):
 
 
 def test_options_reach_the_objective():
-    options = ObjectiveOptions("gspo_rs", gamma_min=0.5, clip_low=0.1, clip_high=0.0)
-    assert options.config() == GSPORSConfig(clip_low=0.1, clip_high=0.0, gamma_min=0.5)
+    options = ObjectiveOptions("gspo", gamma_min=0.5, clip_low=0.1, clip_high=0.0)
+    assert options.config() == GSPOConfig(clip_low=0.1, clip_high=0.0, gamma_min=0.5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"objective": "ppo"}, "unknown objective 'ppo'; choose one of rspo, gmpo, gspo, gspo_rs, grpo, grpo_rs"),
+        ({"objective": "ppo"}, "unknown objective 'ppo'; choose one of rspo, gmpo, gspo, gspo_token, grpo, dr_grpo"),
         ({"objective": "gmpo", "gamma_min": 0.8}, "gmpo has no option gamma_min; it has clip_high, clip_low"),
         ({"objective": "grpo", "position": "pre_clip"}, "grpo has no option position; it has aggregation, clip_high"),
         ({"objective": "rspo", "aggregation": "token_mean"}, "rspo has no option aggregation; it has clip_high"),

@@ -338,7 +338,15 @@ def sentence(capsys, *arguments):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"group_size": 1}, "raise group_size to 2 or more, or switch scale_advantages off"),
+        ({"group_size": 1}, "raise group_size to 2 or more, or choose advantages batch"),
+        ({"advantages": "mean"}, "unknown advantages 'mean'; choose one of group, group_centred, leave_one_out, batch"),
+        ({"overlong_buffer": 99}, "overlong_buffer must lie between 0 and sampler.max_new_tokens"),
+        (
+            {"routing": "replay"},
+            "routing must be one of ('free', 'frozen', 'copy', 'replay_trainer', 'replay_sampler')",
+        ),
+        ({"regularizers__kl_coefficient": -1}, "kl_coefficient must be 0 or more, got -1.0"),
+        ({"correction__kind": "clip"}, "kind of correction must be one of"),
         ({"mini_batches": 3}, "20 responses to learn from do not divide into 3 mini_batches"),
         ({"rollout_chunks": 3}, "20 responses does not divide into 3 rollout_chunks"),
         ({"micro_batches": 3}, "a mini-batch of 10 responses does not divide into 3 micro_batches"),
@@ -348,7 +356,7 @@ def sentence(capsys, *arguments):
         ({"model__head_dim": 7}, "head_dim must be even"),
         ({"model__dtype": "float16"}, "dtype must be one of ('float32', 'bfloat16'), got 'float16'"),
         ({"model__vocab_size": 32}, "model.vocab_size is 32, but Countdown's tokenizer has 22 tokens"),
-        ({"objective": "ppo"}, "unknown objective 'ppo'; choose one of rspo, gmpo, gspo, gspo_rs, grpo, grpo_rs"),
+        ({"objective": "ppo"}, "unknown objective 'ppo'; choose one of rspo, gmpo, gspo, gspo_token, grpo, dr_grpo"),
         ({"objective": "gmpo", "gamma_min": 0.8}, "gmpo has no option gamma_min; it has clip_high, clip_low"),
         ({"objective": "rspo", "aggregation": "token_mean"}, "rspo has no option aggregation"),
         ({"gamma_min": 2}, "gamma_min must lie in (0, 1], got 2.0; 1 switches the router shift off"),

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
+import shutil
 import signal
 
 import jax
@@ -15,7 +16,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from rspo_jax.checkpoint import CheckpointMismatch
-from rspo_jax.metrics import read_metrics
+from rspo_jax.metrics import read_diagnostics, read_metrics
+from rspo_jax.regularizers import RegularizerConfig
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.sharding import MESH_AXES
 from rspo_jax.train_step import LearnerConfig, OptimizerConfig
@@ -106,6 +108,9 @@ class TwoExperts:
 
     def cast_params(self, params):
         return params
+
+    def router_params(self):
+        return {"experts": False, "router": True}
 
     def param_axes(self):
         return {"experts": (None, None, None), "router": (None, None, None)}
@@ -327,7 +332,8 @@ def test_rewards_count_relative_to_their_group(tmp_path, start):
             return 1.0 + correct
 
     def first_step(name, task, scale):
-        _, rows = run(tmp_path / name, change(RL_ONLY, scale_advantages=scale), task, init=copies_of(start))
+        advantages = "group" if scale else "group_centred"
+        _, rows = run(tmp_path / name, change(RL_ONLY, advantages=advantages), task, init=copies_of(start))
         return rows[1]
 
     level, inflated = first_step("level", Level(), True), first_step("inflated", Inflation(), True)
@@ -357,6 +363,75 @@ def test_learned_groups_are_those_with_a_gradient(tmp_path, start):
     assert max(informative) > 4
 
 
+class TwoProblems(TranslationTask):
+    """Responses to two problems of five are rewarded, unless they are cut off."""
+
+    def reward(self, problem, correct):
+        return float(problem in "34")
+
+
+def test_dynamic_sampling_draws_again_and_drops_groups_that_do_not_differ(tmp_path, start):
+    config = change(RL_ONLY, steps=1, learned_groups=4, mini_batches=1)
+    more = change(config, dynamic_sampling=True, max_rollouts=3)
+    _, (_, plain) = run(tmp_path / "plain", config, TwoProblems(), init=copies_of(start))
+    _, (_, once) = run(tmp_path / "once", change(more, max_rollouts=1), TwoProblems(), init=copies_of(start))
+    _, (_, thrice) = run(tmp_path / "thrice", more, TwoProblems(), init=copies_of(start))
+    informative = round(8 * plain["informative_groups"])
+    assert 0 < informative < 4
+    # The same gradient, but the mean is over the responses of groups that differ.
+    assert once["dropped_groups"] == 4 - informative and once["rollouts"] == 1
+    assert once["grad_norm"] == pytest.approx(plain["grad_norm"] * 4 / informative, rel=1e-4)
+    assert 1 < thrice["rollouts"] <= 3 and thrice["dropped_groups"] < once["dropped_groups"]
+    assert thrice["response_tokens"] > once["response_tokens"]
+
+
+def test_long_responses_lose_reward(tmp_path, start):
+    class Nothing(TranslationTask):
+        def reward(self, problem, correct):
+            return 0.0
+
+    config = change(RL_ONLY, steps=1)
+    _, (_, without) = run(tmp_path / "without", config, Nothing(), init=copies_of(start))
+    _, (_, row) = run(tmp_path / "with", change(config, overlong_buffer=2), Nothing(), init=copies_of(start))
+    assert without["grad_norm"] == 0 and "overlong_penalty" not in without
+    assert row["grad_norm"] > 0 and -1 < row["overlong_penalty"] < 0
+    assert row["reward"] == 0  # what the task gave
+
+
+def test_a_penalty_holds_on_to_the_parameters_that_learning_began_with(tmp_path):
+    config = change(CONFIG, steps=3, checkpoint=CheckpointConfig(every=1, keep=20))
+    learner = LearnerConfig(regularizers=RegularizerConfig(kl_coefficient=0.5))
+    params, rows = run(tmp_path / "penalty", config, learner=learner)
+    _, free = run(tmp_path / "free", config)
+    first, *later = [row["reference_kl"] for row in rows if "reference_kl" in row]
+    assert 0 <= first < min(later)
+    assert rows[6]["reward"] == free[6]["reward"] and rows[7]["grad_norm"] != free[7]["grad_norm"]
+    shutil.copytree(tmp_path / "penalty", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / str(checkpoints_in(tmp_path / "again")[-1]))
+    assert run(tmp_path / "again", config, learner=learner, resume=True) == (params, rows)
+    restored = restore_params(POLICY, init_params, config, tmp_path / "penalty", with_reference=True)
+    assert bits(restored.params) == params
+
+
+def test_a_frozen_router_stays(tmp_path, start):
+    config = change(RL_ONLY, optimizer=dataclasses.replace(OPTIMIZER, weight_decay=0.1))
+    params, rows = run(tmp_path, config, learner=LearnerConfig(routing="frozen"), init=copies_of(start))
+    assert params["['router']"] == bits(start)["['router']"]
+    assert params["['experts']"] != bits(start)["['experts']"]
+    assert all(row["gamma_mean"] == 1 for row in rows[1:])
+
+
+def test_arrays_of_a_step_are_written_unless_they_are_switched_off(straight, tmp_path, start):
+    run_dir, _, _ = straight
+    rows = read_diagnostics(run_dir)
+    assert [(row["phase"], row["step"]) for row in rows] == [("rl", step) for step in range(1, 5)]
+    assert rows[0]["layer_drift"].shape == (1,) and rows[0]["expert_load"].shape == (1, 2)
+    tokens = rows[0]["mismatch_histogram"].sum()
+    assert tokens == rows[0]["log_ratio_histogram"].sum() > 0
+    run(tmp_path, RL_ONLY, learner=LearnerConfig(diagnostics=False), init=copies_of(start))
+    assert read_diagnostics(tmp_path) == []
+
+
 def test_updates_that_are_skipped_show_in_the_rows(tmp_path, start):
     class Poison(TranslationTask):
         """Rewards that are finite, but too large for gradients to be."""
@@ -364,7 +439,7 @@ def test_updates_that_are_skipped_show_in_the_rows(tmp_path, start):
         def judge(self, problems, responses):
             return [Judgement(1e37 * (number % 2), False) for number in range(len(problems))]
 
-    params, rows = run(tmp_path, change(RL_ONLY, scale_advantages=False), Poison(), init=copies_of(start))
+    params, rows = run(tmp_path, change(RL_ONLY, advantages="group_centred"), Poison(), init=copies_of(start))
     assert params == bits(start)
     assert [row["skipped_updates"] for row in rows[1:]] == [2, 2]
 
@@ -611,7 +686,9 @@ def test_several_epochs_make_more_updates(tmp_path):
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"rollout_chunks": 0}, "rollout_chunks must be at least 1, got 0"),
         ({"steps": -1}, "steps must be 0 or more, got -1"),
-        ({"group_size": 1}, "raise group_size to 2 or more, or switch scale_advantages off"),
+        ({"max_rollouts": 0}, "max_rollouts must be at least 1, got 0"),
+        ({"advantages": "mean"}, "unknown advantages 'mean'; choose one of group, group_centred"),
+        ({"overlong_buffer": -1}, "overlong_buffer must lie between 0 and sampler.max_new_tokens"),
         ({"mini_batches": 3}, "32 responses to learn from do not divide into 3 mini_batches"),
         ({"rollout_chunks": 3}, "a rollout of 32 responses does not divide into 3 rollout_chunks"),
         ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1, got 0; leave it out to use all problems"),
@@ -626,8 +703,12 @@ def test_trainer_configs_that_are_refused(changes, message):
         change(CONFIG, **changes)
 
 
-def test_a_group_of_one_is_allowed_without_scaling():
-    assert change(CONFIG, group_size=1, scale_advantages=False).learned_rows == 8
+def test_a_group_of_one_is_allowed_where_no_group_is_looked_at():
+    alone = change(CONFIG, group_size=1)
+    with pytest.raises(ValueError, match=r"group advantages.*or choose advantages batch"):
+        check_learner(alone, LEARNER)
+    check_learner(change(alone, advantages="batch"), LEARNER)
+    check_learner(alone, dataclasses.replace(LEARNER, objective="reinforce_pp"))
 
 
 @pytest.mark.parametrize(
