@@ -21,6 +21,7 @@ from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownCon
 from experiments.tasks.countdown.task import CountdownTask
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.text import ChatConfig, HuggingFaceTokenizer
+from rspo_jax.adaptive_shift import AdaptiveShiftConfig
 from rspo_jax.corrections import CorrectionConfig
 from rspo_jax.files import FilePath, as_path
 from rspo_jax.objectives import OBJECTIVES
@@ -76,6 +77,7 @@ class ObjectiveOptions:
     """What is done to the routers: nothing (free), no updates of them (frozen), the old policy's choice and scores
     (copy), its choice alone (replay_trainer), or the choice of the sampler (replay_sampler)."""
     regularizers: RegularizerConfig = RegularizerConfig()
+    adaptive_shift: AdaptiveShiftConfig = AdaptiveShiftConfig()
     correction: CorrectionConfig = CorrectionConfig()
     diagnostics: bool = True
     """Record how routes, experts and ratios spread: arrays of each step in diagnostics.jsonl."""
@@ -139,6 +141,7 @@ class Run:
             routing=self.objective.routing,
             regularizers=self.objective.regularizers,
             correction=self.objective.correction,
+            adaptive_shift=self.objective.adaptive_shift,
             diagnostics=self.objective.diagnostics,
             temperature=self.trainer.sampler.temperature,
             micro_batches=self.objective.micro_batches,

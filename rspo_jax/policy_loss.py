@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.adaptive_shift import AdaptiveShiftConfig, scaled
 from rspo_jax.corrections import CorrectionConfig, correct, weighted_gradient
 from rspo_jax.diagnostics import drift_reading, ratio_statistics, response_inputs, routing_reader, routing_statistics
 from rspo_jax.head_log_probs import TokenScores, head_log_probs
@@ -46,6 +47,7 @@ class LearnerConfig:
     routing: str = "free"
     """What is done to the routers beside weighing how far they moved (`rspo_jax.routing_control`)."""
     regularizers: RegularizerConfig = RegularizerConfig()
+    adaptive_shift: AdaptiveShiftConfig = AdaptiveShiftConfig()
     correction: CorrectionConfig = CorrectionConfig()
     """For a sampler whose log-probabilities are not the trainer's."""
     diagnostics: bool = True
@@ -66,12 +68,29 @@ class LearnerConfig:
             raise ValueError(f"layer_aggregation must be one of {LAYER_AGGREGATIONS}, got {self.layer_aggregation!r}")
         if self.routing not in ROUTINGS:
             raise ValueError(f"routing must be one of {ROUTINGS}, got {self.routing!r}")
+        self._check_adaptive_shift()
         if self.micro_batches < 1:
             raise ValueError(f"micro_batches must be at least 1, got {self.micro_batches}")
         if self.row_length is not None and self.row_length < 1:
             raise ValueError(f"row_length must be at least 1, got {self.row_length}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive to train, got {self.temperature}")
+
+    @property
+    def gamma_min(self) -> float | None:
+        """The floor of the router shift; None where the objective leaves it out."""
+        return getattr(self.objective_config or OBJECTIVES[self.objective].config_type(), "gamma_min", None)
+
+    def _check_adaptive_shift(self) -> None:
+        if not self.adaptive_shift.adapts:
+            return
+        if self.gamma_min is None or self.gamma_min == 1:
+            raise ValueError(
+                f"adaptive_shift needs a router shift to adapt, and {self.objective} has none: give it a gamma_min "
+                "below 1, or leave the rule at fixed"
+            )
+        if not self.diagnostics:
+            raise ValueError("adaptive_shift goes by the diagnostics of the updates: switch diagnostics on")
 
 
 def score_rows(
@@ -139,7 +158,12 @@ def whole_of(policy: Policy, params: Params, parts: ScoredBatch, config: Learner
 
 
 def part_terms(
-    policy: Policy, params: Params, part: ScoredBatch, config: LearnerConfig, whole: Whole | None = None
+    policy: Policy,
+    params: Params,
+    part: ScoredBatch,
+    config: LearnerConfig,
+    whole: Whole | None = None,
+    shift_log_scale: Array | None = None,
 ) -> tuple[Mean, dict[str, Statistic]]:
     """The loss of one part before its division, and statistics of it.
 
@@ -149,6 +173,7 @@ def part_terms(
       part: responses with the old policy's log-probabilities and route.
       config: of the loss.
       whole: of the mini-batch that the part belongs to (`whole_of`).
+      shift_log_scale: of an adaptive router shift (`rspo_jax.adaptive_shift`).
     """
     objective, batch, route = OBJECTIVES[config.objective], part.batch, part.old_route
     readers = _readers(policy, part, config, whole)
@@ -175,9 +200,10 @@ def part_terms(
     penalty, statistics = token_penalty(config.regularizers, log_probs, entropy, mask, part.reference_log_probs)
     if config.diagnostics:
         log_ratio = jnp.where(mask, log_probs - part.old_log_probs, 0)
-        floor = getattr(config.objective_config or objective.config_type(), "gamma_min", None)
-        statistics |= ratio_statistics(log_ratio, mask, gamma, floor)
+        statistics |= ratio_statistics(log_ratio, mask, gamma, config.gamma_min)
         statistics |= routing_statistics(readings["routing"]) if route is not None else {}
+    if gamma is not None and shift_log_scale is not None:
+        gamma = scaled(gamma, shift_log_scale)
     if config.correction.kind != "none":
         log_probs = weighted_gradient(log_probs, correction.weights)
     loss, objective_statistics = objective.terms(

@@ -5,6 +5,7 @@ it and does the rest. Both are functions of the run state. This file must never 
 files, checkpoints, evaluations.
 """
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from rspo_jax.adaptive_shift import next_log_scale
 from rspo_jax.advantages import ADVANTAGES, overlong_penalty
 from rspo_jax.data import take
 from rspo_jax.objectives import OBJECTIVES
@@ -34,7 +36,7 @@ from rspo_jax.routing_control import records_route
 from rspo_jax.run_state import RunState, sampling_params
 from rspo_jax.sampler import SamplerConfig
 from rspo_jax.sharding import constrain, fetch
-from rspo_jax.statistics import Statistic
+from rspo_jax.statistics import Maximum, Statistic, reduce
 from rspo_jax.train_step import LearnerConfig, OptimizerConfig, score, split_parts, to_device, to_host, update
 from rspo_jax.trainer_config import TrainerConfig
 from rspo_jax.types import Policy, RolloutBatch, Task
@@ -144,18 +146,48 @@ def learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecord
         scored.append(to_host(old) if learner.route_on_host else old)
         statistics.append(score_statistics)
     optimizer, train_state = config.decaying_optimizer, state.train
+    scale = state.shift_log_scale if learner.adaptive_shift.adapts else None
     learning_rate = learning_rate_at(optimizer, int(train_state.updates))
     for epoch in range(config.epochs):
         for index in np.asarray(jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), config.mini_batches)):
             mini_batch = to_device(scored[index]) if learner.route_on_host else scored[index]
             train_state, update_statistics = update(
-                run.policy, optimizer, train_state, mini_batch, learner, config.mesh
+                run.policy, optimizer, train_state, mini_batch, learner, config.mesh, scale
             )
             statistics.append(update_statistics)
+    state, scale_metrics = _adapt(state, statistics, learner)
+    statistics.append(scale_metrics)
     metrics = _rollout_metrics(found, config) | packing_metrics | {"learning_rate": learning_rate}
     lengths = ResponseLengths(jnp.float32(metrics["response_length"]), jnp.float32(metrics["longest_response"]))
     state = state._replace(train=train_state, key=jax.random.key_data(key), step=state.step + 1, lengths=lengths)
     return state, StepRecord(int(state.step), statistics, metrics, draws.started)
+
+
+def _adapt(
+    state: RunState, statistics: list[dict[str, Statistic]], learner: LearnerConfig
+) -> tuple[RunState, dict[str, Statistic]]:
+    """Sets the scale of the router shift for the next step, by what the updates of this one have recorded."""
+    if not learner.adaptive_shift.adapts:
+        return state, {}
+    used = [
+        {name: of_update[name] for name in ("drift_quantiles", "effective_sample_size")}
+        for of_update in statistics
+        if "drift_quantiles" in of_update
+    ]
+    if not used:
+        raise ValueError("this model has no router whose shift could be adapted: leave adaptive_shift.rule at fixed")
+    following = _next_log_scale(state.shift_log_scale, used, learner)
+    shown: dict[str, Statistic] = {"shift_scale": Maximum(jnp.exp(state.shift_log_scale))}
+    return state._replace(shift_log_scale=following), shown
+
+
+@functools.partial(jax.jit, static_argnames="learner")
+def _next_log_scale(log_scale: jax.Array, used: list[dict[str, Statistic]], learner: LearnerConfig) -> jax.Array:
+    found = reduce(jax.tree.map(lambda *leaves: jnp.stack(leaves), *used))
+    assert learner.gamma_min is not None
+    return next_log_scale(
+        log_scale, found["drift_quantiles"], found["effective_sample_size"], learner.gamma_min, learner.adaptive_shift
+    )
 
 
 def _judged(run: Run, draws: Draws) -> Learnable:

@@ -33,6 +33,8 @@ class RunState(NamedTuple):
     """int32 scalar: steps of reinforcement learning made."""
     lengths: ResponseLengths
     """Of the last rollout: they decide how the next is drawn."""
+    shift_log_scale: Array
+    """float32 scalar, of an adaptive router shift (`rspo_jax.adaptive_shift`); 0 elsewhere."""
     reference: Params | None = None
     """Parameters that reinforcement learning began with, where a KL penalty holds on to them."""
 
@@ -47,7 +49,7 @@ def fresh_state(
     reference = copy_params(params) if with_reference else None
     train_state = init_train_state(params, config.first_optimizer)
     no_lengths = ResponseLengths(jnp.float32(0), jnp.float32(0))
-    return RunState(train_state, jax.random.key_data(key), zero, zero, zero, no_lengths, reference)
+    return RunState(train_state, jax.random.key_data(key), zero, zero, zero, no_lengths, jnp.float32(0), reference)
 
 
 def copy_params(params: Params) -> Params:

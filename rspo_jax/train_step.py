@@ -201,6 +201,7 @@ def update(
     batch: ScoredBatch,
     config: LearnerConfig,
     mesh: MeshConfig = MeshConfig(),
+    shift_log_scale: Array | None = None,
 ) -> tuple[TrainState, dict[str, Statistic]]:
     """One optimizer update of the policy objective on one mini-batch.
 
@@ -211,6 +212,7 @@ def update(
       batch: the micro-batches of a mini-batch, one after the other, [parts, ...].
       config: objective and scoring.
       mesh: its rules say where the next state lies, if a mesh is in use (`jax.set_mesh`).
+      shift_log_scale: float32 scalar, of an adaptive router shift.
 
     Returns:
       The next state and the objective's statistics, with `loss`, `grad_norm` (before clipping) and `skipped_updates`.
@@ -218,7 +220,7 @@ def update(
     whole = whole_of(policy, state.params, batch, config)
 
     def terms(params: Params, part: ScoredBatch) -> tuple[Mean, dict[str, Statistic]]:
-        return part_terms(policy, params, part, config, whole)
+        return part_terms(policy, params, part, config, whole, shift_log_scale)
 
     frozen = policy.router_params() if config.routing == "frozen" else None
     return _apply_gradient(optimizer, state, terms, batch, _Places(policy, mesh), frozen)

@@ -19,12 +19,15 @@ PACKAGES = ("rspo_jax", "models", "experiments")
 
 # Pure functions of arrays, and the types they speak: nothing that they import may lead to RUNNERS.
 PURE = (
+    "adaptive_shift",
     "advantages",
     "collapse",
     "corrections",
     "diagnostics",
     "head_log_probs",
     "log_probs",
+    "objective_configs",
+    "objective_formulas",
     "objectives",
     "packing",
     "readers",

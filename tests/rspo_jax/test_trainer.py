@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
+from rspo_jax.adaptive_shift import AdaptiveShiftConfig
 from rspo_jax.checkpoint import CheckpointMismatch
 from rspo_jax.metrics import read_diagnostics, read_metrics
 from rspo_jax.regularizers import RegularizerConfig
@@ -419,6 +420,23 @@ def test_a_frozen_router_stays(tmp_path, start):
     assert params["['router']"] == bits(start)["['router']"]
     assert params["['experts']"] != bits(start)["['experts']"]
     assert all(row["gamma_mean"] == 1 for row in rows[1:])
+
+
+@pytest.mark.parametrize("rule", ["quantile", "sample_size"])
+def test_a_router_shift_sets_its_own_scale(tmp_path, start, rule):
+    config = change(RL_ONLY, steps=4, checkpoint=CheckpointConfig(every=1, keep=20))
+    learner = LearnerConfig(adaptive_shift=AdaptiveShiftConfig(rule, sample_size=0.99))
+    params, rows = run(tmp_path / "straight", config, learner=learner, init=copies_of(start))
+    scales = [row["shift_scale"] for row in rows[1:]]
+    assert scales[0] == 1 and len(set(scales)) >= 3  # the first step's only off-policy update has learning rate 0
+    _, fixed = run(tmp_path / "fixed", config, init=copies_of(start))
+    assert "shift_scale" not in fixed[1] and fixed[1]["grad_norm"] == rows[1]["grad_norm"]
+    assert fixed[4]["gamma_mean"] != rows[4]["gamma_mean"]
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    for index in checkpoints_in(tmp_path / "again")[1:]:
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / str(index))
+    again = run(tmp_path / "again", config, learner=learner, init=copies_of(start), resume=True)
+    assert again == (params, rows)
 
 
 def test_arrays_of_a_step_are_written_unless_they_are_switched_off(straight, tmp_path, start):
