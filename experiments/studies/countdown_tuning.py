@@ -1,8 +1,6 @@
 """A learning rate for every method of the study `countdown`: all get the same rates, seeds and steps, and are judged on
 the validation split. Seeds are others than the study's."""
 
-import dataclasses
-
 from experiments.ablation.figures import Sensitivity
 from experiments.ablation.grid import vary
 from experiments.ablation.study import Study
@@ -10,11 +8,10 @@ from experiments.studies.countdown import BASE, LABELS, METHODS, RIGID, STYLES, 
 
 UPDATES = (16,)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-STEPS = 60
 
 STUDY = Study(
     name="countdown_tuning",
-    base=dataclasses.replace(BASE, trainer=dataclasses.replace(BASE.trainer, steps=STEPS)),
+    base=BASE,
     grid=methods(METHODS | RIGID, {})
     * updates(*UPDATES)
     * vary("learning_rate", "trainer.optimizer.learning_rate", *RATES),
