@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from rspo_jax.adaptive_shift import next_log_scale
 from rspo_jax.advantages import ADVANTAGES, overlong_penalty
 from rspo_jax.data import take
+from rspo_jax.gradient_probe import probe
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.rollout import (
     Judged,
@@ -39,9 +40,10 @@ from rspo_jax.sharding import constrain, fetch
 from rspo_jax.statistics import Maximum, Statistic, reduce
 from rspo_jax.train_step import LearnerConfig, OptimizerConfig, score, split_parts, to_device, to_host, update
 from rspo_jax.trainer_config import TrainerConfig
-from rspo_jax.types import Policy, RolloutBatch, Task
+from rspo_jax.types import Policy, RolloutBatch, ScoredBatch, Task
 
 Batch = TypeVar("Batch")
+_PROBE = 0x70726F62  # far from the small numbers by which other keys are made of the same one
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class StepRecord(NamedTuple):
     statistics: list[dict[str, Statistic]]
     metrics: dict[str, float]
     started: float
+    scored: list[ScoredBatch]
+    """The mini-batches, for `probe_gradients`; none in a step that is not probed."""
 
 
 def start_rollout(run: Run, state: RunState) -> tuple[Draws, RunState]:
@@ -137,14 +141,7 @@ def learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecord
         found.append(_judged(run, again))
     rollout = _learned_rows(found, config)
     key, shuffle_key = jax.random.split(jax.random.wrap_key_data(state.key))
-    order = np.asarray(jax.random.permutation(shuffle_key, config.learned_rows))
-    packing = Packing(config.mini_batches, learner.micro_batches, learner.row_length)
-    batch, packing_metrics = pack(rollout, config.sampler.max_new_tokens, order, packing)
-    scored, statistics = [], []
-    for mini_batch in split_parts(batch, config.mini_batches):
-        old, score_statistics = score(run.policy, state.train.params, mini_batch, learner, state.reference)
-        scored.append(to_host(old) if learner.route_on_host else old)
-        statistics.append(score_statistics)
+    scored, statistics, packing_metrics = _scored(run, state, rollout, shuffle_key)
     optimizer, train_state = config.decaying_optimizer, state.train
     scale = state.shift_log_scale if learner.adaptive_shift.adapts else None
     learning_rate = learning_rate_at(optimizer, int(train_state.updates))
@@ -160,7 +157,47 @@ def learn(run: Run, state: RunState, draws: Draws) -> tuple[RunState, StepRecord
     metrics = _rollout_metrics(found, config) | packing_metrics | {"learning_rate": learning_rate}
     lengths = ResponseLengths(jnp.float32(metrics["response_length"]), jnp.float32(metrics["longest_response"]))
     state = state._replace(train=train_state, key=jax.random.key_data(key), step=state.step + 1, lengths=lengths)
-    return state, StepRecord(int(state.step), statistics, metrics, draws.started)
+    step = int(state.step)
+    return state, StepRecord(step, statistics, metrics, draws.started, scored if config.probes(step) else [])
+
+
+def _scored(
+    run: Run, state: RunState, rollout: RolloutBatch, key: jax.Array
+) -> tuple[list[ScoredBatch], list[dict[str, Statistic]], dict[str, float]]:
+    """The mini-batches of a rollout, cut at random and scored by the parameters of the state."""
+    config, learner = run.config, run.learner
+    order = np.asarray(jax.random.permutation(key, config.learned_rows))
+    packing = Packing(config.mini_batches, learner.micro_batches, learner.row_length)
+    batch, packing_metrics = pack(rollout, config.sampler.max_new_tokens, order, packing)
+    scored, statistics = [], []
+    for mini_batch in split_parts(batch, config.mini_batches):
+        old, score_statistics = score(run.policy, state.train.params, mini_batch, learner, state.reference)
+        scored.append(to_host(old) if learner.route_on_host else old)
+        statistics.append(score_statistics)
+    return scored, statistics, packing_metrics
+
+
+def probe_gradients(run: Run, state: RunState, scored: list[ScoredBatch]) -> dict[str, float]:
+    """What all objectives' gradients are at the end of a step (`rspo_jax.gradient_probe`).
+
+    Draws a rollout for the step's prompts from its last parameters, with a key of its own. Nothing of the state
+    changes.
+
+    Args:
+      run: it says how to draw and judge.
+      state: after the step.
+      scored: that of its record.
+
+    Returns:
+      The metrics.
+    """
+    config = run.config
+    key, cut_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), _PROBE))
+    again = state._replace(key=jax.random.key_data(key), cursor=state.cursor - config.prompts)
+    draws, _ = start_rollout(run, again)
+    rollout = _learned_rows([_judged(run, draws)], config)
+    fresh, *_ = _scored(run, state, rollout, cut_key)
+    return probe(run.policy, state.train.params, scored, fresh, run.learner, config.mesh)
 
 
 def _adapt(

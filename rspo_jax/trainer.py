@@ -23,7 +23,7 @@ from rspo_jax.diagnostics import finish
 from rspo_jax.files import FilePath, as_path
 from rspo_jax.metrics import MetricsLog, Progress, read_metrics, wilson_interval
 from rspo_jax.preemption import Preemption
-from rspo_jax.reinforcement import Run, StepRecord, learn, learning_rate_at, start_rollout
+from rspo_jax.reinforcement import Run, StepRecord, learn, learning_rate_at, probe_gradients, start_rollout
 from rspo_jax.rollout import (
     Packing,
     check_solutions,
@@ -272,8 +272,10 @@ def _reinforce(run: Run, state: RunState, recorder: Recorder) -> RunState:
             last, stop = step == config.steps, recorder.preemption.agreed()
             evaluating = last or step % config.evaluation.every == 0
             saving = last or stop or step % config.checkpoint.every == 0
-            if evaluating or saving:
-                (metrics, arrays), previous = _finish(previous), None
+            if evaluating or saving or config.probes(step):
+                metrics, arrays = _finish(previous)
+                metrics |= probe_gradients(run, state, previous.scored) if config.probes(step) else {}
+                previous = None
                 write(step, metrics | (_evaluate(run, state, final=last) if evaluating else {}), arrays)
                 stop = recorder.preemption.agreed()  # once more: an evaluation takes its time
             if saving or stop:

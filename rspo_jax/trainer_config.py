@@ -106,6 +106,9 @@ class TrainerConfig:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    probe_every: int = 0
+    """Steps between probes of all objectives' gradients (`rspo_jax.gradient_probe`); 0: none. A probe costs several
+    steps, and changes nothing of the training."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are arranged. Unless it says otherwise, all split rows, parameters and optimizer (fsdp)."""
 
@@ -113,8 +116,9 @@ class TrainerConfig:
         for name in ("prompts", "group_size", "mini_batches", "epochs", "rollout_chunks", "max_rollouts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.steps < 0:
-            raise ValueError(f"steps must be 0 or more, got {self.steps}")
+        for name in ("steps", "probe_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.advantages is not None and self.advantages not in ADVANTAGES:
             raise ValueError(f"unknown advantages {self.advantages!r}; choose one of {', '.join(ADVANTAGES)}")
         if not 0 <= self.overlong_buffer <= self.sampler.max_new_tokens:
@@ -155,6 +159,10 @@ class TrainerConfig:
         """That of the phase that a run begins with."""
         return self.warm_start.decaying_optimizer if self.warm_start.steps else self.decaying_optimizer
 
+    def probes(self, step: int) -> bool:
+        """Whether gradients are probed at the end of a step."""
+        return self.probe_every > 0 and step % self.probe_every == 0
+
     @property
     def learned_rows(self) -> int:
         """Responses of a rollout that are learned from."""
@@ -177,6 +185,11 @@ def check_learner(config: TrainerConfig, learner: LearnerConfig) -> None:
     if mini_batch % learner.micro_batches:
         raise ValueError(
             f"a mini-batch of {mini_batch} responses does not divide into {learner.micro_batches} micro_batches"
+        )
+    if config.probe_every and config.mini_batches * learner.micro_batches < 2:
+        raise ValueError(
+            "a gradient has no variance over a single part: use 2 or more mini_batches or micro_batches, or leave "
+            "probe_every at 0"
         )
     if learner.temperature != config.sampler.temperature:
         raise ValueError(

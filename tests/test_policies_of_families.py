@@ -71,7 +71,7 @@ def test_every_objective_learns_without_a_router(objective):
     assert second.get("gamma_mean", 1.0) == 1.0
 
 
-@pytest.mark.parametrize(("config", "layers"), [(MIXED, 2), (DEEPSEEK, 1)])
+@pytest.mark.parametrize(("config", "layers"), [(MIXED, 2), pytest.param(DEEPSEEK, 1, marks=pytest.mark.slow)])
 def test_the_shift_covers_the_layers_that_have_a_router(config, layers):
     (first, second), route = learn(config, "rspo")
     assert route.expert_ids.shape == (1, ROWS, layers, 2, WIDTH)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments import plots
-from experiments.reporting import heat_maps
+from experiments.reporting import heat_maps, probes
 from experiments.reporting.curves import (
     BLUE,
     DASHED,
@@ -233,6 +233,26 @@ SECTIONS = (
                 "Load violation by layer", "layer_max_violation", "Busiest expert over the mean, − 1.", low=0.0
             ),
             Panel("Expert load, last step", "Times the mean: 1 is even.", ("expert_load",), True, _last_load),
+        ),
+    ),
+    Section(
+        "Objectives on the same batch",
+        (
+            Panel(
+                "Cosine to the on-policy gradient",
+                "All objectives at the same parameters, on the responses of the step. 1: as if they were on-policy. "
+                "Grey: between two halves of the on-policy rollout, which are noisy too.",
+                (probes.NEEDED,),
+                False,
+                _of_rows(probes.draw_cosine),
+            ),
+            Panel(
+                "Signal-to-noise ratio of gradients",
+                "All objectives at the same parameters, over parts of the same responses. Noise alone gives about 1.",
+                (probes.NEEDED,),
+                False,
+                _of_rows(probes.draw_signal),
+            ),
         ),
     ),
     Section(

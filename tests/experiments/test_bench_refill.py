@@ -1,4 +1,4 @@
-"""The benchmark of refilled slots on a case that takes a second: what it prints and what it refuses."""
+"""The benchmark of refilled slots on a small case: what it prints and what it refuses."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import pytest
 from experiments import bench_refill
 
 
+@pytest.mark.slow
 def test_a_small_case(capsys):
     sizes = ["--requests", "4", "--slots", "2", "--prompt-tokens", "3", "--max-new-tokens", "6"]
     assert bench_refill.main([*sizes, "--stop-tokens", "8", "--repeats", "2"]) == 0
@@ -13,6 +14,7 @@ def test_a_small_case(capsys):
     assert all(word in printed for word in ("refilled", "batch after", "all at once"))
 
 
+@pytest.mark.slow
 def test_slots_draw_what_is_drawn_all_at_once():
     benchmark = bench_refill.Benchmark(requests=4, slots=2, prompt_tokens=3, max_new_tokens=6, repeats=2)
     calls = bench_refill.contenders(benchmark, 8)

@@ -7,10 +7,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import compare, report
-from experiments.reporting import heat_maps, page
+from experiments.reporting import heat_maps, page, probes
 from experiments.reporting.panels import SECTIONS
 from experiments.reporting.record import Series, load_run
 from rspo_jax import diagnostics
+from rspo_jax.gradient_probe import PROBED
 from rspo_jax.metrics import MetricsLog, write_json
 
 LAYERS, EXPERTS = 4, 16
@@ -62,7 +63,16 @@ def fake_metrics(rng, step, trouble):
         "response_length": 20.0,
         "longest_response": 40.0,
     }
-    return metrics | (interval("eval_greedy", metrics["solve_rate"]) if step % 10 == 0 else {})
+    return metrics | (interval("eval_greedy", metrics["solve_rate"]) | fake_probe(trouble) if step % 10 == 0 else {})
+
+
+def fake_probe(trouble):
+    of_objectives = {
+        f"probe_{kind}_{name}": value - 0.01 * place
+        for kind, value in (("cosine", 0.9 - 0.5 * trouble), ("snr", 4 - 3 * trouble))
+        for place, name in enumerate(PROBED)
+    }
+    return of_objectives | {"probe_reference_cosine_sequence_mean": 0.8, "probe_snr_gspo": np.nan}
 
 
 def fake_arrays(rng, trouble):
@@ -157,6 +167,21 @@ def test_alarm_and_collapse_are_told_and_marked(runs, undrawn):
         assert upright == ([] if title == "Expert load, last step" else [warned.alarm, warned.collapse]), title
     calm = report.make_report(load_run(runs["rspo"]))
     assert "no sign of a collapse" in calm and 'class="key"' not in calm
+
+
+def test_probes_are_drawn_at_the_steps_that_have_one(runs, undrawn):
+    report.make_report(load_run(runs["rspo"]))
+    labels = {label for _, _, label in probes.STYLES.values()}
+    cosine, signal = (
+        {line.get_label(): line for line in undrawn[title].lines if not line.get_label().startswith("_")}
+        for title in ("Cosine to the on-policy gradient", "Signal-to-noise ratio of gradients")
+    )
+    assert cosine.keys() == labels | {"halves of on-policy"} and signal.keys() == labels - {"GSPO"}
+    for line in (*cosine.values(), *signal.values()):
+        assert list(line.get_xdata()) == [10, 20, 30, 40, 50, 60]
+    assert probes.STYLES.keys() == PROBED.keys()
+    looks = [(colour, str(dashes)) for colour, dashes, _ in probes.STYLES.values()]
+    assert len(set(looks)) == len(looks)
 
 
 def test_numbers_configuration_and_intervals_are_shown(runs, undrawn):

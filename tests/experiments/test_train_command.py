@@ -192,6 +192,7 @@ def test_what_a_run_leaves(finished):
         "summary.json",
         "curves.png",
         "checkpoints",
+        "diagnostics.jsonl",
         "tensorboard",
     }
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -338,7 +339,7 @@ def sentence(capsys, *arguments):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"group_size": 1}, "raise group_size to 2 or more, or choose advantages batch"),
+        ({"group_size": 1, "mini_batches": 1}, "raise group_size to 2 or more, or choose advantages batch"),
         ({"advantages": "mean"}, "unknown advantages 'mean'; choose one of group, group_centred, leave_one_out, batch"),
         ({"overlong_buffer": 99}, "overlong_buffer must lie between 0 and sampler.max_new_tokens"),
         (

@@ -450,6 +450,25 @@ def test_arrays_of_a_step_are_written_unless_they_are_switched_off(straight, tmp
     assert read_diagnostics(tmp_path) == []
 
 
+def test_probes_of_gradients_change_nothing_else_and_are_the_same_in_a_resumed_run(straight, tmp_path):
+    _, params, rows = straight
+    config, task = change(CONFIG, probe_every=2), TranslationTask()
+    probed_params, probed_rows = run(tmp_path / "probed", config, task)
+    assert probed_params == params
+    assert [{name: row[name] for name in row if not name.startswith("probe_")} for row in probed_rows] == rows
+    assert [row["step"] for row in probed_rows[6:] if "probe_cosine_rspo" in row] == [2, 4]
+    assert all(row["probe_variance_rspo"] > 0 for row in (probed_rows[7], probed_rows[9]))
+    # The prompts are those of the step, and drawn for again at its end.
+    step = prompts_before_step(2)
+    assert task.seen[step : step + 8] == task.seen[step + 8 : step + 16]
+    shutil.copytree(tmp_path / "probed", tmp_path / "again")
+    for checkpoint in (8, 9):
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / str(checkpoint))
+    again_params, again_rows = run(tmp_path / "again", config, resume=True)
+    assert again_params == params
+    assert str(again_rows) == str(probed_rows)  # by text, because NaN is not equal to itself
+
+
 def test_updates_that_are_skipped_show_in_the_rows(tmp_path, start):
     class Poison(TranslationTask):
         """Rewards that are finite, but too large for gradients to be."""
