@@ -91,8 +91,8 @@ def run(mesh_config, devices, folder):
             "sampler_mask": drawn.mask,
             "old_log_probs": old.old_log_probs,
             "state": state,
-            "score": reduce(score_statistics),
-            "statistics": reduce(statistics),
+            "score": numbers(score_statistics),
+            "statistics": numbers(statistics),
         }
         template = jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
@@ -100,10 +100,18 @@ def run(mesh_config, devices, folder):
         return jax.device_get(found), all(jax.tree.leaves(kept)), template
 
 
-def distance(value, expected):
-    """‖value − expected‖ / ‖expected‖; scalars, which may cancel to almost nothing, relative to at least 1."""
+def numbers(statistics):
+    """Finished statistics; of histograms the number of tokens, as one beside an edge may fall to either side of it."""
+    reduced = reduce(statistics)
+    return {name: jnp.sum(value) if name.endswith("histogram") else value for name, value in reduced.items()}
+
+
+def distance(name, value, expected):
+    """‖value − expected‖ / ‖expected‖; of scalars and statistics, which may cancel to almost nothing, relative to at
+    least 1."""
     difference = np.linalg.norm(np.asarray(value, np.float64) - np.asarray(expected, np.float64))
-    return float(difference / (np.linalg.norm(expected) if np.ndim(expected) else max(1.0, abs(expected))))
+    size = np.linalg.norm(expected)
+    return float(difference / (size if name.startswith("state/") and np.ndim(expected) else max(1.0, size)))
 
 
 def restores(folder, template, state):
@@ -128,7 +136,7 @@ def main(meshes):
             keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
             report[name] = {
                 "distances": {
-                    keystr(path): distance(value, expected[path])
+                    keystr(path): distance(keystr(path), value, expected[path])
                     for path, value in jax.tree_util.tree_leaves_with_path(found)
                     if value.dtype.kind == "f"
                 },

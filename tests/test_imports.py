@@ -39,7 +39,16 @@ PURE = (
     "statistics",
     "types",
 )
-RUNNERS = ("checkpoint", "policy_loss", "reinforcement", "rollout", "sampler", "train_step", "trainer")
+RUNNERS = (
+    "checkpoint",
+    "gradient_probe",
+    "policy_loss",
+    "reinforcement",
+    "rollout",
+    "sampler",
+    "train_step",
+    "trainer",
+)
 
 FORBIDDEN_IN = {
     "rspo_jax": ("models", "experiments", "flax", "tensorflow_datasets"),

@@ -40,7 +40,9 @@ def test_all_numbers_are_those_of_one_device(report, mesh):
     distances = report[mesh]["distances"]
     assert {"old_log_probs", "statistics/loss", "statistics/gamma_mean", "statistics/grad_norm"} <= set(distances)
     assert sum(name.startswith("state/opt_state") for name in distances) > 20  # the first moment is the gradient
-    assert {name: value for name, value in distances.items() if not value < 1e-5} == {}
+    # Drift lies on a grid of 1/1024 nat, and a log-prob between two of its points may be rounded either way.
+    limits = {name: 1e-3 if "drift" in name else 1e-5 for name in distances}
+    assert {name: value for name, value in distances.items() if not value < limits[name]} == {}
 
 
 @pytest.mark.parametrize("mesh", MESHES)
