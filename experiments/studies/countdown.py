@@ -70,7 +70,17 @@ RIGID = {
 LEARNING_RATES: dict[str, float] = {}
 """Of methods that are not tuned to that of the base run."""
 
-DEFAULTS = {"gamma": "weight", "gamma_min": 0.8, "position": "pre_clip", "layers": "mean"}
+BALANCE = vary("balance", "objective.regularizers.load_balance_coefficient", 0.01)
+"""The router shift beside a load-balance loss, which moves routers too."""
+
+DEFAULTS = {
+    "gamma": "weight",
+    "gamma_min": 0.8,
+    "position": "pre_clip",
+    "layers": "mean",
+    "scale": "fixed",
+    "balance": 0.0,
+}
 
 LABELS = {
     "grpo": "GRPO",
@@ -94,6 +104,10 @@ LABELS = {
     "post_clip_literal": "after, as printed",
     "mean": "mean over layers",
     "sum": "sum over layers",
+    "fixed": "fixed scale",
+    "quantile": "scale by the drift's quantile",
+    "sample_size": "scale by the sample size",
+    "balance": "load-balance coefficient",
 }
 
 STYLES = {
@@ -117,6 +131,7 @@ def updates(*levels: int) -> Grid:
     return vary("updates", "trainer.mini_batches", *levels)
 
 
+BALANCED = {name: METHODS[name] for name in ("gmpo", "rspo")}
 RSPO = methods({"rspo": METHODS["rspo"]}, LEARNING_RATES)
 
 ABLATIONS = (
@@ -124,6 +139,7 @@ ABLATIONS = (
     + vary("gamma_min", "objective.gamma_min", 0.2, 0.5, 0.9, 0.95)
     + vary("position", "objective.position", "post_clip", "post_clip_literal")
     + vary("layers", "objective.layer_aggregation", "sum")
+    + vary("scale", "objective.adaptive_shift.rule", "quantile", "sample_size")
 )
 """Each changes one thing of RSPO."""
 
@@ -136,7 +152,8 @@ STUDY = Study(
     base=BASE,
     grid=methods(METHODS, LEARNING_RATES) * updates(*UPDATES)
     + (methods(RIGID, LEARNING_RATES) * updates(*ABLATED_UPDATES)).with_seeds(*ABLATION_SEEDS)
-    + (RSPO * updates(*ABLATED_UPDATES) * ABLATIONS).with_seeds(*ABLATION_SEEDS),
+    + (RSPO * updates(*ABLATED_UPDATES) * ABLATIONS).with_seeds(*ABLATION_SEEDS)
+    + (methods(BALANCED, LEARNING_RATES) * updates(*ABLATED_UPDATES) * BALANCE).with_seeds(*ABLATION_SEEDS),
     seeds=SEEDS,
     defaults=DEFAULTS,
     figures=(
@@ -157,6 +174,9 @@ STUDY = Study(
         LearningCurves("gamma_curves", panels="updates", lines="gamma", where=ABLATED),
         FinalScores("position", panels="updates", groups="position", where=ABLATED),
         FinalScores("layers", panels="updates", groups="layers", where=ABLATED),
+        FinalScores("scale", panels="updates", groups="scale", where=ABLATED),
+        LearningCurves("scale_curves", panels="updates", lines="scale", where=ABLATED),
+        FinalScores("balance", panels="updates", groups="balance", where=ABLATED),
         Sensitivity("gamma_min", factor="gamma_min", lines="updates", where=ABLATED),
     ),
     labels=LABELS,
