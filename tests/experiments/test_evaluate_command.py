@@ -87,7 +87,15 @@ def taught(tmp_path_factory):
         key, zero = jax.random.key_data(jax.random.key(0)), jnp.int32(0)
         checkpoints.save(
             7,
-            RunState(train_state, key, zero, zero, jnp.int32(7), ResponseLengths(jnp.float32(0), jnp.float32(0))),
+            RunState(
+                train_state,
+                key,
+                zero,
+                zero,
+                jnp.int32(7),
+                ResponseLengths(jnp.float32(0), jnp.float32(0)),
+                jnp.float32(0),
+            ),
             {"elapsed_seconds": 1.0},
         )
     return run_dir, problems

@@ -126,7 +126,7 @@ def with_output(notebook, **output):
     [
         ({"output_type": "error", "ename": "E", "evalue": "it broke", "traceback": []}, "error or a warning: it broke"),
         ({"output_type": "stream", "name": "stderr", "text": "careful"}, "error or a warning: careful"),
-        ({"output_type": "stream", "name": "stdout", "text": "in /home/me/runs"}, "machine: /home/me"),
+        ({"output_type": "stream", "name": "stdout", "text": "in /opt/mine/runs"}, "machine: /opt/mine"),
         ({"output_type": "execute_result", "data": {"text/plain": "Path('/tmp/x')"}}, "machine: /tmp/x"),
     ],
 )
