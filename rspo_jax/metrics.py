@@ -167,6 +167,7 @@ class MetricsLog:
         self._diagnostics = RowFile(self._run_dir / _DIAGNOSTICS_FILE, _as_arrays)
         self._boards: dict[str, tensorboardX.SummaryWriter] = {}
         self._open_files = contextlib.ExitStack()
+        self._closed = False
         self._writes = is_primary()
         Agreement("metrics").from_primary(functools.partial(self._open, resume_after))
 
@@ -192,9 +193,12 @@ class MetricsLog:
           arrays: of the same step, by name, of any rank; kept to six significant digits.
 
         Raises:
-          ValueError: if the row is not later than the one before, or a metric is called "phase" or "step".
+          ValueError: if the row is not later than the one before, a metric is called "phase" or "step", or the log is
+            closed.
           TypeError: if a metric is not a number, or an array not one of numbers.
         """
+        if self._closed:
+            raise ValueError(f"{self._run_dir / _METRICS_FILE} is closed.")
         at = position(phase, step)
         if at <= self._last:
             last_phase, last_step = PHASES[self._last[0]], self._last[1]
@@ -222,6 +226,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes all files; a second call does nothing."""
+        self._closed = True
         self._open_files.close()
 
     def _open(self, resume_after: tuple[str, int] | None) -> None:

@@ -119,8 +119,7 @@ class RowFile:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes a row, of what JSON can hold; the first makes the file."""
-        if self._local is None:
-            raise ValueError(f"{self._path} is closed.")
+        assert self._local is not None, f"{self._path} is closed"
         if self._file is None:
             self._file = open(self._local, "ab")  # noqa: SIM115, closed by close()
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
