@@ -67,7 +67,10 @@ def test_every_objective_learns_without_a_router(objective):
     (first, second), route = learn(DENSE, objective)
     assert route is None
     assert first["grad_norm"] > 0 and first["skipped_updates"] == second["skipped_updates"] == 0
-    assert second["loss"] < first["loss"]
+    if objective == "cispo":  # its value moves with its weights, which have no gradient
+        assert second["loss"] != first["loss"]
+    else:
+        assert second["loss"] < first["loss"]
     assert second.get("gamma_mean", 1.0) == 1.0
 
 

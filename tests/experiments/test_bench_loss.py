@@ -296,7 +296,7 @@ def test_a_rival_that_computes_something_else_is_not_timed(change, what):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--objectives", "rspo", "sapo"], "unknown objective 'sapo'"),
+        (["--objectives", "rspo", "ppo"], "unknown objective 'ppo'"),
         (["--shapes", "64x1024"], "BxTxLxKxE"),
         (["--shapes", "4x4x2x2xE"], "BxTxLxKxE"),
         (["--shapes", "4x4x0x2x4"], "BxTxLxKxE"),
