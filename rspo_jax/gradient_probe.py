@@ -51,8 +51,8 @@ from rspo_jax.packing import unpack
 from rspo_jax.policy_loss import LearnerConfig, score_rows
 from rspo_jax.router import drift_reader, gamma_of
 from rspo_jax.routing_control import freeze, update_route
-from rspo_jax.sharding import MeshConfig, constrain, free_axes
-from rspo_jax.train_step import to_device
+from rspo_jax.sharding import MeshConfig
+from rspo_jax.train_step import keep_like_params, to_device
 from rspo_jax.types import Array, Params, Policy, ScoredBatch
 
 
@@ -297,7 +297,7 @@ def _sums(model: _Model, batches: list[_Weighed], name: str, start: int, stop: i
 @functools.partial(jax.jit, static_argnames=("policy", "mesh"))
 def _no_gradient(policy: Policy, params: Params, mesh: MeshConfig) -> GradientSums:
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    return GradientSums(_keep(policy, zeros, mesh), jnp.float32(0))
+    return GradientSums(keep_like_params(policy, zeros, mesh), jnp.float32(0))
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "config", "mesh"), donate_argnames=("sums",))
@@ -322,17 +322,8 @@ def _add(
     gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), jax.grad(linear)(params))
     if config.routing == "frozen":
         gradient = freeze(gradient, policy.router_params())
-    gradient = _keep(policy, gradient, mesh)
+    gradient = keep_like_params(policy, gradient, mesh)
     return GradientSums(jax.tree.map(jnp.add, sums.total, gradient), sums.squares + _dot(gradient, gradient))
-
-
-def _keep(policy: Policy, tree: Params, mesh: MeshConfig) -> Params:
-    """Asks for a pytree like the parameters to lie where they do."""
-    if not free_axes():
-        return tree
-    leaves, structure = jax.tree.flatten(tree)
-    axes, rules = structure.flatten_up_to(policy.param_axes()), mesh.parameter_rules
-    return structure.unflatten([constrain(leaf, *names, rules=rules) for leaf, names in zip(leaves, axes, strict=True)])
 
 
 def _dot(one: Params, other: Params) -> Array:

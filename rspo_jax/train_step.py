@@ -246,6 +246,15 @@ def supervised_update(
     return _apply_gradient(optimizer, state, terms, batch, _Places(policy, mesh))
 
 
+def keep_like_params(policy: Policy, tree: Params, mesh: MeshConfig) -> Params:
+    """Asks for a pytree like the parameters, a gradient say, to lie where they do on the mesh in use."""
+    if not free_axes():
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    axes, rules = structure.flatten_up_to(policy.param_axes()), mesh.parameter_rules
+    return structure.unflatten([constrain(leaf, *names, rules=rules) for leaf, names in zip(leaves, axes, strict=True)])
+
+
 class _Places(NamedTuple):
     """Where parameters, and what is shaped like them, lie on the mesh in use."""
 
@@ -254,13 +263,7 @@ class _Places(NamedTuple):
 
     def keep(self, params: Params) -> Params:
         """Asks for a pytree like the parameters to lie where they do."""
-        if not free_axes():
-            return params
-        leaves, structure = jax.tree.flatten(params)
-        axes, rules = structure.flatten_up_to(self.policy.param_axes()), self.mesh.parameter_rules
-        return structure.unflatten(
-            [constrain(leaf, *names, rules=rules) for leaf, names in zip(leaves, axes, strict=True)]
-        )
+        return keep_like_params(self.policy, params, self.mesh)
 
     def keep_in(self, optimizer: OptimizerConfig, opt_state: optax.OptState) -> optax.OptState:
         """The same for what an optimizer keeps of each parameter."""
