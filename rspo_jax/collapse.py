@@ -1,9 +1,10 @@
 """When a run collapses, what shows it coming, and how long before: rules over the rows of `metrics.jsonl`.
 
-The signs are those that are seen before a collapse (arXiv 2510.23027): importance ratios and clipping burst, the
-entropy falls, the routes drift. A run is compared with its own early steps, as what is much for one model is little for
-another. Both rules count steps of the "rl" phase from 1; step 0, the evaluation before the first, is left out. This
-file must never know how a metric is computed, and reads no files.
+The signs are those that are seen before a collapse (arXiv 2510.23027): importance ratios, divergence and clipping
+burst, the entropy falls, the routes drift. A run is compared with its own early steps, as what is much for one model is little
+for another, and with levels that are much for any, as a run may be lost from its first steps on. Both rules count steps
+of the "rl" phase from 1; step 0, the evaluation before the first, is left out. This file must never know how a metric
+is computed, and reads no files.
 """
 
 import collections
@@ -23,11 +24,15 @@ class AlarmRule:
     Each sign compares the mean of the last `window` steps with the median of the first `reference` steps:
 
     * ratio: log `ratio_max` is at least `least_log_ratio`, and `times` that of the reference.
+    * divergence: `approx_kl` is at least `least_kl`, and `times` that of the reference.
     * clip: `clip_fraction` is at least `least_clip_fraction`, and `times` that of the reference.
     * entropy: `entropy` is at most `entropy_share` of that of the reference.
     * route: 1 − `gamma_mean` is at least `least_shift`, and `times` that of the reference.
 
-    A metric that was recorded but is not finite is a sign at once; one that was not recorded is none.
+    Ratio, divergence and route also hold at `much_log_ratio`, `much_kl` and `much_shift` or more, whatever the
+    reference; for these two steps are enough of a window. A metric that was recorded but is not finite is a sign at
+    once; one that was not recorded is none. The levels were chosen on the runs of
+    `experiments.ablate countdown_tuning`; how often they are right on others, `experiments.judge_alarm` says.
     """
 
     reference: int = 20
@@ -37,9 +42,14 @@ class AlarmRule:
     times: float = 3.0
     least_log_ratio: float = 1.0
     """In nats: the largest ratio of a step, as a geometric mean over the window, is e or more."""
+    least_kl: float = 0.01
+    """In nats a token."""
     least_clip_fraction: float = 0.02
     least_shift: float = 0.02
-    entropy_share: float = 0.5
+    entropy_share: float = 0.3
+    much_log_ratio: float = 3.0
+    much_kl: float = 0.05
+    much_shift: float = 0.08
 
     def __post_init__(self) -> None:
         if self.reference < 1 or self.window < 1:
@@ -51,7 +61,10 @@ class AlarmRule:
 @dataclass(frozen=True)
 class CollapseRule:
     """A run has collapsed where the mean of `metric` over the last `window` steps falls below `share` of its best so
-    far, and is never at that again, for `stays` steps or more. The metric counts from 0, which a lost policy earns."""
+    far, and is never at that again, for `stays` steps or more. The metric counts from 0, which a lost policy earns.
+
+    The first steps are compared by the mean of those that there are: what step 1 earned was earned before any update,
+    so that a policy that its very first updates destroy has something to fall from."""
 
     metric: str = "reward"
     window: int = 10
@@ -73,7 +86,9 @@ class _Sign(NamedTuple):
     name: str
     metric: str
     words: str
-    """With the mean of the window and the reference."""
+    """With the mean of the window."""
+    number: str
+    """How the reference is written."""
 
     def measure(self, value: float) -> float:
         """The metric as the sign counts it; NaN where it is not finite."""
@@ -84,21 +99,33 @@ class _Sign(NamedTuple):
         return 1 - value if self.name == "route" else value
 
     def holds(self, now: float, before: float, rule: AlarmRule) -> bool:
+        """Whether it does, `before` being NaN while there is no reference to compare with."""
         if math.isnan(now):
+            return True
+        much = {"ratio": rule.much_log_ratio, "divergence": rule.much_kl, "route": rule.much_shift}
+        if now >= much.get(self.name, math.inf):
             return True
         if math.isnan(before):
             return False
         if self.name == "entropy":
             return now <= rule.entropy_share * before
-        least = {"ratio": rule.least_log_ratio, "clip": rule.least_clip_fraction, "route": rule.least_shift}
+        least = {
+            "ratio": rule.least_log_ratio,
+            "divergence": rule.least_kl,
+            "clip": rule.least_clip_fraction,
+            "route": rule.least_shift,
+        }
         return now >= max(least[self.name], rule.times * before)
 
 
+_FEWEST = 2
+"""Steps that make a window where the run has no more yet."""
 _SIGNS = (
-    _Sign("ratio", "ratio_max", "largest log-ratios {0:.2f} (were {1:.2f})"),
-    _Sign("clip", "clip_fraction", "clipped {0:.1%} (was {1:.1%})"),
-    _Sign("entropy", "entropy", "entropy {0:.3g} (was {1:.3g})"),
-    _Sign("route", "gamma_mean", "1 − γ {0:.3f} (was {1:.3f})"),
+    _Sign("ratio", "ratio_max", "largest log-ratios {:.2f}", "{:.2f}"),
+    _Sign("divergence", "approx_kl", "divergence {:.3f}", "{:.3f}"),
+    _Sign("clip", "clip_fraction", "clipped {:.1%}", "{:.1%}"),
+    _Sign("entropy", "entropy", "entropy {:.3g}", "{:.3g}"),
+    _Sign("route", "gamma_mean", "1 − γ {:.3f}", "{:.3f}"),
 )
 
 
@@ -135,7 +162,7 @@ class Alarm:
                 self._last[sign.name].append(value)
                 if self._steps <= self._rule.reference:
                     self._early[sign.name].append(value)
-        if self.step is not None or self._steps < self._rule.reference + self._rule.window:
+        if self.step is not None:
             return None
         seen = [words for sign in _SIGNS if (words := self._describe(sign))]
         if len(seen) < self._rule.signs:
@@ -146,14 +173,18 @@ class Alarm:
     def _describe(self, sign: _Sign) -> str:
         """The sign in words if it holds, else nothing."""
         last = self._last[sign.name]
-        if len(last) < self._rule.window:
+        if len(last) < min(self._rule.window, _FEWEST):
             return ""
         early = [value for value in self._early[sign.name] if not math.isnan(value)]
-        before = statistics.median(early) if early else math.nan
+        can_compare = early and self._steps >= self._rule.reference + self._rule.window
+        before = statistics.median(early) if can_compare else math.nan
         now = math.nan if any(math.isnan(value) for value in last) else statistics.fmean(last)
         if not sign.holds(now, before, self._rule):
             return ""
-        return f"{sign.metric} is not finite" if math.isnan(now) else sign.words.format(now, before)
+        if math.isnan(now):
+            return f"{sign.metric} is not finite"
+        was = f" (was {sign.number.format(before)})" if can_compare else ""
+        return sign.words.format(now) + was
 
 
 def first_alarm(rows: Iterable[Row], rule: AlarmRule = AlarmRule()) -> Alarm:
@@ -176,8 +207,8 @@ def collapse_step(rows: Iterable[Row], rule: CollapseRule = CollapseRule()) -> i
             steps.append(row["step"])
             values.append(value)
     best, fell = -math.inf, None
-    for end in range(rule.window, len(values) + 1):
-        mean = statistics.fmean(values[end - rule.window : end])
+    for end in range(1, len(values) + 1):
+        mean = statistics.fmean(values[max(end - rule.window, 0) : end])
         best = max(best, mean)
         if best < rule.least_best or mean >= rule.share * best:
             fell = None

@@ -32,7 +32,12 @@ METRICS = (
     "clip_fraction_negative",
     "ratio_max",
     "approx_kl",
-    "gradient_norm",
+    "grad_norm",
+    "effective_sample_size",
+    "shifted_sample_size",
+    "route_stays",
+    "drift",
+    "max_violation",
 )
 """What the table keeps of each step unless a study says otherwise."""
 

@@ -1,7 +1,8 @@
 """Router shift on Countdown: does it help GRPO, GSPO and GMPO, and when does training without it collapse?
 
-Every method at every level of off-policyness (updates that a rollout is cut into), and at some of them the rigid
-alternatives to router shift and the ablations of RSPO. Learning rates are those that `countdown_tuning` found.
+Every method in four settings: three levels of off-policyness (updates that a rollout is cut into) at the learning rate
+that `countdown_tuning` found for it, and a harsh one, where all have one rate that is too high. The rigid alternatives
+to router shift are there in two of them, the ablations of RSPO in the harsh one, where methods differ most.
 """
 
 from collections.abc import Mapping
@@ -26,11 +27,8 @@ from rspo_jax.train_step import OptimizerConfig
 from rspo_jax.trainer_config import CheckpointConfig, EvaluationConfig, TrainerConfig, WarmStartConfig
 
 STEPS = 100
-UPDATES = (4, 16, 32)
-"""Of a rollout."""
-ABLATED_UPDATES = (16, 32)
-"""Where alternatives and ablations are compared."""
 SEEDS, ABLATION_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+HARSH_RATE = 1e-3
 
 # Rollouts are drawn, and evaluations made, 512 responses at a time: the two shapes that differ only in how they sample
 # are all that a run has to trace.
@@ -70,6 +68,9 @@ RIGID = {
 LEARNING_RATES: dict[str, float] = {}
 """Of methods that are not tuned to that of the base run."""
 
+TUNED = choose("setting", {f"updates_{count}": {"trainer.mini_batches": count} for count in (4, 16, 32)})
+HARSH = choose("setting", {"harsh": {"trainer.mini_batches": 16, "trainer.optimizer.learning_rate": HARSH_RATE}})
+
 BALANCE = vary("balance", "objective.regularizers.load_balance_coefficient", 0.01)
 """The router shift beside a load-balance loss, which moves routers too."""
 
@@ -93,6 +94,11 @@ LABELS = {
     "gmpo_copy": "GMPO, copied weights",
     "gmpo_replay_trainer": "GMPO, replay (R2)",
     "gmpo_replay_sampler": "GMPO, replay (R3)",
+    "setting": "setting",
+    "updates_4": "4 updates a rollout",
+    "updates_16": "16 updates a rollout",
+    "updates_32": "32 updates a rollout",
+    "harsh": "16 updates, rate 1e-3 for all",
     "updates": "updates a rollout",
     "gamma_min": "floor of γ",
     "learning_rate": "learning rate",
@@ -127,12 +133,14 @@ def methods(names: Mapping[str, Mapping[str, object]], learning_rates: Mapping[s
     return choose("method", {name: {**changes, **rates[name]} for name, changes in names.items()})
 
 
-def updates(*levels: int) -> Grid:
-    return vary("updates", "trainer.mini_batches", *levels)
+def everywhere(names: Mapping[str, Mapping[str, object]], settings: Grid) -> Grid:
+    """A cell for each method in each of the tuned settings given, and in the harsh one."""
+    return methods(names, LEARNING_RATES) * settings + methods(names, {}) * HARSH
 
 
 BALANCED = {name: METHODS[name] for name in ("gmpo", "rspo")}
-RSPO = methods({"rspo": METHODS["rspo"]}, LEARNING_RATES)
+RSPO = {"rspo": METHODS["rspo"]}
+HARDEST = choose("setting", {"updates_32": {"trainer.mini_batches": 32}})
 
 ABLATIONS = (
     choose("gamma", {"mask": {"objective.gamma_use": "mask"}, "gradient": {"objective.gamma_gradient": True}})
@@ -144,40 +152,42 @@ ABLATIONS = (
 """Each changes one thing of RSPO."""
 
 MAIN = {"method": tuple(METHODS)}
-RIVALS = {"method": ("gmpo", "rspo", *RIGID), "updates": ABLATED_UPDATES}
-ABLATED = {"method": "rspo", "updates": ABLATED_UPDATES}
+RIVALS = {"method": ("gmpo", "rspo", *RIGID), "setting": ("updates_32", "harsh")}
+ABLATED = {"method": "rspo", "setting": "harsh"}
+BALANCES = {"method": tuple(BALANCED), "setting": "harsh"}
 
 STUDY = Study(
     name="countdown",
     base=BASE,
-    grid=methods(METHODS, LEARNING_RATES) * updates(*UPDATES)
-    + (methods(RIGID, LEARNING_RATES) * updates(*ABLATED_UPDATES)).with_seeds(*ABLATION_SEEDS)
-    + (RSPO * updates(*ABLATED_UPDATES) * ABLATIONS).with_seeds(*ABLATION_SEEDS)
-    + (methods(BALANCED, LEARNING_RATES) * updates(*ABLATED_UPDATES) * BALANCE).with_seeds(*ABLATION_SEEDS),
+    grid=everywhere(METHODS, TUNED)
+    + everywhere(RIGID, HARDEST).with_seeds(*ABLATION_SEEDS)
+    + (methods(RSPO, {}) * HARSH * ABLATIONS).with_seeds(*ABLATION_SEEDS)
+    + (methods(BALANCED, {}) * HARSH * BALANCE).with_seeds(*ABLATION_SEEDS),
     seeds=SEEDS,
+    warm_starts=len(SEEDS),
     defaults=DEFAULTS,
     figures=(
-        LearningCurves("curves", panels="updates", where=MAIN),
-        LearningCurves("drift", panels="updates", where=MAIN, metric="gamma_mean"),
-        LearningCurves("entropy", panels="updates", where=MAIN, metric="entropy"),
-        LearningCurves("ratios", panels="updates", where=MAIN, metric="ratio_max", log=True),
-        FinalScores("scores", panels="updates", where=MAIN),
-        CollapseRates("collapses", panels="updates", where=MAIN),
+        LearningCurves("curves", panels="setting", where=MAIN),
+        LearningCurves("drift", panels="setting", where=MAIN, metric="gamma_mean"),
+        LearningCurves("entropy", panels="setting", where=MAIN, metric="entropy"),
+        LearningCurves("ratios", panels="setting", where=MAIN, metric="ratio_max", log=True),
+        FinalScores("scores", panels="setting", where=MAIN),
+        CollapseRates("collapses", panels="setting", where=MAIN),
         Improvement(
             "improvement",
-            panels="updates",
+            panels="setting",
             pairs=(("grpo_rs", "grpo"), ("gspo_rs", "gspo"), ("rspo", "gmpo"), ("rspo", "grpo"), ("rspo", "gspo")),
         ),
-        FinalScores("rigid", panels="updates", where=RIVALS),
-        LearningCurves("rigid_curves", panels="updates", where=RIVALS),
-        FinalScores("gamma", panels="updates", groups="gamma", where=ABLATED),
-        LearningCurves("gamma_curves", panels="updates", lines="gamma", where=ABLATED),
-        FinalScores("position", panels="updates", groups="position", where=ABLATED),
-        FinalScores("layers", panels="updates", groups="layers", where=ABLATED),
-        FinalScores("scale", panels="updates", groups="scale", where=ABLATED),
-        LearningCurves("scale_curves", panels="updates", lines="scale", where=ABLATED),
-        FinalScores("balance", panels="updates", groups="balance", where=ABLATED),
-        Sensitivity("gamma_min", factor="gamma_min", lines="updates", where=ABLATED),
+        FinalScores("rigid", panels="setting", where=RIVALS),
+        LearningCurves("rigid_curves", panels="setting", where=RIVALS),
+        FinalScores("gamma", panels="setting", groups="gamma", where=ABLATED),
+        LearningCurves("gamma_curves", panels="setting", lines="gamma", where=ABLATED),
+        FinalScores("position", panels="setting", groups="position", where=ABLATED),
+        FinalScores("layers", panels="setting", groups="layers", where=ABLATED),
+        FinalScores("scale", panels="setting", groups="scale", where=ABLATED),
+        LearningCurves("scale_curves", panels="setting", lines="scale", where=ABLATED),
+        FinalScores("balance", panels="method", groups="balance", where=BALANCES),
+        Sensitivity("gamma_min", factor="gamma_min", lines="setting", where=ABLATED),
     ),
     labels=LABELS,
     styles=STYLES,

@@ -4,7 +4,7 @@ the validation split. Seeds are others than the study's."""
 from experiments.ablation.figures import Sensitivity
 from experiments.ablation.grid import vary
 from experiments.ablation.study import Study
-from experiments.studies.countdown import BASE, LABELS, METHODS, RIGID, STYLES, methods, updates
+from experiments.studies.countdown import BASE, LABELS, METHODS, RIGID, STYLES, methods
 
 UPDATES = (16,)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -13,7 +13,7 @@ STUDY = Study(
     name="countdown_tuning",
     base=BASE,
     grid=methods(METHODS | RIGID, {})
-    * updates(*UPDATES)
+    * vary("updates", "trainer.mini_batches", *UPDATES)
     * vary("learning_rate", "trainer.optimizer.learning_rate", *RATES),
     seeds=(100,),
     score="eval_sampled",

@@ -6,7 +6,14 @@ import pytest
 
 from rspo_jax.collapse import Alarm, AlarmRule, CollapseRule, alarm_record, collapse_step, first_alarm, judge_alarm
 
-CALM = {"reward": 0.4, "ratio_max": 1.2, "clip_fraction": 0.004, "entropy": 0.5, "gamma_mean": 0.99}
+CALM = {
+    "reward": 0.5,
+    "ratio_max": 1.2,
+    "approx_kl": 0.002,
+    "clip_fraction": 0.004,
+    "entropy": 0.5,
+    "gamma_mean": 0.99,
+}
 RULE = AlarmRule(reference=6, window=3)
 
 
@@ -36,7 +43,8 @@ def test_a_calm_run_rings_nothing():
     [
         ("ratio_max", math.exp(0.99), math.exp(1.01)),  # least: 1 nat; three times log 1.2 is less
         ("clip_fraction", 0.0199, 0.0201),  # least: 2 %
-        ("entropy", 0.251, 0.249),  # half of 0.5
+        ("approx_kl", 0.0099, 0.0101),  # least: 0.01
+        ("entropy", 0.151, 0.149),  # 0.3 of 0.5
         ("gamma_mean", 0.9701, 0.9699),  # three times 0.01
     ],
 )
@@ -58,7 +66,7 @@ def test_one_sign_alone_is_not_enough_unless_it_is_asked_for():
     rows = run_of({"entropy": (12, 0.01)})
     assert first_alarm(rows, RULE).step is None
     alarm = first_alarm(rows, AlarmRule(reference=6, window=3, signs=1))
-    assert alarm.step == 13 and alarm.why == "entropy 0.173 (was 0.5)"
+    assert alarm.step == 14 and alarm.why == "entropy 0.01 (was 0.5)"
 
 
 def test_many_times_the_reference_is_needed_where_that_is_much():
@@ -93,8 +101,19 @@ def test_it_says_why_once_and_only_then():
     assert alarm.why.startswith("largest log-ratios")
 
 
-def test_nothing_rings_before_reference_and_window_are_full():
-    rows = run_of({"ratio_max": (3, 50.0), "clip_fraction": (3, 0.5)})
+@pytest.mark.parametrize(
+    ("metric", "calm", "loud"),
+    [("ratio_max", math.exp(2.99), math.exp(3.01)), ("approx_kl", 0.0499, 0.0501), ("gamma_mean", 0.9201, 0.9199)],
+)
+def test_what_is_much_for_any_run_needs_no_reference(metric, calm, loud):
+    other = ("gamma_mean", 0.5) if metric != "gamma_mean" else ("approx_kl", 1.0)
+    assert first_alarm(run_of({metric: (1, calm), other[0]: (1, other[1])}), RULE).step is None
+    alarm = first_alarm(run_of({metric: (1, loud), other[0]: (1, other[1])}), RULE)
+    assert alarm.step == 2 and "was" not in alarm.why
+
+
+def test_nothing_is_compared_before_reference_and_window_are_full():
+    rows = run_of({"clip_fraction": (3, 0.5), "entropy": (3, 0.01)})
     rule = AlarmRule(reference=2, window=3)
     assert first_alarm(rows[:6], rule).step is None  # steps 1 to 4
     assert first_alarm(rows, rule).step == 5
@@ -104,19 +123,20 @@ def fallen(from_step, to, length=40, back_at=None):
     rows = run_of({"reward": (from_step, to)}, length)
     for row in rows:
         if back_at is not None and row["step"] >= back_at:
-            row["reward"] = 0.4
+            row["reward"] = 0.5
     return rows
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (fallen(11, 0.0), 13),  # means of 4: 0.3, 0.2 (not below half of 0.4), 0.1
-        (fallen(11, 0.21), None),  # above half
+        (fallen(11, 0.0), 13),  # means of 4: 0.375, 0.25 (not below half of 0.5), 0.125
+        (fallen(11, 0.26), None),  # above half
         (fallen(11, 0.0, back_at=30), None),  # it comes back
         (fallen(31, 0.0), 33),  # stays for 8 steps
         (fallen(34, 0.0), None),  # for 5, too few to be sure
         (fallen(1, 0.0), None),  # never had anything
+        (fallen(2, 0.0), 3),  # destroyed by the first update: means of what there is, 0.5, 0.25, 0.17
         (fallen(11, 0.0)[:20], 13),
         ([], None),
     ],
@@ -160,7 +180,7 @@ def test_lead_time_over_many_runs():
     [
         (lambda: AlarmRule(window=0), "window"),
         (lambda: AlarmRule(reference=0), "reference"),
-        (lambda: AlarmRule(signs=5), "signs"),
+        (lambda: AlarmRule(signs=6), "signs"),
         (lambda: CollapseRule(share=1.0), "share"),
         (lambda: CollapseRule(stays=0), "stays"),
     ],
