@@ -1,10 +1,10 @@
 """When a run collapses, what shows it coming, and how long before: rules over the rows of `metrics.jsonl`.
 
 The signs are those that are seen before a collapse (arXiv 2510.23027): importance ratios, divergence and clipping
-burst, the entropy falls, the routes drift. A run is compared with its own early steps, as what is much for one model is little
-for another, and with levels that are much for any, as a run may be lost from its first steps on. Both rules count steps
-of the "rl" phase from 1; step 0, the evaluation before the first, is left out. This file must never know how a metric
-is computed, and reads no files.
+burst, the entropy falls, the routes drift. A run is compared with its own early steps, as what is much for one model is
+little for another, and with levels that are much for any, as a run may be lost from its first steps on. Both rules
+count steps of the "rl" phase from 1; step 0, the evaluation before the first, is left out. This file must never know
+how a metric is computed, and reads no files.
 """
 
 import collections
