@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments.ablation.comparison import Results, describe, summarize
+from experiments.ablation.comparison import describe
 from experiments.ablation.folder import StudyFolder
 from experiments.ablation.jobs import (
     TRIES,
@@ -223,8 +223,8 @@ class Report:
 
 def conclude(folder: StudyFolder, chosen: Sequence[PlannedRun]) -> int:
     """Draws, and prints the summary. Returns the exit code."""
+    print(describe(folder.summarize()))
     figures = folder.draw()
-    print(describe(summarize(Results(folder.study, folder.plan, folder.table))))
     others = folder.rows_of_other_studies()
     if others:
         print(f"{len(others)} runs in the table are not part of the study any more: figures leave them out")

@@ -18,6 +18,7 @@ from experiments.ablation.statistics import (
 from experiments.ablation.study import Plan, Study
 from experiments.ablation.table import Row, Table
 
+_COMPARED = ("first", "second", "probability", "probability_interval", "difference", "difference_interval")
 Where = Mapping[str, Level | tuple[Level, ...]]
 """Levels that a factor is held at; one of several where it is a tuple."""
 
@@ -117,7 +118,32 @@ def _flat(name: str, found: Estimate | None) -> dict[str, Any]:
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """The summary as a table of plain text."""
+    """The summary as plain text: a table of the cells, and one for each figure that compares."""
+    parts = [_describe_cells(summary)]
+    parts += [_describe_comparisons(name, found) for name, found in summary.get("comparisons", {}).items()]
+    return "\n\n".join(parts)
+
+
+def _describe_comparisons(name: str, found: Sequence[Mapping[str, Any]]) -> str:
+    labels = []
+    for one in found:
+        where = [str(level) for key, level in one.items() if key not in _COMPARED]
+        labels.append(f"{one['first']} over {one['second']}, {', '.join(where) or 'all together'}")
+    width = max(len(name), *map(len, labels))
+    lines = [f"{name:{width}}   P(first better), 95 %     difference on common seeds, 95 %"]
+    for label, one in zip(labels, found, strict=True):
+        chance = difference = "–"
+        if one["probability"] is not None:
+            low, high = one["probability_interval"]
+            chance = f"{one['probability']:.2f} [{low:.2f}, {high:.2f}]"
+        if one["difference"] is not None:
+            low, high = one["difference_interval"]
+            difference = f"{100 * one['difference']:+5.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        lines.append(f"{label:{width}}   {chance:<22}    {difference}")
+    return "\n".join(lines)
+
+
+def _describe_cells(summary: Mapping[str, Any]) -> str:
     width = max(len(cell["cell"]) for cell in summary["cells"])
     lines = [f"{'cell':{width}}   runs   {summary['score']} (interquartile mean, 95 %)   collapsed"]
     for cell in summary["cells"]:

@@ -35,6 +35,7 @@ _WORDS = {
     "eval_sampled": "validation solve rate, sampled",
     "eval_greedy": "validation solve rate, greedy",
     "solve_rate": "training solve rate",
+    "late_solve_rate": "training solve rate, last 10 steps",
     "reward": "mean reward",
     "entropy": "token entropy (nats)",
     "gamma_mean": "mean γ per token",
@@ -414,7 +415,7 @@ def _dot(axes: Axes, place: int, found: Estimate | None, style: Style) -> None:
 
 def _format(axis: Any, metric: str, log: bool = False) -> None:
     """Plain numbers, or per cent for a share."""
-    is_share = metric.startswith(("test_", "eval_")) or metric.endswith("_fraction") or metric == "solve_rate"
+    is_share = metric.startswith(("test_", "eval_")) or metric.endswith(("_fraction", "solve_rate"))
     factor, unit = (100, " %") if is_share else (1, "")
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{factor * value:g}{unit}"))
     if log:

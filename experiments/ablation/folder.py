@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from experiments.ablation.comparison import Results, summarize
 from experiments.ablation.jobs import FAILURES_FOLDER, Failures, Job
@@ -158,11 +159,17 @@ class StudyFolder:
         others = [name for name in self.table.runs if name not in planned]  # of an older study: results are not dropped
         write_table(as_path(self.path), self.table, planned + others)
 
-    def draw(self) -> list[Path]:
-        """Writes the summary and the figures for which there are runs; returns their paths."""
+    def summarize(self) -> dict[str, Any]:
+        """Writes what the study found, in numbers, and returns it."""
         results = Results(self.study, self.plan, self.table)
         comparisons = {figure.name: numbers for figure in self.study.figures if (numbers := figure.numbers(results))}
-        write_json(self.path / SUMMARY_FILE, summarize(results) | {"comparisons": comparisons})
+        summary = summarize(results) | {"comparisons": comparisons}
+        write_json(self.path / SUMMARY_FILE, summary)
+        return summary
+
+    def draw(self) -> list[Path]:
+        """Writes the figures for which there are runs; returns their paths."""
+        results = Results(self.study, self.plan, self.table)
         paths = []
         for figure in self.study.figures:
             picture = figure.draw(results)

@@ -23,6 +23,7 @@ from rspo_jax.metrics import read_metrics
 RUNS_FILE, STEPS_FILE = "runs.jsonl", "steps.jsonl.gz"
 MOST_STEPS = 200
 """Rows that the table keeps of a run: of a longer one every second step, every third, and so on."""
+LATE_STEPS = 10
 _DIGITS = 5
 
 Row = dict[str, Any]
@@ -86,7 +87,8 @@ def finished_rows(study: Study, planned: PlannedRun, run_dir: epath.Path) -> tup
     """The row of a finished run, and its rows of steps.
 
     Of the metrics of the first and the last step, all that begin with `eval_` and `test_` go to the row of the run:
-    `start_test_sampled`, `test_sampled`. Beside them the best `eval_sampled` of any step, and where the run collapsed
+    `start_test_sampled`, `test_sampled`. Beside them the best `eval_sampled` of any step, the mean `solve_rate` of the
+    last 10 steps as `late_solve_rate` (many responses, so a precise number), and where the run collapsed
     (`rspo_jax.collapse`).
     """
     rows = [row for row in read_metrics(run_dir) if row["phase"] == "rl"]
@@ -99,6 +101,8 @@ def finished_rows(study: Study, planned: PlannedRun, run_dir: epath.Path) -> tup
     row["best_eval_sampled"] = max(
         (_rounded(step["eval_sampled"]) or 0.0 for step in rows if "eval_sampled" in step), default=None
     )
+    late = [step["solve_rate"] for step in rows[-LATE_STEPS:] if "solve_rate" in step]
+    row["late_solve_rate"] = _rounded(float(np.mean(late))) if late else None
     judged = judge_alarm(rows)
     row |= {"collapsed": judged.collapse is not None, "collapse_step": judged.collapse, "alarm_step": judged.alarm}
     seconds = [step["step_seconds"] for step in rows if "step_seconds" in step]

@@ -151,7 +151,16 @@ ABLATIONS = (
 )
 """Each changes one thing of RSPO."""
 
+TUNED_SETTINGS = ("updates_4", "updates_16", "updates_32")
 MAIN = {"method": tuple(METHODS)}
+PAIRS = (("grpo_rs", "grpo"), ("gspo_rs", "gspo"), ("rspo", "gmpo"), ("rspo", "grpo"), ("rspo", "gspo"))
+ABLATION_PAIRS = {
+    "gamma": (("weight", "mask"), ("weight", "gradient")),
+    "gamma_min": tuple((0.8, floor) for floor in (0.2, 0.5, 0.9, 0.95)),
+    "position": (("pre_clip", "post_clip"), ("pre_clip", "post_clip_literal")),
+    "layers": (("mean", "sum"),),
+    "scale": (("quantile", "fixed"), ("sample_size", "fixed")),
+}
 RIVALS = {"method": ("gmpo", "rspo", *RIGID), "setting": ("updates_32", "harsh")}
 ABLATED = {"method": "rspo", "setting": "harsh"}
 BALANCES = {"method": tuple(BALANCED), "setting": "harsh"}
@@ -173,13 +182,16 @@ STUDY = Study(
         LearningCurves("ratios", panels="setting", where=MAIN, metric="ratio_max", log=True),
         FinalScores("scores", panels="setting", where=MAIN),
         CollapseRates("collapses", panels="setting", where=MAIN),
-        Improvement(
-            "improvement",
-            panels="setting",
-            pairs=(("grpo_rs", "grpo"), ("gspo_rs", "gspo"), ("rspo", "gmpo"), ("rspo", "grpo"), ("rspo", "gspo")),
-        ),
+        Improvement("improvement", panels="setting", where=MAIN, pairs=PAIRS),
+        Improvement("improvement_tuned", panels="setting", where=MAIN | {"setting": TUNED_SETTINGS}, pairs=PAIRS),
         FinalScores("rigid", panels="setting", where=RIVALS),
         LearningCurves("rigid_curves", panels="setting", where=RIVALS),
+        Improvement(
+            "rigid_improvement",
+            panels="setting",
+            where=RIVALS,
+            pairs=tuple(("rspo", name) for name in RIGID),
+        ),
         FinalScores("gamma", panels="setting", groups="gamma", where=ABLATED),
         LearningCurves("gamma_curves", panels="setting", lines="gamma", where=ABLATED),
         FinalScores("position", panels="setting", groups="position", where=ABLATED),
@@ -188,6 +200,11 @@ STUDY = Study(
         LearningCurves("scale_curves", panels="setting", lines="scale", where=ABLATED),
         FinalScores("balance", panels="method", groups="balance", where=BALANCES),
         Sensitivity("gamma_min", factor="gamma_min", lines="setting", where=ABLATED),
+        *(
+            Improvement(f"{factor}_improvement", factor=factor, where=ABLATED, pairs=pairs)
+            for factor, pairs in ABLATION_PAIRS.items()
+        ),
+        Improvement("balance_improvement", panels="method", factor="balance", where=BALANCES, pairs=((0.01, 0.0),)),
     ),
     labels=LABELS,
     styles=STYLES,

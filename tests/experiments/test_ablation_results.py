@@ -125,6 +125,7 @@ def test_the_rows_of_a_finished_run(tmp_path):
     rows += [{"phase": "rl", "step": 0, "eval_sampled": 0.31, "test_sampled": 0.3, "test_sampled_low": 0.25}]
     for step, reward in enumerate(rewards, 1):
         rows.append({"phase": "rl", "step": step, "reward": reward, "step_seconds": step / 10, "unknown": 3.0})
+        rows[-1]["solve_rate"] = step / 100
     rows[20] |= {"eval_sampled": 0.45678912, "skipped_updates": 2.0}
     rows[-1] |= {"eval_sampled": 0.1, "test_sampled": 0.08, "reward": None}
     write_run(tmp_path, rows)
@@ -142,6 +143,7 @@ def test_the_rows_of_a_finished_run(tmp_path):
         "eval_sampled": 0.1,
         "test_sampled": 0.08,
         "best_eval_sampled": 0.45679,
+        "late_solve_rate": 0.555,
         "collapsed": True,
         "collapse_step": row["collapse_step"],
         "alarm_step": None,
@@ -160,6 +162,7 @@ def test_the_rows_of_a_finished_run(tmp_path):
         "seed": 0,
         "step": 1,
         "reward": 0.4,
+        "solve_rate": 0.01,
     }
     assert steps[-1]["reward"] is None
 
