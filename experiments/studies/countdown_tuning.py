@@ -1,6 +1,8 @@
-"""A learning rate for every method of the study `countdown`: all get the same rates, seeds and steps. They are judged by
-the responses that they train on in the last 10 steps, 10,240 of them to prompts that were seen once: the 512 of an
-evaluation do not tell neighbouring rates apart. Seeds are others than the study's."""
+"""A learning rate for every method of the study `countdown`: all get the same rates, seeds and steps.
+
+They are judged by the responses that they train on in the last 10 steps, 10,240 of them to prompts that were seen once:
+the 512 of an evaluation do not tell neighbouring rates apart. Seeds are others than the study's.
+"""
 
 from experiments.ablation.figures import Sensitivity
 from experiments.ablation.grid import vary

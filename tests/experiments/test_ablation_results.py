@@ -241,6 +241,12 @@ def test_comparisons_are_over_strata_and_seeds():
         assert row["probability"] == pytest.approx(6 / 9)
         assert row["difference"] == pytest.approx(0.05)
         assert row["difference_interval"] == pytest.approx([0.05, 0.05])
+    nothing = {"first": "a", "second": "b", "probability": None, "difference": None}
+    lines = describe(summarize(results(of)) | {"comparisons": {"ours": numbers, "empty": [nothing]}}).splitlines()
+    assert lines[-7].startswith("ours ") and lines[-1].split() == ["a", "over", "b,", "all", "together", "–", "–"]
+    for line, where in zip(lines[-6:-3], ("4", "16", "all together"), strict=True):
+        assert line.startswith(f"rspo over gmpo, {where} ")
+        assert "0.67 [" in line and line.endswith(" +5.0 points [+5.0, +5.0]")
 
 
 def test_there_is_no_collapse_rate_without_runs():
