@@ -41,6 +41,10 @@ _WORDS = {
     "gamma_mean": "mean γ per token",
     "clip_fraction": "share of tokens clipped",
     "ratio_max": "largest importance ratio",
+    "approx_kl": "divergence from the old policy (nats a token)",
+    "route_stays": "share of tokens whose experts all stay",
+    "max_violation": "busiest expert over its share, less 1",
+    "effective_sample_size": "effective sample size of the ratios, a token",
 }
 
 
