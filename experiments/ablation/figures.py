@@ -44,7 +44,7 @@ _WORDS = {
     "approx_kl": "divergence from the old policy (nats a token)",
     "route_stays": "share of tokens whose experts all stay",
     "max_violation": "busiest expert over its share, less 1",
-    "effective_sample_size": "effective sample size of the ratios, a token",
+    "effective_sample_size": "effective sample size of the ratios, a share",
 }
 
 
