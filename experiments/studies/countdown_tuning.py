@@ -5,9 +5,9 @@ the 512 of an evaluation do not tell neighbouring rates apart. Seeds are others 
 """
 
 from experiments.ablation.figures import Sensitivity
-from experiments.ablation.grid import vary
+from experiments.ablation.grid import choose, vary
 from experiments.ablation.study import Study
-from experiments.studies.countdown import BASE, LABELS, METHODS, RIGID, STYLES, methods
+from experiments.studies.countdown import BASE, LABELS, METHODS, RIGID, STYLES
 
 UPDATES = (16,)
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -15,7 +15,7 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 STUDY = Study(
     name="countdown_tuning",
     base=BASE,
-    grid=methods(METHODS | RIGID, {})
+    grid=choose("method", METHODS | RIGID)
     * vary("updates", "trainer.mini_batches", *UPDATES)
     * vary("learning_rate", "trainer.optimizer.learning_rate", *RATES),
     seeds=(100,),
