@@ -151,7 +151,9 @@ def _describe_cells(summary: Mapping[str, Any]) -> str:
         score = collapsed = "–"
         if cell["score"] is not None:
             low, high = cell["score_interval"]
-            score = f"{100 * cell['score']:5.1f} % [{100 * low:5.1f}, {100 * high:5.1f}]"
+            score = f"{100 * cell['score']:5.1f} %"
+            if cell["done"] > 1:  # one run says nothing of how runs differ
+                score += f" [{100 * low:5.1f}, {100 * high:5.1f}]"
         if cell["collapse_rate"] is not None:
             low, high = cell["collapse_rate_interval"]
             collapsed = f"{100 * cell['collapse_rate']:3.0f} % [{100 * low:.0f}, {100 * high:.0f}]"

@@ -226,6 +226,8 @@ def test_the_summary():
     assert cells["method=gmpo,updates=16"]["score"] == pytest.approx(0.1)
     text = describe(summary)
     assert "method=gmpo,updates=4     2/3     5.0 % [  0.0,  10.0]" in text
+    alone = describe({"score": "reward", "cells": [broken | {"done": 1}]})
+    assert "5.0 % " in alone and "10.0]" not in alone
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
