@@ -11,16 +11,15 @@ import itertools
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from rspo_jax.metrics import write_json
+from rspo_jax.stop_signal import StopSignal
 
 DONE_FILE = "summary.json"
 """The last file that a run writes."""
@@ -143,19 +142,19 @@ class Jobs:
         Raises:
           Stopped: after SIGTERM or SIGINT, when all processes have ended.
         """
-        with _StopSignal() as stop:
+        with StopSignal() as stop:
             try:
-                while not stop.name and (self._start_next() or self._running):
+                while not stop.requested and (self._start_next() or self._running):
                     self._collect(on_end)
                     if self._running:
                         time.sleep(_POLL_SECONDS)
             finally:
                 self._end_all()
-            if stop.name:
+            if stop.requested:
                 for running in self._running:
                     if running.job.is_done:
                         on_end(running.job, 0, time.monotonic() - running.started)
-                raise Stopped(stop.name)
+                raise Stopped(stop.requested)
 
     def _start_next(self) -> bool:
         """Fills free places; whether anything was started."""
@@ -203,28 +202,6 @@ class Jobs:
                 running.let_go()
                 with contextlib.suppress(OSError):
                     running.process.kill()
-
-
-class _StopSignal:
-    """Turns SIGTERM and SIGINT into a name to look at; a second SIGINT interrupts."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> "_StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
 
 
 def worker_command(job: Job, cores: Sequence[int]) -> list[str]:
