@@ -83,7 +83,9 @@ def figure(title: str, caption: str, draw: Callable[[Axes], None]) -> str:
     drawn.patch.set_visible(False)
     axes = drawn.subplots()
     draw(axes)
-    axes.set_title("", loc="left", pad=22)  # the page's own heading is the title; room for a legend stays
+    # The page's own heading is the title; a blank one, which is not empty, keeps the room for a legend.
+    blank = "" if axes.get_legend() is None else "\N{NO-BREAK SPACE}"
+    axes.set_title(blank, loc="left", pad=18, fontsize=1)
     for each in drawn.axes:
         if not each.images:
             each.patch.set_visible(False)

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import compare, report
@@ -143,6 +144,17 @@ def test_a_report_is_one_file_with_all_panels(runs, tmp_path, capsys):
     style, body = text.split("</style>", 1)
     assert "prefers-color-scheme: dark" in style and "--ink: #d6d9df" in style
     assert "var(--ink)" in body and "#333333" not in body and "#ffffff" not in body
+
+
+@pytest.mark.parametrize("title", ["Reward", "Router shift γ", "Effective sample size"])
+def test_the_legend_of_a_panel_is_inside_its_picture(runs, undrawn, title):
+    (panel,) = (panel for panel in PANELS if panel.title == title)
+    page.figure(title, "", lambda axes: panel.draw(axes, load_run(runs["rspo"])))
+    figure = undrawn[title].figure
+    FigureCanvasAgg(figure).draw()
+    legend = undrawn[title].get_legend().get_window_extent()
+    assert figure.bbox.y0 <= legend.y0 and legend.y1 <= figure.bbox.y1
+    assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
 
 
 def test_a_report_says_what_is_left_out_and_why(runs, undrawn):
