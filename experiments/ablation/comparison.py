@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from experiments.ablation.grid import Level
 from experiments.ablation.statistics import (
     Estimate,
@@ -16,8 +18,9 @@ from experiments.ablation.statistics import (
     rate,
 )
 from experiments.ablation.study import Plan, Study
-from experiments.ablation.table import Row, Table
+from experiments.ablation.table import LATE_STEPS, Row, Table
 
+_ENDS = ("value", "low", "high")
 _COMPARED = ("first", "second", "probability", "probability_interval", "difference", "difference_interval")
 Where = Mapping[str, Level | tuple[Level, ...]]
 """Levels that a factor is held at; one of several where it is a tuple."""
@@ -78,7 +81,27 @@ class Results:
         difference = None
         if any(ours.keys() & theirs.keys() for ours, theirs in sides):
             difference = paired_difference([ours for ours, _ in sides], [theirs for _, theirs in sides])
-        return _flat("probability", self.improvement(strata)) | _flat("difference", difference)
+        return flat("probability", self.improvement(strata)) | flat("difference", difference)
+
+    def ending(self, metric: str, rows: Sequence[Row], log: bool = False) -> Estimate | None:
+        """The interquartile mean over runs of what a metric was in the last steps, with its interval; None without any.
+
+        Args:
+          metric: of steps. Of a run it is the mean over the last 10 steps, as far as it was recorded there.
+          rows: the runs.
+          log: take means of logarithms; values must then be positive.
+        """
+        values = []
+        for row in rows:
+            steps = self.table.steps.get(row["run"], [])
+            last = max((step["step"] for step in steps), default=0)
+            late = [step[metric] for step in steps if step["step"] > last - LATE_STEPS and step.get(metric) is not None]
+            if late:
+                values.append(np.mean(np.log(late) if log else late))
+        if not values:
+            return None
+        found = estimate([values])
+        return found._replace(**{end: float(np.exp(getattr(found, end))) for end in _ENDS}) if log else found
 
     def _by_seed(
         self, strata: Sequence[tuple[Sequence[Row], Sequence[Row]]]
@@ -105,22 +128,23 @@ def summarize(results: Results) -> dict[str, Any]:
         cells.append(
             {"cell": cell.name, "runs": len(names), "done": len(rows)}
             | {"failed": sum(states[name] in ("failed", "blocked") for name in names)}
-            | _flat("score", results.score(rows))
-            | _flat("collapse_rate", collapse_rate(rows))
+            | flat("score", results.score(rows))
+            | flat("collapse_rate", collapse_rate(rows))
             | {"seconds": sum(seconds) / len(seconds) if seconds else None}
         )
     counts = {state: sum(found == state for found in states.values()) for state in dict.fromkeys(states.values())}
     return {"study": results.study.name, "score": results.study.score, "states": counts, "cells": cells}
 
 
-def _flat(name: str, found: Estimate | None) -> dict[str, Any]:
+def flat(name: str, found: Estimate | None) -> dict[str, Any]:
     return {name: None} if found is None else {name: found.value, f"{name}_interval": [found.low, found.high]}
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """The summary as plain text: a table of the cells, and one for each figure that compares."""
+    """The summary as plain text: a table of the cells, and one for each figure that compares or has curves."""
     parts = [_describe_cells(summary)]
     parts += [_describe_comparisons(name, found) for name, found in summary.get("comparisons", {}).items()]
+    parts += [_describe_endings(name, found) for name, found in summary.get("curves", {}).items()]
     return "\n\n".join(parts)
 
 
@@ -141,6 +165,23 @@ def _describe_comparisons(name: str, found: Sequence[Mapping[str, Any]]) -> str:
             difference = f"{100 * one['difference']:+5.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         lines.append(f"{label:{width}}   {chance:<22}    {difference}")
     return "\n".join(lines)
+
+
+def _describe_endings(name: str, found: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each curve, a column for each panel."""
+    panels = list(dict.fromkeys(one["panel"] for one in found))
+    title = f"{name}: {found[0]['metric']} at the end, 95 %"
+    width = max(len(title), *(len(str(one["line"])) for one in found))
+    lines = [" " * 3 + "".join(f"{panel if panel is not None else '':<26}" for panel in panels)]
+    lines[0] = f"{title:{width}}" + lines[0]
+    for line in dict.fromkeys(one["line"] for one in found):
+        shown = dict.fromkeys(panels, "–")
+        for one in found:
+            if one["line"] == line and one["ending"] is not None:
+                low, high = one["ending_interval"]
+                shown[one["panel"]] = f"{one['ending']:.4g} [{low:.4g}, {high:.4g}]"
+        lines.append(f"{line!s:{width}}   " + "".join(f"{text:<26}" for text in shown.values()))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _describe_cells(summary: Mapping[str, Any]) -> str:

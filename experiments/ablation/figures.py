@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from experiments.ablation.comparison import Results, Where, collapse_rate
+from experiments.ablation.comparison import Results, Where, collapse_rate, flat
 from experiments.ablation.grid import Level
 from experiments.ablation.statistics import Estimate
 from experiments.ablation.study import Style
@@ -96,7 +96,11 @@ class StudyFigure:
         raise NotImplementedError
 
     def numbers(self, results: Results) -> list[dict[str, Any]]:
-        """What it shows that the summary does not hold anyway."""
+        """The comparisons that it shows, for the summary."""
+        return []
+
+    def endings(self, results: Results) -> list[dict[str, Any]]:
+        """Where its curves end, for the summary."""
         return []
 
 
@@ -135,6 +139,16 @@ class LearningCurves(StudyFigure):
             _format(axes.yaxis, self.metric, self.log)
         canvas.first.set_ylabel(canvas.word(self.metric), color=INK)
         canvas.legend(self.lines, levels, note)
+
+    def endings(self, results: Results) -> list[dict[str, Any]]:
+        rows = results.runs(self.free, self.where)
+        found = []
+        for panel in results.levels(self.panels, rows) if self.panels else [None]:
+            for line in results.levels(self.lines, rows):
+                runs = [row for row in rows if row[self.lines] == line and (panel is None or row[self.panels] == panel)]
+                ending = flat("ending", results.ending(self.metric, runs, self.log))
+                found.append({"metric": self.metric, "panel": panel, "line": line, **ending})
+        return found
 
 
 @dataclass(frozen=True)

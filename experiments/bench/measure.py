@@ -5,6 +5,8 @@ that is the one way offered here. This file must never know what is being measur
 """
 
 import functools
+import itertools
+import math
 import platform
 import statistics
 import time
@@ -31,9 +33,30 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the median that holds for any distribution, if the values are independent.
+
+    Returns:
+      Two of the values: the r-th from below and from above, with the largest r for which at most 2.5 % of samples have
+      fewer than r values below their median. None for fewer than six values, which have no such interval.
+    """
+    count = len(values)
+    below = itertools.accumulate(math.comb(count, few) / 2**count for few in range(count + 1))
+    rank = sum(share <= 0.025 for share in below)
+    if rank == 0:
+        return None
+    ordered = sorted(values)
+    return ordered[rank - 1], ordered[-rank]
+
+
+def ratios(values: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """The ratios of values taken in the same turn."""
+    return [value / base for value, base in zip(values, reference, strict=True)]
+
+
 def paired_ratios(values: Sequence[float], reference: Sequence[float]) -> Spread:
     """The quartiles of the ratios of values taken in the same turn."""
-    return spread([value / base for value, base in zip(values, reference, strict=True)])
+    return spread(ratios(values, reference))
 
 
 def interleaved_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

@@ -251,6 +251,45 @@ def test_comparisons_are_over_strata_and_seeds():
         assert "0.67 [" in line and line.endswith(" +5.0 points [+5.0, +5.0]")
 
 
+def test_curves_end_at_the_mean_of_their_last_steps():
+    of = table(steps=20)
+    first, second, third = (f"method=rspo,updates=16,seed={seed}" for seed in range(3))
+    for seed, name in enumerate((first, second, third)):
+        for step in of.steps[name]:
+            step |= {"reward": float(seed if step["step"] >= 10 else 100), "ratio_max": float(np.exp(seed))}
+    of.steps[second][15] |= {"reward": None}  # it was not finite
+    for step in of.steps["method=gmpo,updates=4,seed=0"]:
+        del step["reward"]
+    endings = FIGURES[0].endings(results(of))
+    assert [(one["line"], one["panel"]) for one in endings] == [
+        ("gmpo", 4),
+        ("rspo", 4),
+        ("gmpo", 16),
+        ("rspo", 16),
+    ]
+    assert endings[3]["ending"] == pytest.approx(1.0)
+    assert endings[3]["ending_interval"] == pytest.approx([0.0, 2.0])
+    logarithmic = FIGURES[1].endings(results(of))
+    assert logarithmic[3]["ending"] == pytest.approx(np.e)  # of means of logarithms
+    assert logarithmic[3]["ending_interval"] == pytest.approx([1.0, np.e**2])
+    for step in of.steps[first] + of.steps[second] + of.steps[third]:
+        del step["reward"]
+    nothing = FIGURES[0].endings(results(of))
+    assert nothing[3]["ending"] is None
+    lines = describe(summarize(results(of)) | {"curves": {"rewards": nothing, "ratios": logarithmic}}).splitlines()
+    titles = [line.split("  ")[0] for line in lines[-7:]]
+    assert titles == [
+        "rewards: reward at the end, 95 %",
+        "gmpo",
+        "rspo",
+        "",
+        "ratios: ratio_max at the end, 95 %",
+        "gmpo",
+        "rspo",
+    ]
+    assert lines[-5].endswith(" –") and lines[-1].endswith(" 2.718 [1, 7.389]")
+
+
 def test_there_is_no_collapse_rate_without_runs():
     assert collapse_rate([]) is None
     rate = collapse_rate([{"collapsed": True}, {"collapsed": False}])

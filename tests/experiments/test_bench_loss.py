@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import oracles
 import pytest
+import scipy.stats
 
 import models
 from experiments import bench_loss
@@ -256,6 +257,17 @@ def test_ratios_are_taken_turn_by_turn():
     # The machine was four times slower in the second turn; the ratios do not see it.
     assert measure.paired_ratios([2.0, 8.0, 2.0], [1.0, 4.0, 1.0]) == (2.0, 2.0, 2.0)
     assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+@pytest.mark.parametrize("count", [6, 7, 20, 101, 150])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(count):
+    values = np.random.default_rng(count).lognormal(size=count)
+    expected = scipy.stats.quantile_test(values, q=1.0, p=0.5).confidence_interval(0.95)
+    assert measure.median_interval(list(values)) == (expected.low, expected.high)
+
+
+def test_few_values_have_no_interval():
+    assert measure.median_interval([1.0, 2.0, 3.0, 4.0, 5.0]) is None
 
 
 def test_calls_take_turns_and_the_second_of_two_counts(monkeypatch):
