@@ -3,6 +3,7 @@
 Reads the table, never the folders of runs. Figures and the summary both take their numbers from here.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from experiments.ablation.statistics import (
     rate,
 )
 from experiments.ablation.study import Plan, Study
-from experiments.ablation.table import LATE_STEPS, Row, Table
+from experiments.ablation.table import Row, Table
 
 _ENDS = ("value", "low", "high")
 _COMPARED = ("first", "second", "probability", "probability_interval", "difference", "difference_interval")
@@ -62,6 +63,12 @@ class Results:
         numbers = [level for level in levels if isinstance(level, int | float)]
         return [*sorted(numbers)] if len(numbers) == len(levels) else levels
 
+    def by_level(self, factor: str | None, rows: Sequence[Row]) -> list[tuple[Level | None, list[Row]]]:
+        """The rows that have each level of a factor; all of them under None without a factor."""
+        if factor is None:
+            return [(None, list(rows))]
+        return [(level, [row for row in rows if row[factor] == level]) for level in self.levels(factor, rows)]
+
     def score(self, rows: Sequence[Row], metric: str | None = None) -> Estimate | None:
         """The interquartile mean of a score over runs, with its interval; None without any."""
         scores = list(self.table.scores(metric or self.study.score, rows).values())
@@ -83,25 +90,28 @@ class Results:
             difference = paired_difference([ours for ours, _ in sides], [theirs for _, theirs in sides])
         return flat("probability", self.improvement(strata)) | flat("difference", difference)
 
-    def ending(self, metric: str, rows: Sequence[Row], log: bool = False) -> Estimate | None:
-        """The interquartile mean over runs of what a metric was in the last steps, with its interval; None without any.
+    def mean_of_steps(
+        self, metric: str, rows: Sequence[Row], log: bool = False, last: int | None = None
+    ) -> Estimate | None:
+        """The interquartile mean over runs of a metric's mean over steps, with its interval; None without any.
 
         Args:
-          metric: of steps. Of a run it is the mean over the last 10 steps, as far as it was recorded there.
+          metric: of steps, where it was recorded.
           rows: the runs.
           log: take means of logarithms; values must then be positive.
+          last: only these many last steps.
         """
         values = []
         for row in rows:
             steps = self.table.steps.get(row["run"], [])
-            last = max((step["step"] for step in steps), default=0)
-            late = [step[metric] for step in steps if step["step"] > last - LATE_STEPS and step.get(metric) is not None]
-            if late:
-                values.append(np.mean(np.log(late) if log else late))
+            after = max((step["step"] for step in steps), default=0) - (last or math.inf)
+            found = [step[metric] for step in steps if step["step"] > after and step.get(metric) is not None]
+            if found:
+                values.append(np.mean(np.log(found) if log else found))
         if not values:
             return None
-        found = estimate([values])
-        return found._replace(**{end: float(np.exp(getattr(found, end))) for end in _ENDS}) if log else found
+        mean = estimate([values])
+        return mean._replace(**{end: float(np.exp(getattr(mean, end))) for end in _ENDS}) if log else mean
 
     def _by_seed(
         self, strata: Sequence[tuple[Sequence[Row], Sequence[Row]]]
@@ -141,10 +151,10 @@ def flat(name: str, found: Estimate | None) -> dict[str, Any]:
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """The summary as plain text: a table of the cells, and one for each figure that compares or has curves."""
+    """The summary as plain text: a table of the cells, and one for each figure that compares, or has means of steps."""
     parts = [_describe_cells(summary)]
     parts += [_describe_comparisons(name, found) for name, found in summary.get("comparisons", {}).items()]
-    parts += [_describe_endings(name, found) for name, found in summary.get("curves", {}).items()]
+    parts += [_describe_means(name, found) for name, found in summary.get("means", {}).items()]
     return "\n\n".join(parts)
 
 
@@ -167,21 +177,22 @@ def _describe_comparisons(name: str, found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _describe_endings(name: str, found: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each curve, a column for each panel."""
+def _describe_means(name: str, found: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each curve or metric, a column for each panel."""
     panels = list(dict.fromkeys(one["panel"] for one in found))
-    title = f"{name}: {found[0]['metric']} at the end, 95 %"
-    width = max(len(title), *(len(str(one["line"])) for one in found))
-    lines = [" " * 3 + "".join(f"{panel if panel is not None else '':<26}" for panel in panels)]
-    lines[0] = f"{title:{width}}" + lines[0]
+    title = f"{name}: {found[0]['what']}, 95 %"
+    lines = [[title, *("" if panel is None else str(panel) for panel in panels)]]
     for line in dict.fromkeys(one["line"] for one in found):
         shown = dict.fromkeys(panels, "–")
         for one in found:
-            if one["line"] == line and one["ending"] is not None:
-                low, high = one["ending_interval"]
-                shown[one["panel"]] = f"{one['ending']:.4g} [{low:.4g}, {high:.4g}]"
-        lines.append(f"{line!s:{width}}   " + "".join(f"{text:<26}" for text in shown.values()))
-    return "\n".join(line.rstrip() for line in lines)
+            if one["line"] == line and one["mean"] is not None:
+                low, high = one["mean_interval"]
+                shown[one["panel"]] = f"{one['mean']:.4g} [{low:.4g}, {high:.4g}]"
+        lines.append([str(line), *shown.values()])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "   ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _describe_cells(summary: Mapping[str, Any]) -> str:

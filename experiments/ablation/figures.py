@@ -21,7 +21,7 @@ from experiments.ablation.comparison import Results, Where, collapse_rate, flat
 from experiments.ablation.grid import Level
 from experiments.ablation.statistics import Estimate
 from experiments.ablation.study import Style
-from experiments.ablation.table import Row
+from experiments.ablation.table import LATE_STEPS, Row
 from experiments.reporting.curves import BLUE, DASHED, GREEN, GREY, INK, ORANGE, RED, running_mean
 
 PURPLE, SKY = "#CC79A7", "#56B4E9"  # of the same palette as the others
@@ -39,7 +39,10 @@ _WORDS = {
     "reward": "mean reward",
     "entropy": "token entropy (nats)",
     "gamma_mean": "mean γ per token",
+    "gamma_floor_fraction": "share of tokens with γ at its floor",
     "clip_fraction": "share of tokens clipped",
+    "clip_fraction_positive": "share clipped, good responses",
+    "clip_fraction_negative": "share clipped, bad responses",
     "ratio_max": "largest importance ratio",
     "approx_kl": "divergence from the old policy (nats a token)",
     "route_stays": "share of tokens whose experts all stay",
@@ -99,8 +102,8 @@ class StudyFigure:
         """The comparisons that it shows, for the summary."""
         return []
 
-    def endings(self, results: Results) -> list[dict[str, Any]]:
-        """Where its curves end, for the summary."""
+    def means(self, results: Results) -> list[dict[str, Any]]:
+        """The means over steps that it shows, or that its curves end with, for the summary."""
         return []
 
 
@@ -140,32 +143,71 @@ class LearningCurves(StudyFigure):
         canvas.first.set_ylabel(canvas.word(self.metric), color=INK)
         canvas.legend(self.lines, levels, note)
 
-    def endings(self, results: Results) -> list[dict[str, Any]]:
+    def means(self, results: Results) -> list[dict[str, Any]]:
         rows = results.runs(self.free, self.where)
         found = []
-        for panel in results.levels(self.panels, rows) if self.panels else [None]:
+        for panel, runs in results.by_level(self.panels, rows):
             for line in results.levels(self.lines, rows):
-                runs = [row for row in rows if row[self.lines] == line and (panel is None or row[self.panels] == panel)]
-                ending = flat("ending", results.ending(self.metric, runs, self.log))
-                found.append({"metric": self.metric, "panel": panel, "line": line, **ending})
+                ours = [row for row in runs if row[self.lines] == line]
+                mean = flat("mean", results.mean_of_steps(self.metric, ours, self.log, LATE_STEPS))
+                what = f"{self.metric} in the last {LATE_STEPS} steps"
+                found.append({"what": what, "panel": panel, "line": line, **mean})
         return found
 
 
 @dataclass(frozen=True)
+class MeansOfSteps(StudyFigure):
+    """Several metrics side by side, each as its mean over all steps that recorded it."""
+
+    metrics: tuple[str, ...] = ()
+    what: str = ""
+    """What they have in common: the name of the axis."""
+    log: bool = False
+    """The axis and the means."""
+
+    def draw_rows(self, canvas: "_Canvas", rows: list[Row]) -> None:
+        results = canvas.results
+        for axes, panel in canvas.panels(self.panels, rows, _ROW_HEIGHT * len(self.metrics) + 0.9, share_y=True):
+            for place, metric in enumerate(self.metrics):
+                style = canvas.style(None, metric, self.metrics)
+                for run in panel:
+                    alone = results.mean_of_steps(metric, [run], self.log)
+                    if alone is not None:
+                        axes.plot(alone.value, place + 0.22, "o", color=style.colour, alpha=0.35, markersize=3)
+                _dot(axes, place, results.mean_of_steps(metric, panel, self.log), style)
+            if self.log:
+                axes.set_xscale("log")
+            axes.set_xlabel(self.what, color=INK, fontsize=9)
+            _format(axes.xaxis, self.what, self.log)
+        canvas.name_rows([canvas.word(metric) for metric in self.metrics])
+        canvas.note("large: interquartile mean over runs, 95 % bootstrap interval; small: runs")
+
+    def means(self, results: Results) -> list[dict[str, Any]]:
+        return [
+            {"what": self.what, "panel": panel, "line": metric}
+            | flat("mean", results.mean_of_steps(metric, runs, self.log))
+            for panel, runs in results.by_level(self.panels, results.runs(self.free, self.where))
+            for metric in self.metrics
+        ]
+
+
+@dataclass(frozen=True)
 class FinalScores(StudyFigure):
-    """The study's score of the last step: a dot for each run, and interquartile means with their 95 % intervals."""
+    """A score of each run: a dot for each run, and interquartile means with their 95 % intervals."""
 
     groups: str = "method"
+    metric: str | None = None
+    """Of the table of runs; the study's score if none is given."""
 
     FREE: ClassVar[tuple[str, ...]] = ("panels", "groups")
 
     def draw_rows(self, canvas: "_Canvas", rows: list[Row]) -> None:
-        results, score = canvas.results, canvas.results.study.score
+        results, score = canvas.results, self.metric or canvas.results.study.score
 
         def draw(axes: Axes, place: int, runs: list[Row], style: Style) -> None:
             values = list(results.table.scores(score, runs).values())
             axes.plot(values, np.full(len(values), place + 0.22), "o", color=style.colour, alpha=0.35, markersize=3)
-            _dot(axes, place, results.score(runs), style)
+            _dot(axes, place, results.score(runs, score), style)
 
         canvas.dots(self.panels, self.groups, rows, draw)
         for axes, panel in canvas.drawn:
@@ -175,6 +217,19 @@ class FinalScores(StudyFigure):
             axes.set_xlabel(canvas.word(score), color=INK, fontsize=9)
             _format(axes.xaxis, score)
         canvas.note("large: interquartile mean, 95 % bootstrap interval; small: runs; dotted line: before training")
+
+    def means(self, results: Results) -> list[dict[str, Any]]:
+        if self.metric is None:  # the summary holds it for each cell
+            return []
+        found, rows = [], results.runs(self.free, self.where)
+        for panel, runs in results.by_level(self.panels, rows):
+            groups = results.by_level(self.groups, runs)
+            sides = [(line, ours, self.metric) for line, ours in groups]
+            sides.append(("before training", groups[0][1], f"start_{self.metric}"))
+            for line, ours, metric in sides:
+                mean = flat("mean", results.score(ours, metric))
+                found.append({"what": self.metric, "panel": panel, "line": line, **mean})
+        return found
 
 
 @dataclass(frozen=True)
@@ -242,13 +297,9 @@ class Improvement(StudyFigure):
 
     def _columns(self, results: Results, rows: list[Row]) -> list[tuple[Level, list[list[Row]]]]:
         """For each panel its level and its strata; the last, of level None, has all of them."""
-        panels = self.panels
-        if panels is None:
-            return [(None, [rows])]
-        levels = results.levels(panels, rows)
-        strata = [[row for row in rows if row[panels] == level] for level in levels]
-        alone = [(level, [runs]) for level, runs in zip(levels, strata, strict=True)]
-        return [*alone, (None, strata)] if len(levels) > 1 else alone
+        found = results.by_level(self.panels, rows)
+        alone = [(level, [runs]) for level, runs in found]
+        return [*alone, (None, [runs for _, runs in found])] if len(alone) > 1 else alone
 
     def _sides(self, strata: list[list[Row]], ours: Level, theirs: Level) -> list[tuple[list[Row], list[Row]]]:
         return [
@@ -329,7 +380,7 @@ class _Canvas:
         """What a factor, a level or a metric is called."""
         return self.results.study.labels.get(name) or _WORDS.get(name) or str(name)
 
-    def title(self, factor: str | None, level: Level) -> str:
+    def title(self, factor: str | None, level: Level | None) -> str:
         if factor is None:
             return ""
         return self.word(level) if isinstance(level, str) else f"{self.word(factor)}: {self.word(level)}"
@@ -352,12 +403,12 @@ class _Canvas:
 
     def panels(self, factor: str | None, rows: list[Row], height: float, share_y: bool) -> list[tuple[Axes, list[Row]]]:
         """A panel for each level of a factor, with its rows."""
-        levels = self.results.levels(factor, rows) if factor else [None]
-        self.grid(len(levels), height, share_y)
+        found = self.results.by_level(factor, rows)
+        self.grid(len(found), height, share_y)
         self.drawn = []
-        for axes, level in zip(self.axes, levels, strict=True):
+        for axes, (level, panel) in zip(self.axes, found, strict=True):
             axes.set_title(self.title(factor, level), loc="left", fontsize=10, color=INK)
-            self.drawn.append((axes, [row for row in rows if factor is None or row[factor] == level]))
+            self.drawn.append((axes, panel))
         return self.drawn
 
     def dots(
@@ -433,7 +484,7 @@ def _dot(axes: Axes, place: int, found: Estimate | None, style: Style) -> None:
 
 def _format(axis: Any, metric: str, log: bool = False) -> None:
     """Plain numbers, or per cent for a share."""
-    is_share = metric.startswith(("test_", "eval_")) or metric.endswith(("_fraction", "solve_rate"))
+    is_share = metric.startswith(("test_", "eval_")) or "_fraction" in metric or metric.endswith("solve_rate")
     factor, unit = (100, " %") if is_share else (1, "")
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{factor * value:g}{unit}"))
     if log:

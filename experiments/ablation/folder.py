@@ -163,8 +163,8 @@ class StudyFolder:
         """Writes what the study found, in numbers, and returns it."""
         results = Results(self.study, self.plan, self.table)
         comparisons = {figure.name: numbers for figure in self.study.figures if (numbers := figure.numbers(results))}
-        curves = {figure.name: endings for figure in self.study.figures if (endings := figure.endings(results))}
-        summary = summarize(results) | {"comparisons": comparisons, "curves": curves}
+        means = {figure.name: numbers for figure in self.study.figures if (numbers := figure.means(results))}
+        summary = summarize(results) | {"comparisons": comparisons, "means": means}
         write_json(self.path / SUMMARY_FILE, summary)
         return summary
 

@@ -145,6 +145,7 @@ ABLATIONS = (
 
 TUNED_SETTINGS = ("updates_4", "updates_16", "updates_32")
 MAIN = {"method": tuple(METHODS)}
+SHIFTED = {"method": ("grpo_rs", "gspo_rs", "rspo")}
 PAIRS = (("grpo_rs", "grpo"), ("gspo_rs", "gspo"), ("rspo", "gmpo"), ("rspo", "grpo"), ("rspo", "gspo"))
 ABLATION_PAIRS = {
     "gamma": (("weight", "mask"), ("weight", "gradient")),
@@ -170,13 +171,16 @@ STUDY = Study(
     figures=(
         LearningCurves("curves", panels="setting", where=MAIN),
         LearningCurves("drift", panels="setting", where=MAIN, metric="gamma_mean"),
+        LearningCurves("floor", panels="setting", where=SHIFTED, metric="gamma_floor_fraction"),
         LearningCurves("entropy", panels="setting", where=MAIN, metric="entropy"),
         LearningCurves("ratios", panels="setting", where=MAIN, metric="ratio_max", log=True),
         LearningCurves("stays", panels="setting", where=MAIN, metric="route_stays"),
         LearningCurves("load", panels="setting", where=MAIN, metric="max_violation"),
-        LearningCurves("clipped", panels="setting", where=MAIN, metric="clip_fraction"),
+        LearningCurves("clipped_good", panels="setting", where=MAIN, metric="clip_fraction_positive"),
+        LearningCurves("clipped_bad", panels="setting", where=MAIN, metric="clip_fraction_negative"),
         LearningCurves("sample_size", panels="setting", where=MAIN, metric="effective_sample_size"),
-        FinalScores("scores", panels="setting", where=MAIN),
+        FinalScores("scores", panels="setting", where=MAIN, metric="test_sampled"),
+        FinalScores("greedy", panels="setting", where=MAIN, metric="test_greedy"),
         CollapseRates("collapses", panels="setting", where=MAIN),
         Improvement("improvement", panels="setting", where=MAIN, pairs=PAIRS),
         Improvement("improvement_tuned", panels="setting", where=MAIN | {"setting": TUNED_SETTINGS}, pairs=PAIRS),
@@ -201,6 +205,16 @@ STUDY = Study(
         ),
         *(
             FinalScores(f"balance_{name}", panels="setting", groups="balance", where=ABLATED | {"method": name})
+            for name in BALANCED
+        ),
+        *(
+            LearningCurves(
+                f"balance_{name}_load",
+                panels="setting",
+                lines="balance",
+                where=ABLATED | {"method": name},
+                metric="max_violation",
+            )
             for name in BALANCED
         ),
         *(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import io
 import json
 
 import matplotlib.image
@@ -10,7 +11,14 @@ import pytest
 from etils import epath
 
 from experiments.ablation.comparison import Results, collapse_rate, describe, summarize
-from experiments.ablation.figures import CollapseRates, FinalScores, Improvement, LearningCurves, Sensitivity
+from experiments.ablation.figures import (
+    CollapseRates,
+    FinalScores,
+    Improvement,
+    LearningCurves,
+    MeansOfSteps,
+    Sensitivity,
+)
 from experiments.ablation.grid import choose, vary
 from experiments.ablation.study import Study, Style, plan_study
 from experiments.ablation.table import MOST_STEPS, Table, finished_rows, read_table, run_row, write_table
@@ -260,34 +268,68 @@ def test_curves_end_at_the_mean_of_their_last_steps():
     of.steps[second][15] |= {"reward": None}  # it was not finite
     for step in of.steps["method=gmpo,updates=4,seed=0"]:
         del step["reward"]
-    endings = FIGURES[0].endings(results(of))
+    endings = FIGURES[0].means(results(of))
     assert [(one["line"], one["panel"]) for one in endings] == [
         ("gmpo", 4),
         ("rspo", 4),
         ("gmpo", 16),
         ("rspo", 16),
     ]
-    assert endings[3]["ending"] == pytest.approx(1.0)
-    assert endings[3]["ending_interval"] == pytest.approx([0.0, 2.0])
-    logarithmic = FIGURES[1].endings(results(of))
-    assert logarithmic[3]["ending"] == pytest.approx(np.e)  # of means of logarithms
-    assert logarithmic[3]["ending_interval"] == pytest.approx([1.0, np.e**2])
+    assert endings[3]["mean"] == pytest.approx(1.0)
+    assert endings[3]["mean_interval"] == pytest.approx([0.0, 2.0])
+    logarithmic = FIGURES[1].means(results(of))
+    assert logarithmic[3]["mean"] == pytest.approx(np.e)  # of means of logarithms
+    assert logarithmic[3]["mean_interval"] == pytest.approx([1.0, np.e**2])
     for step in of.steps[first] + of.steps[second] + of.steps[third]:
         del step["reward"]
-    nothing = FIGURES[0].endings(results(of))
-    assert nothing[3]["ending"] is None
-    lines = describe(summarize(results(of)) | {"curves": {"rewards": nothing, "ratios": logarithmic}}).splitlines()
+    nothing = FIGURES[0].means(results(of))
+    assert nothing[3]["mean"] is None
+    lines = describe(summarize(results(of)) | {"means": {"rewards": nothing, "ratios": logarithmic}}).splitlines()
     titles = [line.split("  ")[0] for line in lines[-7:]]
     assert titles == [
-        "rewards: reward at the end, 95 %",
+        "rewards: reward in the last 10 steps, 95 %",
         "gmpo",
         "rspo",
         "",
-        "ratios: ratio_max at the end, 95 %",
+        "ratios: ratio_max in the last 10 steps, 95 %",
         "gmpo",
         "rspo",
     ]
     assert lines[-5].endswith(" –") and lines[-1].endswith(" 2.718 [1, 7.389]")
+
+
+def test_another_score_than_the_studys_is_in_the_summary_too():
+    of = table(test_greedy=0.4, start_test_greedy=0.25)
+    figure = FinalScores("greedy", panels="updates", metric="test_greedy")
+    means = figure.means(results(of))
+    assert [(one["line"], one["panel"], one["mean"]) for one in means] == [
+        ("gmpo", 4, pytest.approx(0.4)),
+        ("rspo", 4, pytest.approx(0.4)),
+        ("before training", 4, pytest.approx(0.25)),
+        ("gmpo", 16, pytest.approx(0.4)),
+        ("rspo", 16, pytest.approx(0.4)),
+        ("before training", 16, pytest.approx(0.25)),
+    ]
+    assert figure.draw(results(of)) is not None
+    assert FIGURES[2].means(results(of)) == []  # the summary has the study's score of each cell
+
+
+def test_several_metrics_have_their_means_over_all_steps():
+    of = table(steps=20)
+    for seed in range(3):
+        for step in of.steps[f"method=rspo,updates=16,seed={seed}"]:
+            step |= {"reward": float(seed), "late": 4.0 if step["step"] == 19 else None}
+    figure = MeansOfSteps("both", metrics=("reward", "late"), where={"method": "rspo"}, panels="updates", what="of two")
+    means = figure.means(results(of))
+    assert [(one["line"], one["panel"]) for one in means] == [("reward", 4), ("late", 4), ("reward", 16), ("late", 16)]
+    assert [one["mean"] for one in means[1:]] == [None, pytest.approx(1.0), 4.0]
+    assert means[2]["mean_interval"] == pytest.approx([0.0, 2.0])
+    assert (
+        describe(summarize(results(of)) | {"means": {"both": means}}).splitlines()[-3].startswith("both: of two, 95 %")
+    )
+    pixels = matplotlib.image.imread(io.BytesIO(figure.draw(results(of))))
+    assert np.ptp(pixels[..., :3]) > 0.5
+    assert dataclasses.replace(figure, log=True, metrics=("late",)).means(results(of))[1]["mean"] == pytest.approx(4.0)
 
 
 def test_there_is_no_collapse_rate_without_runs():

@@ -1,0 +1,51 @@
+"""What every objective would do with the same responses at the same parameters: its gradient against the on-policy one.
+
+Three runs of RSPO in each of the two settings of the study `countdown` that are the most off-policy; after every tenth
+step `rspo_jax.gradient_probe` takes the gradients of all objectives. The runs differ from those of `countdown` in
+nothing else.
+"""
+
+import dataclasses
+
+from experiments.ablation.figures import MeansOfSteps
+from experiments.ablation.study import METRICS, Study
+from experiments.studies.countdown import BASE, HARDEST, HARSH, LABELS, RSPO
+from rspo_jax.gradient_probe import PROBED
+from rspo_jax.objective_configs import AGGREGATIONS
+
+KINDS = {
+    "cosine": "cosine to the on-policy gradient",
+    "snr": "signal-to-noise ratio of the gradient",
+    "norm": "length over that of the on-policy gradient",
+}
+REFERENCES = {f"reference_{kind}_{way}": f"on-policy, {way}" for kind in ("cosine", "snr") for way in AGGREGATIONS}
+
+
+def metrics_of(kind: str) -> tuple[str, ...]:
+    """The probe's metrics of one kind: first the references, which are the ceiling, then all objectives."""
+    references = [f"probe_{name}" for name in REFERENCES if name.startswith(f"reference_{kind}_")]
+    return (*references, *(f"probe_{kind}_{name}" for name in PROBED))
+
+
+STUDY = Study(
+    name="countdown_gradients",
+    base=dataclasses.replace(BASE, trainer=dataclasses.replace(BASE.trainer, probe_every=10)),
+    grid=RSPO * (HARDEST + HARSH),
+    seeds=(0, 1, 2),
+    warm_starts=3,
+    metrics=(*METRICS, *(metric for kind in KINDS for metric in metrics_of(kind))),
+    figures=tuple(
+        MeansOfSteps(
+            f"gradient_{kind}",
+            panels="setting",
+            metrics=metrics_of(kind),
+            what=what,
+            log=kind != "cosine",
+            where={"method": "rspo"},
+        )
+        for kind, what in KINDS.items()
+    ),
+    labels=LABELS
+    | {f"probe_{name}": label for name, label in REFERENCES.items()}
+    | {f"probe_{kind}_{name}": LABELS.get(name, name) for kind in KINDS for name in PROBED},
+)
