@@ -22,7 +22,7 @@ from typing import Any
 from experiments.ablation.comparison import Results, summarize
 from experiments.ablation.jobs import FAILURES_FOLDER, Failures, Job
 from experiments.ablation.study import START_FIELD, Plan, PlannedRun, Study, change_run, changed_runs, declaration
-from experiments.ablation.table import Row, finished_rows, read_table, run_row, write_table
+from experiments.ablation.table import Row, finished_rows, read_table, run_row, with_factors, write_table
 from experiments.config import RUNS, Run, differences, load_config, save_config
 from rspo_jax.files import as_path, replace_file
 from rspo_jax.metrics import write_json
@@ -42,7 +42,7 @@ class StudyFolder:
         """
         self.study, self.plan, self.path = study, plan, path
         self.work = path / WORK_FOLDER
-        self.table = read_table(as_path(path))
+        self.table = with_factors(read_table(as_path(path)), plan)
         self._task = next(name for name, run_type in RUNS.items() if type(study.base) is run_type)
 
     def run_dir(self, planned: PlannedRun) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from experiments.ablation.study import PlannedRun, Study
+from experiments.ablation.study import Plan, PlannedRun, Study
 from rspo_jax.collapse import judge_alarm
 from rspo_jax.files import replace_file
 from rspo_jax.metrics import read_metrics
@@ -63,6 +63,14 @@ def read_table(folder: epath.Path) -> Table:
             f"the table in {folder} is damaged ({error}): restore it, or remove it to begin anew"
         ) from error
     return table
+
+
+def with_factors(table: Table, plan: Plan) -> Table:
+    """The table with the levels of factors that the study did not have yet when some of its runs were done."""
+    levels = {planned.name: planned.factors for planned in plan.runs}
+    runs = {name: row | dict(levels.get(name, {})) for name, row in table.runs.items()}
+    steps = {name: [row | dict(levels.get(name, {})) for row in rows] for name, rows in table.steps.items()}
+    return Table(runs, steps)
 
 
 def write_table(folder: epath.Path, table: Table, order: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from experiments.ablation.figures import (
 )
 from experiments.ablation.grid import choose, vary
 from experiments.ablation.study import Study, Style, plan_study
-from experiments.ablation.table import MOST_STEPS, Table, finished_rows, read_table, run_row, write_table
+from experiments.ablation.table import MOST_STEPS, Table, finished_rows, read_table, run_row, with_factors, write_table
 from experiments.config import CountdownRun
 
 GRID = choose("method", {"gmpo": {"objective.objective": "gmpo"}, "rspo": {"objective.objective": "rspo"}})
@@ -83,6 +83,23 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     before = (tmp_path / "steps.jsonl.gz").read_bytes()
     write_table(folder, read, order)
     assert (tmp_path / "steps.jsonl.gz").read_bytes() == before
+
+
+def test_runs_of_before_a_factor_have_its_default():
+    grown = plan_study(
+        dataclasses.replace(
+            STUDY,
+            grid=GRID + choose("method", {"rspo": {}}) * vary("clip", "objective.clip_high", 0.2),
+            defaults=dict(STUDY.defaults) | {"clip": 0.4},
+        )
+    )
+    old = table()
+    assert "clip" not in old.runs["method=rspo,updates=4,seed=0"]
+    old.runs["of an older study"] = {"run": "of an older study", "state": "done"}
+    new = with_factors(old, grown)
+    assert new.runs["method=rspo,updates=4,seed=0"] == old.runs["method=rspo,updates=4,seed=0"] | {"clip": 0.4}
+    assert {row["clip"] for row in new.steps["method=rspo,updates=4,seed=0"]} == {0.4}
+    assert new.runs["of an older study"] == old.runs["of an older study"]
 
 
 def test_there_may_be_no_table_yet(tmp_path):
