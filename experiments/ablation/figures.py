@@ -162,8 +162,6 @@ class MeansOfSteps(StudyFigure):
     metrics: tuple[str, ...] = ()
     what: str = ""
     """What they have in common: the name of the axis."""
-    log: bool = False
-    """The axis and the means."""
 
     def draw_rows(self, canvas: "_Canvas", rows: list[Row]) -> None:
         results = canvas.results
@@ -171,21 +169,17 @@ class MeansOfSteps(StudyFigure):
             for place, metric in enumerate(self.metrics):
                 style = canvas.style(None, metric, self.metrics)
                 for run in panel:
-                    alone = results.mean_of_steps(metric, [run], self.log)
+                    alone = results.mean_of_steps(metric, [run])
                     if alone is not None:
                         axes.plot(alone.value, place + 0.22, "o", color=style.colour, alpha=0.35, markersize=3)
-                _dot(axes, place, results.mean_of_steps(metric, panel, self.log), style)
-            if self.log:
-                axes.set_xscale("log")
+                _dot(axes, place, results.mean_of_steps(metric, panel), style)
             axes.set_xlabel(self.what, color=INK, fontsize=9)
-            _format(axes.xaxis, self.what, self.log)
         canvas.name_rows([canvas.word(metric) for metric in self.metrics])
         canvas.note("large: interquartile mean over runs, 95 % bootstrap interval; small: runs")
 
     def means(self, results: Results) -> list[dict[str, Any]]:
         return [
-            {"what": self.what, "panel": panel, "line": metric}
-            | flat("mean", results.mean_of_steps(metric, runs, self.log))
+            {"what": self.what, "panel": panel, "line": metric} | flat("mean", results.mean_of_steps(metric, runs))
             for panel, runs in results.by_level(self.panels, results.runs(self.free, self.where))
             for metric in self.metrics
         ]

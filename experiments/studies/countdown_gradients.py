@@ -40,7 +40,6 @@ STUDY = Study(
             panels="setting",
             metrics=metrics_of(kind),
             what=what,
-            log=kind != "cosine",
             where={"method": "rspo"},
         )
         for kind, what in KINDS.items()
