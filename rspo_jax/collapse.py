@@ -27,7 +27,8 @@ class AlarmRule:
     * divergence: `approx_kl` is at least `least_kl`, and `times` that of the reference.
     * clip: `clip_fraction` is at least `least_clip_fraction`, and `times` that of the reference.
     * entropy: `entropy` is at most `entropy_share` of that of the reference.
-    * route: 1 − `gamma_mean` is at least `least_shift`, and `times` that of the reference.
+    * route: `drift` is at least `least_shift`, and `times` that of the reference. γ would not do: an adaptive scale or
+      a sum over layers makes it small without any drift.
 
     Ratio, divergence and route also hold at `much_log_ratio`, `much_kl` and `much_shift` or more, whatever the
     reference; for these two steps are enough of a window. A metric that was recorded but is not finite is a sign at
@@ -46,6 +47,7 @@ class AlarmRule:
     """In nats a token."""
     least_clip_fraction: float = 0.02
     least_shift: float = 0.02
+    """In nats, a mean over layers and tokens."""
     entropy_share: float = 0.3
     much_log_ratio: float = 3.0
     much_kl: float = 0.05
@@ -96,7 +98,7 @@ class _Sign(NamedTuple):
             return math.nan
         if self.name == "ratio":
             return math.log(max(value, 1.0))
-        return 1 - value if self.name == "route" else value
+        return value
 
     def holds(self, now: float, before: float, rule: AlarmRule) -> bool:
         """Whether it does, `before` being NaN while there is no reference to compare with."""
@@ -125,7 +127,7 @@ _SIGNS = (
     _Sign("divergence", "approx_kl", "divergence {:.3f}", "{:.3f}"),
     _Sign("clip", "clip_fraction", "clipped {:.1%}", "{:.1%}"),
     _Sign("entropy", "entropy", "entropy {:.3g}", "{:.3g}"),
-    _Sign("route", "gamma_mean", "1 − γ {:.3f}", "{:.3f}"),
+    _Sign("route", "drift", "drift {:.3f}", "{:.3f}"),
 )
 
 

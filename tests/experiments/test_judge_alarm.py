@@ -12,9 +12,9 @@ QUIET = {
     "approx_kl": 0.002,
     "clip_fraction": 0.004,
     "entropy": 0.5,
-    "gamma_mean": 0.99,
+    "drift": 0.01,
 }
-LOUD = {"approx_kl": 0.2, "gamma_mean": 0.8}
+LOUD = {"approx_kl": 0.2, "drift": 0.2}
 STEPS = 40
 
 
@@ -23,9 +23,7 @@ def rows_of(name, loud_from=None, falls_at=None, not_finite_from=None):
     for step in range(1, STEPS + 1):
         row = {"run": name, "seed": 0, "step": step} | QUIET
         row |= LOUD if loud_from is not None and step >= loud_from else {}
-        row |= (
-            {"approx_kl": None, "gamma_mean": None} if not_finite_from is not None and step >= not_finite_from else {}
-        )
+        row |= {"approx_kl": None, "drift": None} if not_finite_from is not None and step >= not_finite_from else {}
         row |= {"reward": 0.0} if falls_at is not None and step >= falls_at else {}
         rows.append(row)
     return rows

@@ -45,6 +45,7 @@ def fake_metrics(rng, step, trouble):
         "reward": 0.1 + 0.3 * step / 60 - 0.6 * trouble + noise if trouble < 0.7 else noise,
         "solve_rate": max(0.0, 0.1 + 0.3 * step / 60 - 0.6 * trouble),
         "entropy": 1.2 - 0.5 * step / 60 - 0.5 * trouble + noise,
+        "drift": 0.01 + 0.15 * trouble + 0.1 * noise,
         "gamma_mean": 0.99 - 0.15 * trouble - 0.1 * noise,
         "gamma_p10": 0.97 - 0.3 * trouble,
         "gamma_min": 0.8 - 0.6 * trouble,

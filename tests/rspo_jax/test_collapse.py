@@ -12,7 +12,7 @@ CALM = {
     "approx_kl": 0.002,
     "clip_fraction": 0.004,
     "entropy": 0.5,
-    "gamma_mean": 0.99,
+    "drift": 0.01,
 }
 RULE = AlarmRule(reference=6, window=3)
 
@@ -45,7 +45,7 @@ def test_a_calm_run_rings_nothing():
         ("clip_fraction", 0.0199, 0.0201),  # least: 2 %
         ("approx_kl", 0.0099, 0.0101),  # least: 0.01
         ("entropy", 0.151, 0.149),  # 0.3 of 0.5
-        ("gamma_mean", 0.9701, 0.9699),  # three times 0.01
+        ("drift", 0.0299, 0.0301),  # three times 0.01
     ],
 )
 def test_each_sign_holds_from_its_threshold_on(metric, calm, loud):
@@ -87,7 +87,7 @@ def test_what_is_not_finite_is_a_sign(value):
 def test_metrics_that_are_missing_are_no_signs():
     rows = run_of({"clip_fraction": (12, 0.5)})
     for row in rows:
-        for metric in ("ratio_max", "entropy", "gamma_mean"):
+        for metric in ("ratio_max", "entropy", "drift"):
             row.pop(metric, None)
     assert first_alarm(rows, RULE).step is None
     assert first_alarm(rows, AlarmRule(reference=6, window=3, signs=1)).step == 12
@@ -103,10 +103,10 @@ def test_it_says_why_once_and_only_then():
 
 @pytest.mark.parametrize(
     ("metric", "calm", "loud"),
-    [("ratio_max", math.exp(2.99), math.exp(3.01)), ("approx_kl", 0.0499, 0.0501), ("gamma_mean", 0.9201, 0.9199)],
+    [("ratio_max", math.exp(2.99), math.exp(3.01)), ("approx_kl", 0.0499, 0.0501), ("drift", 0.0799, 0.0801)],
 )
 def test_what_is_much_for_any_run_needs_no_reference(metric, calm, loud):
-    other = ("gamma_mean", 0.5) if metric != "gamma_mean" else ("approx_kl", 1.0)
+    other = ("drift", 0.5) if metric != "drift" else ("approx_kl", 1.0)
     assert first_alarm(run_of({metric: (1, calm), other[0]: (1, other[1])}), RULE).step is None
     alarm = first_alarm(run_of({metric: (1, loud), other[0]: (1, other[1])}), RULE)
     assert alarm.step == 2 and "was" not in alarm.why
