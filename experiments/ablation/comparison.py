@@ -147,6 +147,7 @@ def summarize(results: Results) -> dict[str, Any]:
 
 
 def flat(name: str, found: Estimate | None) -> dict[str, Any]:
+    """An estimate as two entries of a JSON file, its value and its interval; one of None if there is none."""
     return {name: None} if found is None else {name: found.value, f"{name}_interval": [found.low, found.high]}
 
 
