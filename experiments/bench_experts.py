@@ -76,7 +76,12 @@ def expert_block(parameters: Block, x: Array, experts_per_token: int, activation
 def ragged_block(parameters: Block, x: Array, experts_per_token: int) -> Array:
     """The same by `jax.lax.ragged_dot`, for comparison."""
     weights, expert_ids = route(parameters.router, x, experts_per_token)
-    experts = parameters.experts
+    return run_ragged_experts(x, weights, expert_ids, parameters.experts)
+
+
+def run_ragged_experts(x: Array, weights: Array, expert_ids: Array, experts: Experts) -> Array:
+    """`models.experts.run_experts` by `jax.lax.ragged_dot`."""
+    experts_per_token = weights.shape[1]
     num_experts, hidden_size, _, expert_size = experts.gate_up.shape
     order = jnp.argsort(expert_ids.reshape(-1))
     sizes = jnp.bincount(expert_ids.reshape(-1), length=num_experts).astype(jnp.int32)

@@ -1,17 +1,19 @@
 """Products of rows that are sorted by group with one matrix a group: the work of the chosen experts, and no more.
 
-Each backend has its own implementation, chosen when the program is lowered: Pallas' megablox kernel on a TPU, and a
-loop over blocks of rows in plain JAX elsewhere. `jax.lax.ragged_dot` is not used: by default XLA turns it into a
-product with the matrices of all groups, on CPUs, GPUs and TPUs alike. Pure functions of arrays: this file must never
-know an expert, a router or a model.
+Each backend has its own implementation, chosen when the program is lowered: Pallas' megablox kernel on a TPU, kernels
+of our own (`models.triton_matmul`) on an NVIDIA GPU, and a loop over blocks of rows in plain JAX elsewhere.
+`jax.lax.ragged_dot` is not used: by default XLA turns it into a product with the matrices of all groups, on CPUs, GPUs
+and TPUs alike. Pure functions of arrays: this file must never know an expert, a router or a model.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import megablox
+
+from models.row_blocks import cut_rows
+from models.triton_matmul import triton_matmul
 
 Array = jax.Array
 
@@ -27,9 +29,7 @@ def grouped_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
 
     On a TPU the kernel declares 2·M·D·F FLOPs to XLA's cost analysis, the useful work. The tiles that it computes hold
     up to M + (E − 1)·tile rows, since a tile that two groups share is computed for both; `tile_rows` keeps that near
-    1/8 more than M, down to tiles of 128 rows.
-
-    On a GPU this is the loop over blocks too: it lowers for one, but has not been timed on one.
+    1/8 more than M, down to tiles of 128 rows. On a GPU no two groups share a tile: each begins with one of its own.
 
     Args:
       rows: float32 or bfloat16 [M, D], sorted by group.
@@ -45,7 +45,9 @@ def grouped_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
     _check(rows, weights, group_sizes)
     if 0 in (*rows.shape, *weights.shape):
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
-    return jax.lax.platform_dependent(rows, weights, group_sizes, tpu=megablox_matmul, default=block_matmul)
+    return jax.lax.platform_dependent(
+        rows, weights, group_sizes, tpu=megablox_matmul, cuda=triton_matmul, default=block_matmul
+    )
 
 
 def _check(rows: Array, weights: Array, group_sizes: Array) -> None:
@@ -119,34 +121,6 @@ def block_size_for(num_rows: int, num_groups: int) -> int:
     return min(512, max(8, 1 << (per_group // 4).bit_length()))
 
 
-class _Blocks(NamedTuple):
-    """Runs of at most `block_size` rows of one group, in the order of the rows."""
-
-    start: Array
-    """int32 [blocks]: the first row."""
-    end: Array
-    """int32 [blocks]: beyond the last row."""
-    group: Array
-    """int32 [blocks]."""
-    num_used: Array
-    """int32 scalar: blocks beyond it are empty."""
-
-
-def _blocks(group_sizes: Array, num_rows: int, block_size: int) -> _Blocks:
-    num_groups = group_sizes.size
-    num_blocks = num_rows // block_size + min(num_groups, num_rows)
-    last_block = jnp.cumsum(-(-group_sizes // block_size), dtype=jnp.int32)
-    group_end = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    block = jnp.arange(num_blocks, dtype=jnp.int32)
-    group = jnp.searchsorted(last_block, block, side="right").astype(jnp.int32)
-    group = jnp.minimum(group, num_groups - 1)
-    # Counted from the group's end, so that the position needs no second cumulative sum.
-    blocks_left = last_block[group] - block
-    size = group_sizes[group]
-    start = group_end[group] - size + (-(-size // block_size) - blocks_left) * block_size
-    return _Blocks(start, jnp.minimum(start + block_size, group_end[group]), group, last_block[-1])
-
-
 @jax.custom_vjp
 def block_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
     """The implementation in plain JAX: one product a block of rows, in a loop over the blocks in use."""
@@ -161,7 +135,7 @@ def _pad_to_blocks(array: Array, block_size: int) -> Array:
 def _multiply_blocks(rows: Array, weights: Array, group_sizes: Array) -> Array:
     num_rows = rows.shape[0]
     block_size = block_size_for(num_rows, weights.shape[0])
-    blocks = _blocks(group_sizes, num_rows, block_size)
+    blocks = cut_rows(group_sizes, num_rows, block_size)
     padded = _pad_to_blocks(rows, block_size)
 
     def body(block: Array, out: Array) -> Array:
@@ -186,7 +160,7 @@ def _block_forward(rows: Array, weights: Array, group_sizes: Array) -> tuple[Arr
 def _block_backward(residuals: tuple, output_gradient: Array) -> tuple:
     rows, weights, group_sizes = residuals
     block_size = block_size_for(rows.shape[0], weights.shape[0])
-    blocks = _blocks(group_sizes, rows.shape[0], block_size)
+    blocks = cut_rows(group_sizes, rows.shape[0], block_size)
     padded_rows, padded_gradient = _pad_to_blocks(rows, block_size), _pad_to_blocks(output_gradient, block_size)
 
     def body(block: Array, sums: Array) -> Array:

@@ -1,5 +1,5 @@
 """Attention against float64 numpy written token by token, with the gradients by hand: the blocks that run here, the
-TPU kernel in interpret mode, and what is lowered for each platform. Knows no model."""
+kernels in interpret mode, and what is lowered for each platform. Knows no model."""
 
 import functools
 import re
@@ -161,6 +161,22 @@ def test_value_and_gradients_match_the_reference(shape, kv_heads):
     assert_matches(attention.attend, shape, kv_heads)
 
 
+def interpreted_triton(*inputs, **options):
+    return attention._attend_with_triton(*inputs, **options, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kv_heads"),
+    [
+        ((4, 130, 4, 24), 2),  # padding, heads that share their keys, a head size that is no power of two
+        ((4, 256, 2, 16), 2),
+    ],
+    ids=str,
+)
+def test_the_gpu_kernel_matches_the_reference(shape, kv_heads):
+    assert_matches(interpreted_triton, shape, kv_heads)
+
+
 def test_the_tpu_kernel_matches_the_reference_in_two_blocks_with_padding(monkeypatch):
     monkeypatch.setattr(attention, "KERNEL_MAX_BLOCK", 128)
     assert attention._kernel_block(250) == (128, 256)
@@ -193,7 +209,8 @@ def test_a_cache_is_read_up_to_each_token(tokens, slots, offset):
 
 
 @pytest.mark.parametrize(
-    ("function", "tokens"), [(attention.attend, 24), (attention.attend, 130), (interpreted_kernel, 130)]
+    ("function", "tokens"),
+    [(attention.attend, 24), (attention.attend, 130), (interpreted_kernel, 130), (interpreted_triton, 130)],
 )
 def test_padding_is_finite_and_touches_no_real_token(function, tokens):
     queries, keys, values, cotangent = random_arrays((4, tokens, 2, 6), 1)
@@ -340,23 +357,25 @@ def test_bfloat16_stays_bfloat16_with_sinks_and_other_values(function, tokens):
         assert_near(array, expected_array, tolerance=2**-6)
 
 
-def test_bfloat16_stays_bfloat16():
-    inputs = random_arrays((2, 20, 2, 16), 1, dtype=jnp.bfloat16)
-    segments = np.ones((2, 20), np.int32)
+@pytest.mark.parametrize(("function", "tokens"), [(attention.attend, 20), (interpreted_triton, 140)])
+def test_bfloat16_stays_bfloat16(function, tokens):
+    inputs = random_arrays((2, tokens, 2, 16), 1, dtype=jnp.bfloat16)
+    segments = np.ones((2, tokens), np.int32)
     with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention asks for it when it is differentiated
-        value, gradients = compiled(attention.attend, *inputs[:3], segments, segments, inputs[3])
+        value, gradients = compiled(function, *inputs[:3], segments, segments, inputs[3])
     expected, expected_gradients = reference(*inputs[:3], segments, segments, inputs[3])
     for array, expected_array in zip((value, *gradients), (expected, *expected_gradients), strict=True):
         assert array.dtype == jnp.bfloat16
         assert_near(array, expected_array, tolerance=2**-6)
 
 
-def test_the_kernel_inside_scan_checkpoint_and_shard_map():
+@pytest.mark.parametrize("kernel", [interpreted_kernel, interpreted_triton])
+def test_kernels_inside_scan_checkpoint_and_shard_map(kernel):
     queries, keys, values, cotangent = random_arrays((1, 130, 2, 8), 1)
     segments = packed_segments(1, 130)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
-    sharded = jax.shard_map(interpreted_kernel, mesh=mesh, in_specs=(spec,) * 5, out_specs=spec, check_vma=False)
+    sharded = jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 5, out_specs=spec, check_vma=False)
 
     def twice(attend):
         def layer(x, _):
@@ -425,8 +444,17 @@ def test_a_window_beyond_the_tokens_is_no_window():
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_gpu_runs_plain_xla():
-    text = lowered_text("cuda", 140)
+def test_long_sequences_use_the_kernel_on_a_gpu_and_never_hold_all_pairs_of_tokens():
+    text = lowered_text("cuda", 896)
+    assert text.count("xla.gpu.triton") >= 3
+    assert "896x896" not in text
+    block = attention._query_block(896)
+    assert not [keys for keys in range(block, 897, block) if re.search(rf"tensor<3x[0-9x]*x{block}x{keys}x", text)]
+
+
+@pytest.mark.parametrize("options", [{"window": 20}, {"sinks": random_sinks(2)}], ids=str)
+def test_a_gpu_runs_plain_xla_with_sinks_or_a_window(options):
+    text = lowered_text("cuda", 140, **options)
     assert "custom_call" not in text and "dot_general" in text
 
 
