@@ -94,8 +94,9 @@ class Compiler(NamedTuple):
         found = gpu.kernels_of(function, *arguments) if self.is_gpu else []
         if found:
             worst = max(found, key=lambda kernel: kernel.spilled_bytes)
-            measure = f"bytes that a thread spills, most of {len(found)} kernels ({worst.name})"
-            yield Figure(part, form, measure, worst.spilled_bytes, None)
+            which = f" ({worst.name})" if worst.spilled_bytes else ""
+            measured = f"bytes that a thread spills, most of {len(found)} kernels{which}"
+            yield Figure(part, form, measured, worst.spilled_bytes, None)
 
 
 def experts(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:

@@ -7,8 +7,8 @@ caches and windows that are not known when compiling, blocks of queries go throu
 through the same written out where there are sinks or values of another size, which that function does not take. This
 file must never know Flax, a model or its configuration.
 
-cuDNN's kernel is left out on purpose. It takes segments only as a bias [B, 1, T, T], and JAX then always asks it for
-the gradient of that bias: memory that grows with T², and no float32.
+cuDNN's kernel is left out on purpose. It takes segments only as a bias [B, 1, T, T] and gives that bias a gradient, so
+that its memory grows with T²; it knows no float32; and only on a device does it say what it can plan.
 
 Letters: B rows, T tokens, S cache slots, N heads, K key/value heads, H head size, V head size of the values.
 """

@@ -3,6 +3,7 @@ number of processes changes nothing, and process 0 alone writes. Slow: each proc
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ SIZES = {
 }
 TIMINGS = {"step_seconds", "tokens_per_second"}
 ROUNDING = 1e-5
+SECONDS = 600  # after which a process is taken to hang
 
 
 def free_port():
@@ -52,6 +54,7 @@ def start(processes, run_dir, data_dir, *flags):
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_llvm_disable_expensive_passes=true",
             "JAX_PLATFORMS": "cpu",
+            "PYTHONFAULTHANDLER": "1",
         }
         command = [sys.executable, "-m", "experiments.train", *map(str, arguments)]
         with open(f"{run_dir}-{processes}-{index}.txt", "w") as output:
@@ -65,8 +68,15 @@ def output_of(run_dir, processes, index):
 
 
 def finish(started, run_dir):
-    for index, process in enumerate(started):
-        assert process.wait(timeout=600) == 0, output_of(run_dir, len(started), index)[-3000:]
+    """Waits for all of them. Where one hangs, all say where they are, and end."""
+    try:
+        codes = [process.wait(timeout=SECONDS) for process in started]
+    except subprocess.TimeoutExpired:
+        for process in started:
+            process.send_signal(signal.SIGABRT)  # faulthandler then writes the stacks of all threads
+        codes = ["hung"] + [process.wait() for process in started]
+    said = "\n".join(output_of(run_dir, len(started), index)[-20_000:] for index in range(len(started)))
+    assert codes == [0] * len(started), f"{codes}\n{said}"
 
 
 def metrics_of(run_dir):
