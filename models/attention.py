@@ -1,11 +1,10 @@
 """Causal grouped-query attention within segments: one pure function, and the form of it that suits each platform.
 
-Sequences of 128 tokens or more go through kernels that come with JAX, whose memory grows with T and which skip what
-lies above the diagonal: on a TPU the splash kernels, which skip what lies before a window too, and on an NVIDIA GPU the
-Triton ones, unless there are sinks, a window or values of another size. Everywhere else, and for short sequences,
-caches and windows that are not known when compiling, blocks of queries go through `jax.nn.dot_product_attention`, or
-through the same written out where there are sinks or values of another size, which that function does not take. This
-file must never know Flax, a model or its configuration.
+Sequences of 128 tokens or more go through kernels whose memory grows with T and which skip what lies above the diagonal
+or before the window: on a TPU the splash kernels of JAX, on an NVIDIA GPU those of `models.triton_attention`.
+Everywhere else, and for short sequences, caches and windows that are not known when compiling, blocks of queries go
+through `jax.nn.dot_product_attention`, or through the same written out where there are sinks or values of another
+size, which that function does not take. This file must never know Flax, a model or its configuration.
 
 cuDNN's kernel is left out on purpose. It takes segments only as a bias [B, 1, T, T] and gives that bias a gradient, so
 that its memory grows with T²; it knows no float32; and only on a device does it say what it can plan.
@@ -19,8 +18,9 @@ from typing import TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.gpu import attention as triton_attention
 from jax.experimental.pallas.ops.tpu import splash_attention
+
+from models.triton_attention import MAX_HEAD_DIM, Settings, triton_attention
 
 Array = jax.Array
 
@@ -28,8 +28,6 @@ KERNEL_MIN_TOKENS = 128
 """Shorter sequences would fill less than one tile of the TPU kernel."""
 KERNEL_MAX_BLOCK = 512
 """Tokens of the largest tile: [512, 512] logits in float32 are 1 MiB of a TPU core's vector memory."""
-TRITON_BLOCK = 128
-"""Queries of a tile of the GPU's kernel."""
 LANES = 128
 """The TPU kernel's blocks are multiples of the width of a TPU vector register."""
 MIN_QUERY_BLOCK = 64
@@ -61,7 +59,7 @@ def attend(
       query_segments: int32 [B, T]; 0 is padding.
       key_segments: int32 [B, S]; 0 is padding or an empty slot.
       offset: int32 scalar, the cache slot of the first query; slots beyond a query's own are not seen. None means
-        that the keys are the queries' own tokens: S = T, and both have the same segments.
+        that the keys are the queries' own tokens: S = T.
       sinks: float32 [N], a logit of each head that joins the softmax's denominator and adds no value (gpt-oss).
       window: a token sees itself and the window − 1 tokens before it. An int is known when compiling: the TPU kernel
         and the blocks then skip what lies before it. An int32 scalar may differ from layer to layer of a scan, at the
@@ -85,8 +83,8 @@ def attend(
     if queries.shape[1] < KERNEL_MIN_TOKENS or not (window is None or _is_static(window)):
         return in_blocks(*inputs, sinks)
     kernels = {"tpu": functools.partial(_attend_with_kernel, window=window, scale=scale)}
-    if sinks is None and window is None and values.shape == keys.shape:
-        kernels["cuda"] = functools.partial(_attend_with_triton, scale=scale)
+    if max(queries.shape[-1], values.shape[-1]) <= MAX_HEAD_DIM:
+        kernels["cuda"] = functools.partial(_attend_with_triton, window=window, scale=scale)
     return jax.lax.platform_dependent(*inputs, sinks, **kernels, default=in_blocks)
 
 
@@ -281,36 +279,15 @@ def _attend_with_triton(
     values: Array,
     query_segments: Array,
     key_segments: Array,
-    sinks: None = None,
+    sinks: Array | None = None,
     *,
+    window: int | None = None,
     scale: float | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Self-attention through the kernels for GPUs; `interpret` runs them on any platform, slowly.
-
-    Tokens are padded to a multiple of the block with segment -1: every row sees at least itself. The kernels know no
-    grouped queries, so keys and values are repeated for the heads that share them.
-    """
-    del key_segments, sinks
-    tokens, num_heads, head_dim = queries.shape[1:]
-    repeats, missing = num_heads // keys.shape[2], -tokens % TRITON_BLOCK
-
-    def padded(array: Array) -> Array:
-        return jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0)))
-
-    keys, values = (jnp.repeat(padded(array), repeats, axis=2) for array in (keys, values))
-    segments = jnp.pad(query_segments, ((0, 0), (0, missing)), constant_values=-1)
-    # Larger tiles than these leave the registers: float32 needs twice as many.
-    backward = 64 if queries.dtype.itemsize <= 2 else 32
-    sizes = triton_attention.BlockSizes(TRITON_BLOCK, 64, backward, backward, backward, backward)
-    run = functools.partial(
-        triton_attention.mha,
-        sm_scale=head_dim**-0.5 if scale is None else scale,
-        causal=True,
-        block_sizes=sizes,
-        interpret=interpret,
-    )
-    return run(padded(queries), keys, values, segments)[:, :tokens]
+    """Self-attention through the kernels for GPUs; `interpret` runs them on any platform, slowly."""
+    settings = Settings(queries.shape[-1] ** -0.5 if scale is None else scale, window, interpret)
+    return triton_attention(queries, keys, values, query_segments, key_segments, sinks, settings)
 
 
 def _kernel_block(tokens: int) -> tuple[int, int]:

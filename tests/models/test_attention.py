@@ -97,6 +97,10 @@ def interpreted_kernel(*inputs, **options):
     return attention._attend_with_kernel(*inputs, **options, interpret=True)
 
 
+def interpreted_triton(*inputs, **options):
+    return attention._attend_with_triton(*inputs, **options, interpret=True)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def compiled_with_options(function, static, arrays, sinks, segments, cotangent, traced):
     """Value and gradients, those of the sinks last; `static` are pairs of names and numbers."""
@@ -161,14 +165,10 @@ def test_value_and_gradients_match_the_reference(shape, kv_heads):
     assert_matches(attention.attend, shape, kv_heads)
 
 
-def interpreted_triton(*inputs, **options):
-    return attention._attend_with_triton(*inputs, **options, interpret=True)
-
-
 @pytest.mark.parametrize(
     ("shape", "kv_heads"),
     [
-        ((4, 130, 4, 24), 2),  # padding, heads that share their keys, a head size that is no power of two
+        ((4, 150, 6, 24), 2),  # the last tiles are not full, heads share their keys, the head size is no power of two
         ((4, 256, 2, 16), 2),
     ],
     ids=str,
@@ -268,7 +268,8 @@ def test_sinks_windows_scales_and_other_values_match_the_reference(
         assert_near(gradient, expected_gradient)
 
 
-def test_the_tpu_kernel_with_sinks_a_window_a_scale_and_other_values_matches_the_reference(monkeypatch):
+@pytest.mark.parametrize("kernel", [interpreted_kernel, interpreted_triton])
+def test_kernels_with_sinks_a_window_a_scale_and_other_values_match_the_reference(kernel, monkeypatch):
     monkeypatch.setattr(attention, "KERNEL_MAX_BLOCK", 128)
     assert attention._kernel_block(300) == (128, 384)  # the last block of queries sees nothing of the first keys
     *arrays, cotangent = random_arrays((3, 300, 4, 12), 2, value_size=20)
@@ -276,7 +277,7 @@ def test_the_tpu_kernel_with_sinks_a_window_a_scale_and_other_values_matches_the
     real = (segments > 0)[:, :, None, None]
     cotangent, inputs = cotangent * real, (segments, segments)
     names = tuple(options.items())
-    value, gradients = compiled_with_options(interpreted_kernel, names, arrays, sinks, inputs, cotangent, {})
+    value, gradients = compiled_with_options(kernel, names, arrays, sinks, inputs, cotangent, {})
     expected, expected_gradients = reference(*arrays, *inputs, cotangent, sinks=sinks, **options)
     assert_near(np.asarray(value) * real, expected * real)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
@@ -346,7 +347,9 @@ def test_a_query_that_sees_no_slot_is_all_sink():
     assert all(np.all(array == 0) for array in (value, *gradients))
 
 
-@pytest.mark.parametrize(("function", "tokens"), [(attention.attend, 20), (interpreted_kernel, 140)])
+@pytest.mark.parametrize(
+    ("function", "tokens"), [(attention.attend, 20), (interpreted_kernel, 140), (interpreted_triton, 140)]
+)
 def test_bfloat16_stays_bfloat16_with_sinks_and_other_values(function, tokens):
     *arrays, cotangent = random_arrays((2, tokens, 2, 16), 1, dtype=jnp.bfloat16, value_size=8)
     sinks, segments = random_sinks(2), (np.ones((2, tokens), np.int32),) * 2
@@ -452,10 +455,16 @@ def test_long_sequences_use_the_kernel_on_a_gpu_and_never_hold_all_pairs_of_toke
     assert not [keys for keys in range(block, 897, block) if re.search(rf"tensor<3x[0-9x]*x{block}x{keys}x", text)]
 
 
-@pytest.mark.parametrize("options", [{"window": 20}, {"sinks": random_sinks(2)}], ids=str)
-def test_a_gpu_runs_plain_xla_with_sinks_or_a_window(options):
-    text = lowered_text("cuda", 140, **options)
-    assert "custom_call" not in text and "dot_general" in text
+def test_sinks_and_windows_keep_the_kernel_of_a_gpu_unless_they_are_not_known_when_compiling():
+    assert lowered_text("cuda", 140, sinks=random_sinks(2), window=20).count("xla.gpu.triton") >= 3
+    assert "xla.gpu.triton" not in lowered_text("cuda", 140, window=jnp.int32(20))
+
+
+def test_a_gpu_runs_plain_xla_where_heads_are_wide():
+    shape = jax.ShapeDtypeStruct((1, 140, 2, attention.MAX_HEAD_DIM + 8), jnp.float32)
+    segments = jax.ShapeDtypeStruct((1, 140), jnp.int32)
+    traced = jax.jit(attention.attend).trace(shape, shape, shape, segments, segments)
+    assert "xla.gpu.triton" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_query_blocks_are_few_and_large():
