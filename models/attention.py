@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from models.triton_attention import MAX_HEAD_DIM, Settings, triton_attention
+from models.triton_tiles import HAS_TRITON
 
 Array = jax.Array
 
@@ -83,7 +84,7 @@ def attend(
     if queries.shape[1] < KERNEL_MIN_TOKENS or not (window is None or _is_static(window)):
         return in_blocks(*inputs, sinks)
     kernels = {"tpu": functools.partial(_attend_with_kernel, window=window, scale=scale)}
-    if max(queries.shape[-1], values.shape[-1]) <= MAX_HEAD_DIM:
+    if HAS_TRITON and max(queries.shape[-1], values.shape[-1]) <= MAX_HEAD_DIM:
         kernels["cuda"] = functools.partial(_attend_with_triton, window=window, scale=scale)
     return jax.lax.platform_dependent(*inputs, sinks, **kernels, default=in_blocks)
 

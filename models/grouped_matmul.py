@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu import megablox
 
 from models.row_blocks import cut_rows
 from models.triton_matmul import triton_matmul
+from models.triton_tiles import HAS_TRITON
 
 Array = jax.Array
 
@@ -45,9 +46,8 @@ def grouped_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
     _check(rows, weights, group_sizes)
     if 0 in (*rows.shape, *weights.shape):
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
-    return jax.lax.platform_dependent(
-        rows, weights, group_sizes, tpu=megablox_matmul, cuda=triton_matmul, default=block_matmul
-    )
+    kernels = {"tpu": megablox_matmul} | ({"cuda": triton_matmul} if HAS_TRITON else {})
+    return jax.lax.platform_dependent(rows, weights, group_sizes, **kernels, default=block_matmul)
 
 
 def _check(rows: Array, weights: Array, group_sizes: Array) -> None:

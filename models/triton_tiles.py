@@ -1,6 +1,7 @@
 """What the Triton kernels for NVIDIA GPUs share: tiles of arrays, masked at the edges, and their products.
 
-It must never know what a kernel computes.
+This file alone knows the Triton backend of Pallas. JAX deprecates it since 0.11, and says so where a program is lowered
+for a GPU; where it is gone, GPUs do without these kernels. It must never know what a kernel computes.
 """
 
 from typing import Any, NamedTuple
@@ -8,9 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+triton: Any
+try:
+    from jax.experimental.pallas import triton
+except ImportError:
+    triton = None
 
 Array = jax.Array
+
+HAS_TRITON = triton is not None
 
 MIN_TILE = 16
 """The least that the tensor cores multiply at once."""
@@ -28,6 +36,9 @@ class Span(NamedTuple):
 
 
 def span(start: Array | int, size: int, end: Array | int) -> Span:
+    """The `size` indices from `start` on, of which those before `end` are inside."""
+    # A start that is known when tracing would have JAX refuse a tile that is larger than the axis.
+    start = jnp.zeros((), jnp.int32) + start
     positions = start + jnp.arange(size, dtype=jnp.int32)
     return Span(pl.ds(start, size), positions, positions < end)
 

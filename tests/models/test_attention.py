@@ -11,6 +11,8 @@ import pytest
 
 from models import attention
 
+LOWERS_TRITON = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+"""JAX deprecates this backend since 0.11; `models.triton_tiles` does without it where it is gone."""
 NAMES = ("queries", "keys", "values")
 
 
@@ -447,6 +449,7 @@ def test_a_window_beyond_the_tokens_is_no_window():
     assert texts[0] == texts[1] != texts[2]
 
 
+@LOWERS_TRITON
 def test_long_sequences_use_the_kernel_on_a_gpu_and_never_hold_all_pairs_of_tokens():
     text = lowered_text("cuda", 896)
     assert text.count("xla.gpu.triton") >= 3
@@ -455,9 +458,16 @@ def test_long_sequences_use_the_kernel_on_a_gpu_and_never_hold_all_pairs_of_toke
     assert not [keys for keys in range(block, 897, block) if re.search(rf"tensor<3x[0-9x]*x{block}x{keys}x", text)]
 
 
+@LOWERS_TRITON
 def test_sinks_and_windows_keep_the_kernel_of_a_gpu_unless_they_are_not_known_when_compiling():
     assert lowered_text("cuda", 140, sinks=random_sinks(2), window=20).count("xla.gpu.triton") >= 3
     assert "xla.gpu.triton" not in lowered_text("cuda", 140, window=jnp.int32(20))
+
+
+def test_a_gpu_runs_plain_xla_where_there_is_no_triton(monkeypatch):
+    monkeypatch.setattr(attention, "HAS_TRITON", False)
+    text = lowered_text("cuda", 140)
+    assert "custom_call" not in text and "dot_general" in text
 
 
 def test_a_gpu_runs_plain_xla_where_heads_are_wide():
