@@ -146,6 +146,11 @@ def test_lowers_for_each_platform(platform):
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 128), (2, 128, 128))]
     traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes, jax.ShapeDtypeStruct((2,), jnp.int32))
-    module = traced.lower(lowering_platforms=(platform,)).as_text()
+    try:
+        module = traced.lower(lowering_platforms=(platform,)).as_text()
+    except RuntimeError as error:
+        if "GPU devices" in str(error):
+            pytest.skip("since 0.11 JAX lowers Triton kernels only where there is a GPU")
+        raise
     assert ("tpu_custom_call" in module) == (platform == "tpu")
     assert ("triton" in module) == (platform == "cuda")
