@@ -66,5 +66,6 @@ def test_a_mesh_that_does_not_divide_is_refused(sizes, message):
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
     shapes = ((4, 2, 8), (4, 2, 2), (6, 8, 2, 5), (6, 5, 8))
     x, weights, gate_up, down = (jnp.zeros(shape) for shape in shapes)
+    expert_ids = jnp.zeros((4, 2, 2), jnp.int32)
     with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=message):
-        mix_experts(x, weights, jnp.zeros((4, 2, 2), jnp.int32), Experts(gate_up, down))
+        mix_experts(x, weights, expert_ids, Experts(gate_up, down))
