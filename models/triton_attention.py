@@ -131,7 +131,7 @@ def _logits(left: Array, right: Array, settings: Settings) -> Array:
 
 
 def _first_key(first_query: Array, window: int | None) -> Array | int:
-    """That a query sees."""
+    """The first that this query, or a later one, sees."""
     return 0 if window is None else jnp.maximum(0, first_query - (window - 1))
 
 
