@@ -41,8 +41,9 @@ class Benchmark:
 
     topology: str = "v5p:2x2x1"
     """A TPU pod, whose compiler is in libtpu, or one of a100, h100 and h200, whose compiler is in jax[cuda13]."""
-    parts: tuple[Part, ...] = ("experts", "attention", "head", "route", "step")
-    """All but the last are compiled for one device; "step" is an update of the whole model on all devices."""
+    parts: tuple[Part, ...] = ("experts", "attention", "head", "route")
+    """These are compiled for one device. "step" is an update of the whole model, on all devices: it takes minutes, and
+    devices that it fits."""
     tokens: int = 8192
     hidden_size: int = 2048
     expert_size: int = 768

@@ -46,9 +46,17 @@ class _Tiles(NamedTuple):
     num_warps: int
 
     @classmethod
-    def of(cls, queries: int, keys: int, head_dim: int, value_dim: int) -> "_Tiles":
-        head, value = tile_size(head_dim, MAX_HEAD_DIM), tile_size(value_dim, MAX_HEAD_DIM)
-        return cls(queries, keys, head, value, num_warps=4 if max(head, value) <= 64 else 8)
+    def of(cls, inputs: "_Inputs", queries: int, keys: int) -> "_Tiles":
+        """`queries` and `keys` of two bytes an entry, half of either in float32: larger ones leave the registers."""
+        head, value = (tile_size(array.shape[-1], MAX_HEAD_DIM) for array in (inputs.queries, inputs.values))
+        part = 1 if inputs.queries.dtype.itemsize <= 2 else 2
+        return cls(queries // part, keys // part, head, value, num_warps=4 if max(head, value) <= 64 else 8)
+
+    def key_steps(self, block: Array, tokens: int, window: int | None) -> tuple[Array | int, Array]:
+        """Tiles of keys that a tile of queries sees: the first, and one beyond the last."""
+        first_query = block * self.queries
+        first_key = 0 if window is None else jnp.maximum(0, first_query - (window - 1))
+        return first_key // self.keys, pl.cdiv(jnp.minimum(tokens, (block + 1) * self.queries), self.keys)
 
 
 class _Inputs(NamedTuple):
@@ -130,17 +138,11 @@ def _logits(left: Array, right: Array, settings: Settings) -> Array:
     return dot(left, right, right_axis=1) * (settings.scale * LOG2_E)
 
 
-def _first_key(first_query: Array, window: int | None) -> Array | int:
-    """The first that this query, or a later one, sees."""
-    return 0 if window is None else jnp.maximum(0, first_query - (window - 1))
-
-
 def _attend(inputs: _Inputs, sinks: Array | None, settings: Settings) -> tuple[Array, Array]:
     """Attended values, [B, T, N, V], and log2 of the softmax's denominator, float32 [B, N, T]."""
     rows, tokens, num_heads, head_dim = inputs.queries.shape
     num_kv_heads, value_dim = inputs.values.shape[2:]
-    narrow = inputs.queries.dtype.itemsize <= 2
-    tiles = _Tiles.of(128 if narrow else 64, 64 if narrow else 32, head_dim, value_dim)
+    tiles = _Tiles.of(inputs, queries=128, keys=64)
 
     def kernel(*refs: Any) -> None:
         arrays, (out_ref, log_sums_ref) = _Inputs(*refs[:5]), refs[-2:]
@@ -168,8 +170,7 @@ def _attend(inputs: _Inputs, sinks: Array | None, settings: Settings) -> tuple[A
             jnp.full(tiles.queries, UNSEEN, jnp.float32),
             jnp.zeros(tiles.queries, jnp.float32),
         )
-        first = _first_key(block * tiles.queries, settings.window) // tiles.keys
-        end = pl.cdiv(jnp.minimum(tokens, (block + 1) * tiles.queries), tiles.keys)
+        first, end = tiles.key_steps(block, tokens, settings.window)
         total, highest, weight_sum = jax.lax.fori_loop(first, end, add, start)
         if sinks is not None:
             sink = refs[5][head].astype(jnp.float32) * LOG2_E
@@ -206,8 +207,7 @@ def _differentiate_keys(
     """Gradients of keys and values: for each tile of keys, over all later queries of all heads that read it."""
     tokens, num_heads, head_dim = inputs.queries.shape[1:]
     rows, _, num_kv_heads, value_dim = inputs.values.shape
-    size = 64 if inputs.queries.dtype.itemsize <= 2 else 32
-    tiles = _Tiles.of(size, size, head_dim, value_dim)
+    tiles = _Tiles.of(inputs, queries=64, keys=64)
     sharing = num_heads // num_kv_heads
 
     def kernel(*refs: Any) -> None:
@@ -255,8 +255,7 @@ def _differentiate_queries(
     """Gradients of queries: for each tile of them, over all earlier keys."""
     rows, tokens, num_heads, head_dim = inputs.queries.shape
     num_kv_heads, value_dim = inputs.values.shape[2:]
-    size = 64 if inputs.queries.dtype.itemsize <= 2 else 32
-    tiles = _Tiles.of(size, size, head_dim, value_dim)
+    tiles = _Tiles.of(inputs, queries=64, keys=64)
 
     def kernel(*refs: Any) -> None:
         arrays, (gradient_ref, log_sums_ref, means_ref, out_ref) = _Inputs(*refs[:5]), refs[5:]
@@ -278,8 +277,7 @@ def _differentiate_queries(
             _, of_logits = _weight_gradients(logits, seen, sums, row_means, of_weights, settings.scale)
             return of_queries + dot(of_logits.astype(keys.dtype), keys)
 
-        first = _first_key(block * tiles.queries, settings.window) // tiles.keys
-        end = pl.cdiv(jnp.minimum(tokens, (block + 1) * tiles.queries), tiles.keys)
+        first, end = tiles.key_steps(block, tokens, settings.window)
         zeros = jnp.zeros((tiles.queries, tiles.head), jnp.float32)
         store(out_ref, jax.lax.fori_loop(first, end, add, zeros), row, own, head, head_span)
 

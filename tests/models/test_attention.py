@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_lowering import LOWERS_TRITON, lowered
 
 from models import attention
 
-# JAX deprecates this backend since 0.11; `models.triton_tiles` does without it where it is gone.
-LOWERS_TRITON = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 NAMES = ("queries", "keys", "values")
 
 
@@ -412,16 +411,7 @@ def lowered_text(platform, tokens, slots=None, **options):
 
     inputs = (queries, keys, values, query_segments, key_segments, cotangent, *offset)
     run = jax.jit(functools.partial(value_and_gradients, layers))
-    return lower(run.trace(*inputs), platform)
-
-
-def lower(traced, platform):
-    try:
-        return traced.lower(lowering_platforms=(platform,)).as_text()
-    except RuntimeError as error:
-        if "GPU devices" in str(error):
-            pytest.skip("since 0.11 JAX lowers Triton kernels only where there is a GPU")
-        raise
+    return lowered(run.trace(*inputs), platform)
 
 
 def test_long_sequences_use_the_kernel_on_a_tpu_and_never_hold_all_pairs_of_tokens():
@@ -483,7 +473,7 @@ def test_a_gpu_runs_plain_xla_where_heads_are_wide():
     shape = jax.ShapeDtypeStruct((1, 140, 2, attention.MAX_HEAD_DIM + 8), jnp.float32)
     segments = jax.ShapeDtypeStruct((1, 140), jnp.int32)
     traced = jax.jit(attention.attend).trace(shape, shape, shape, segments, segments)
-    assert "xla.gpu.triton" not in lower(traced, "cuda")
+    assert "xla.gpu.triton" not in lowered(traced, "cuda")
 
 
 def test_query_blocks_are_few_and_large():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_lowering import LOWERS_TRITON, lowered
 
 from models import grouped_matmul as grouped
 
@@ -137,8 +138,7 @@ def test_row_tiles_shared_by_two_groups_stay_few():
             assert tile == 128 or (groups - 1) * tile <= rows / 8
 
 
-# JAX deprecates this backend since 0.11; `models.triton_tiles` does without it where it is gone.
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@LOWERS_TRITON
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
 def test_lowers_for_each_platform(platform):
     def loss(rows, weights, group_sizes):
@@ -146,11 +146,6 @@ def test_lowers_for_each_platform(platform):
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 128), (2, 128, 128))]
     traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes, jax.ShapeDtypeStruct((2,), jnp.int32))
-    try:
-        module = traced.lower(lowering_platforms=(platform,)).as_text()
-    except RuntimeError as error:
-        if "GPU devices" in str(error):
-            pytest.skip("since 0.11 JAX lowers Triton kernels only where there is a GPU")
-        raise
+    module = lowered(traced, platform)
     assert ("tpu_custom_call" in module) == (platform == "tpu")
     assert ("triton" in module) == (platform == "cuda")
