@@ -251,7 +251,7 @@ def find_devices(topology: str) -> tuple[jax.sharding.Mesh, bool]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for something that the user can mend."""
+    """Returns the exit code: 0, 1 if something does not compile or fit, or 2 for something that the user can mend."""
     benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_parts")
     try:
         mesh, is_gpu = find_devices(benchmark.topology)
@@ -259,7 +259,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     compiler = Compiler(jax.sharding.Mesh(mesh.devices[:1], mesh.axis_names), mesh.devices.tolist(), is_gpu)
-    figures = [figure for part in benchmark.parts for figure in PARTS[part](benchmark, compiler)]
+    try:
+        figures = [figure for part in benchmark.parts for figure in PARTS[part](benchmark, compiler)]
+    except jax.errors.JaxRuntimeError as error:
+        print(f"error: this does not compile for {benchmark.topology}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     table = rich.table.Table(title=f"compiled for {benchmark.topology}, {benchmark.tokens} tokens")
     for column in ("part", "form", "measure", "value", "plain or meant", "ratio"):
         table.add_column(column, justify="left" if column in ("part", "form", "measure") else "right")

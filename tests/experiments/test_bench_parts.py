@@ -33,6 +33,18 @@ def test_a_number_of_gpus_that_is_none_is_refused(name, capsys):
     assert f"no GPU is called {name!r}" in capsys.readouterr().err
 
 
+def test_what_does_not_fit_is_said_in_a_sentence(monkeypatch, capsys):
+    def too_large(benchmark, compiler):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: it does not fit\nand so on")
+
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    monkeypatch.setattr(bench_parts, "find_devices", lambda topology: (mesh, False))
+    monkeypatch.setitem(bench_parts.PARTS, "route", too_large)
+    assert bench_parts.main([*SMALL, "--parts", "route"]) == 1
+    said = capsys.readouterr().err
+    assert said == "error: this does not compile for v5p:2x2x1: RESOURCE_EXHAUSTED: it does not fit\n"
+
+
 @pytest.mark.parametrize(
     ("name", "capability", "cores"), [("a100", "major: 8 minor: 0", 108), ("h200", "major: 9 minor: 0", 132)]
 )
