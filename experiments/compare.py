@@ -36,7 +36,7 @@ from experiments.reporting.curves import (
 )
 from experiments.reporting.record import RunRecord, load_run
 from experiments.reporting.words import percent
-from rspo_jax.collapse import AlarmRule, CollapseRule
+from rspo_jax.records import AlarmRule, CollapseRule
 
 _COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#A6761D", INK)
 _DASHES = ((), (6, 3), (2, 2), (8, 2, 2, 2))

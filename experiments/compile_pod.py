@@ -15,16 +15,17 @@ import jax
 import rich.console
 import tyro
 
-from experiments.bench import tpu
 from experiments.bench.presets import MODELS
-from experiments.pod import programs, report, sweep
+from experiments.compilers import tpu
+from experiments.pod import programs, sweep
+from experiments.pod import tables as report
 from experiments.pod.advice import advise
 from experiments.pod.analysis import analyse
 from experiments.pod.chips import Chip, chip_of, pods_of
 from experiments.pod.meshes import MeshFlags
 from experiments.pod.programs import PROGRAMS, SCORE, UPDATE, Setting, uses_route
 from rspo_jax import OBJECTIVES
-from rspo_jax.metrics import write_json
+from rspo_jax.records import write_json
 from rspo_jax.sharding import make_mesh
 
 ALL = "all"

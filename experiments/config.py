@@ -21,15 +21,18 @@ from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownCon
 from experiments.tasks.countdown.task import CountdownTask
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.text import ChatConfig, HuggingFaceTokenizer
-from rspo_jax.adaptive_shift import AdaptiveShiftConfig
-from rspo_jax.corrections import CorrectionConfig
-from rspo_jax.files import FilePath, as_path
-from rspo_jax.objectives import OBJECTIVES
-from rspo_jax.regularizers import RegularizerConfig
-from rspo_jax.routing_control import ROUTINGS
-from rspo_jax.sampler import SamplerConfig
-from rspo_jax.train_step import LearnerConfig, OptimizerConfig
-from rspo_jax.trainer_config import EvaluationConfig, TrainerConfig, WarmStartConfig, check_learner
+from rspo_jax.objectives import OBJECTIVES, CorrectionConfig, RegularizerConfig
+from rspo_jax.records import FilePath, as_path
+from rspo_jax.rollouts import SamplerConfig
+from rspo_jax.routing import ROUTINGS, AdaptiveShiftConfig
+from rspo_jax.training import (
+    EvaluationConfig,
+    LearnerConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    WarmStartConfig,
+    check_learner,
+)
 from rspo_jax.types import Params, Task
 
 Config = TypeVar("Config")
@@ -216,7 +219,7 @@ class CountdownRun(Run):
     def load_params(self) -> Params | None:
         if self.start_from is None:
             return None
-        from rspo_jax.trainer import restore_params
+        from rspo_jax.training.trainer import restore_params
 
         _, source = load_config(as_path(self.start_from) / "config.json")
         init_params = functools.partial(models.init_params, self.model)
@@ -307,7 +310,7 @@ RUNS: dict[str, type[Run]] = {"countdown": CountdownRun, "mathematics": MathRun,
 
 def save_config(path: FilePath, name: str, run: Run) -> None:
     """Writes `config.json`."""
-    from rspo_jax.metrics import write_json
+    from rspo_jax.records import write_json
 
     write_json(path, {"task_name": name} | dataclasses.asdict(run))
 

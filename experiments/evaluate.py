@@ -19,12 +19,11 @@ import tyro
 from experiments.config import Place
 from experiments.evaluation.draw import Drawing, draw_missing, wanted_pairs
 from experiments.evaluation.progress import Progress, describe, make_console, print_plain
-from experiments.evaluation.report import describe_lengths, make_table, show_response, summarize
 from experiments.evaluation.responses import SUMMARY_FILE, Response, ResponseFolder
 from experiments.evaluation.subject import Source, Subject, Votes, open_subject
-from rspo_jax.checkpoint import CheckpointError
-from rspo_jax.rollout import usable_problems
-from rspo_jax.sampler import SamplerConfig
+from experiments.evaluation.summary import describe_lengths, make_table, show_response, summarize
+from rspo_jax.records.checkpoint import CheckpointError
+from rspo_jax.rollouts import SamplerConfig, usable_problems
 from rspo_jax.sharding import MeshConfig, make_mesh
 
 

@@ -15,9 +15,9 @@ import tyro
 
 import models
 from experiments.config import FolderRun, Place, load_config
-from rspo_jax.checkpoint import CheckpointError
+from rspo_jax.records.checkpoint import CheckpointError
 from rspo_jax.sharding import MeshConfig, make_mesh
-from rspo_jax.trainer import restore_params
+from rspo_jax.training.trainer import restore_params
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from typing import Annotated
 import tyro
 
 from experiments.ablation.table import Row, Table, read_table
-from rspo_jax.collapse import AlarmRecord, AlarmRule, CollapseRule, alarm_record
-from rspo_jax.files import as_path
+from rspo_jax.records import AlarmRecord, AlarmRule, CollapseRule, alarm_record, as_path
 
 MISTAKE = 2
 

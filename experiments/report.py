@@ -18,8 +18,7 @@ from experiments.reporting.curves import ORANGE, RED
 from experiments.reporting.panels import SECTIONS, Panel, mark
 from experiments.reporting.record import RunRecord, load_run
 from experiments.reporting.words import describe_alarm, describe_collapse, percent, rate_words
-from rspo_jax.collapse import AlarmRule, CollapseRule
-from rspo_jax.files import as_path, replace_file
+from rspo_jax.records import AlarmRule, CollapseRule, as_path, replace_file
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,16 @@ from etils import epath
 
 import models
 from experiments.config import RUNS, Place, Run, differences, load_config, save_config
-from experiments.plots import draw_curves
+from experiments.reporting.training_curves import draw_curves
 from experiments.tasks.countdown import SPLITS
-from rspo_jax.agreement import Agreement, is_primary
-from rspo_jax.checkpoint import CheckpointError, CheckpointMismatch
-from rspo_jax.distributed import ClusterConfig, ClusterError, joined
-from rspo_jax.files import as_path
-from rspo_jax.metrics import read_metrics, write_json
-from rspo_jax.rollout import check_solutions, usable_problems
-from rspo_jax.run_state import state_on_mesh
+from rspo_jax.hosts import Agreement, ClusterConfig, ClusterError, is_primary, joined
+from rspo_jax.records import as_path, read_metrics, write_json
+from rspo_jax.records.checkpoint import CheckpointError
+from rspo_jax.records.manifest import CheckpointMismatch
+from rspo_jax.rollouts import check_solutions, usable_problems
 from rspo_jax.sharding import make_mesh
-from rspo_jax.trainer import Stopped, train
-from rspo_jax.trainer_config import check_mesh
+from rspo_jax.training import check_mesh, state_on_mesh
+from rspo_jax.training.trainer import Stopped, train
 
 RUNS_FOLDER = epath.Path("runs")
 CACHE_FOLDER = "compiled"

@@ -1,7 +1,7 @@
 """Causal grouped-query attention within segments: one pure function, and the form of it that suits each platform.
 
 Sequences of 128 tokens or more go through kernels whose memory grows with T and which skip what lies above the diagonal
-or before the window: on a TPU the splash kernels of JAX, on an NVIDIA GPU those of `models.triton_attention`.
+or before the window: on a TPU the splash kernels of JAX, on an NVIDIA GPU those of `models.kernels.triton_attention`.
 Everywhere else, and for short sequences, caches and windows that are not known when compiling, blocks of queries go
 through `jax.nn.dot_product_attention`, or through the same written out where there are sinks or values of another
 size, which that function does not take. This file must never know Flax, a model or its configuration.
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from models.triton_attention import MAX_HEAD_DIM, Settings, triton_attention
-from models.triton_tiles import HAS_TRITON
+from models.kernels.triton_attention import MAX_HEAD_DIM, Settings, triton_attention
+from models.kernels.triton_tiles import HAS_TRITON
 
 Array = jax.Array
 

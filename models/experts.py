@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.grouped_matmul import block_size_for, grouped_matmul
+from models.kernels.grouped_matmul import block_size_for, grouped_matmul
 
 Array = jax.Array
 

@@ -130,6 +130,11 @@ class EffectiveSampleSize(NamedTuple):
         return jnp.where(count > 0, total**2 / jnp.where(count > 0, count * squares, 1), 0)
 
 
+def at_least_float32(array: Array) -> Array:
+    """Cast to float32, but leave float64 as it is: the one rule of precision of losses, softmaxes and routing."""
+    return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
+
+
 Statistic = Mean | Sum | Maximum | Minimum | Quantile | Quantiles | Means | Sums | EffectiveSampleSize
 Statistics = Mapping[str, Statistic]
 

@@ -109,7 +109,7 @@ class Policy(Protocol):
 
     @property
     def router_score(self) -> str:
-        """What turns the router logits into scores, "softmax" or "sigmoid" (`rspo_jax.router`)."""
+        """What turns the router logits into scores, "softmax" or "sigmoid" (`rspo_jax.routing.shift`)."""
         ...
 
     def param_axes(self) -> Any:

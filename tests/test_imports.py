@@ -200,7 +200,7 @@ def test_the_modules_that_the_rules_name_exist(name: str) -> None:
         ("models/attention.py", "import rspo_jax"),
         ("models/attention.py", "from rspo_jax import ModelOutput"),
         ("models/attention.py", "from rspo_jax import *"),
-        ("models/attention.py", "from rspo_jax.router import trace_router"),
+        ("models/attention.py", "from rspo_jax.routing.shift import trace_router"),
         ("models/attention.py", "import rspo_jax.sharding_rules"),
         ("models/attention.py", "from experiments.tasks import countdown"),
         ("experiments/train.py", "from flax import linen"),
@@ -252,15 +252,15 @@ def test_a_kept_rule_is_left_alone(path: str, source: str) -> None:
                 "rspo_jax/objectives.py": "from .trainer import train",
                 "rspo_jax/trainer.py": "",
             },
-            "rspo_jax.objectives -> rspo_jax.trainer.train",
+            "rspo_jax.objectives -> rspo_jax.training.trainer.train",
         ),
         (
             {
-                "rspo_jax/objectives.py": "from rspo_jax.metrics import reduce",
+                "rspo_jax/objectives.py": "from rspo_jax.records.metrics import reduce",
                 "rspo_jax/metrics.py": "from rspo_jax import rollout",
                 "rspo_jax/rollout.py": "",
             },
-            "rspo_jax.objectives -> rspo_jax.metrics -> rspo_jax.rollout",
+            "rspo_jax.objectives -> rspo_jax.records.metrics -> rspo_jax.rollouts.rollout",
         ),
         (
             {
@@ -268,7 +268,7 @@ def test_a_kept_rule_is_left_alone(path: str, source: str) -> None:
                 "rspo_jax/router.py": "from rspo_jax import generate",
                 "rspo_jax/sampler.py": "",
             },
-            "rspo_jax.router -> rspo_jax.generate",
+            "rspo_jax.routing.shift -> rspo_jax.generate",
         ),
     ],
 )

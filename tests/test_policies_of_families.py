@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from models import LatentAttention, Transformer, TransformerConfig, init_params
-from rspo_jax.diagnostics import finish
 from rspo_jax.objectives import OBJECTIVES
-from rspo_jax.packing import pack_rollout, plan_packing
+from rspo_jax.rollouts.packing import pack_rollout, plan_packing
+from rspo_jax.routing import finish
 from rspo_jax.statistics import reduce
-from rspo_jax.train_step import LearnerConfig, OptimizerConfig, init_train_state, score, update
+from rspo_jax.training import LearnerConfig, OptimizerConfig, init_train_state, score, update
 from rspo_jax.types import RolloutBatch
 
 SMALL = {"vocab_size": 19, "hidden_size": 12, "num_heads": 2, "num_kv_heads": 2, "head_dim": 6, "expert_size": 8}

@@ -14,8 +14,9 @@ import pytest
 
 import rspo_jax
 from models import Transformer, TransformerConfig, init_params
-from rspo_jax.head_log_probs import head_log_probs
-from rspo_jax.router import drift_reader, forced_route_of, gamma_of, trace_of, trace_reader
+from rspo_jax.log_probs import head_log_probs
+from rspo_jax.routing import drift_reader, gamma_of, trace_of, trace_reader
+from rspo_jax.routing.shift import forced_route_of
 
 # Sizes that no other array of a program has by chance.
 CONFIG = TransformerConfig(

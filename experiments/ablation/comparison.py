@@ -121,7 +121,7 @@ class Results:
 
 
 def collapse_rate(rows: Sequence[Row]) -> Estimate | None:
-    """The share of runs that collapsed (`rspo_jax.collapse`); None without any."""
+    """The share of runs that collapsed (`rspo_jax.records.alarm`); None without any."""
     return rate([bool(row["collapsed"]) for row in rows]) if rows else None
 
 

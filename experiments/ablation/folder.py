@@ -24,8 +24,7 @@ from experiments.ablation.jobs import FAILURES_FOLDER, Failures, Job
 from experiments.ablation.study import START_FIELD, Plan, PlannedRun, Study, change_run, changed_runs, declaration
 from experiments.ablation.table import Row, finished_rows, read_table, run_row, with_factors, write_table
 from experiments.config import RUNS, Run, differences, load_config, save_config
-from rspo_jax.files import as_path, replace_file
-from rspo_jax.metrics import write_json
+from rspo_jax.records import as_path, replace_file, write_json
 
 STUDY_FILE, BASE_FILE, SUMMARY_FILE, WORK_FOLDER = "study.json", "base.json", "summary.json", "work"
 _HEAVY = ("checkpoints", "tensorboard")

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rspo_jax.metrics import write_json
-from rspo_jax.stop_signal import StopSignal
+from rspo_jax.hosts import StopSignal
+from rspo_jax.records import write_json
 
 DONE_FILE = "summary.json"
 """The last file that a run writes."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rspo_jax.metrics import wilson_interval
+from rspo_jax.records import wilson_interval
 
 RESAMPLES = 10_000
 _VALUES_AT_ONCE = 2**22  # so that memory stays below some 100 MB

@@ -16,9 +16,7 @@ import numpy as np
 from etils import epath
 
 from experiments.ablation.study import Plan, PlannedRun, Study
-from rspo_jax.collapse import judge_alarm
-from rspo_jax.files import replace_file
-from rspo_jax.metrics import read_metrics
+from rspo_jax.records import judge_alarm, read_metrics, replace_file
 
 RUNS_FILE, STEPS_FILE = "runs.jsonl", "steps.jsonl.gz"
 MOST_STEPS = 200
@@ -97,7 +95,7 @@ def finished_rows(study: Study, planned: PlannedRun, run_dir: epath.Path) -> tup
     Of the metrics of the first and the last step, all that begin with `eval_` and `test_` go to the row of the run:
     `start_test_sampled`, `test_sampled`. Beside them the best `eval_sampled` of any step, the mean `solve_rate` of the
     last 10 steps as `late_solve_rate` (many responses, so a precise number), and where the run collapsed
-    (`rspo_jax.collapse`).
+    (`rspo_jax.records.alarm`).
     """
     rows = [row for row in read_metrics(run_dir) if row["phase"] == "rl"]
     summary = json.loads((run_dir / "summary.json").read_text())

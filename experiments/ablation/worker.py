@@ -33,7 +33,7 @@ def main() -> int:
 def _run(folder: str) -> int:
     from experiments import train
     from experiments.config import load_config
-    from rspo_jax.files import as_path
+    from rspo_jax.records import as_path
 
     try:
         name, _ = load_config(as_path(folder) / "config.json")

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from experiments.evaluation.responses import Response
 from experiments.evaluation.subject import Subject, Votes
-from rspo_jax.rollout import Judged, encode_prompts, judge, sample_in_chunks, usable_problems
-from rspo_jax.sampler import SamplerConfig
+from rspo_jax.rollouts import Judged, SamplerConfig, encode_prompts, judge, sample_in_chunks, usable_problems
 from rspo_jax.sharding import fetch, parts_of
 from rspo_jax.types import Array, Samples, Task
 

@@ -15,8 +15,7 @@ from typing import Any, Self
 
 from etils import epath
 
-from rspo_jax.files import GrowingFiles, is_bucket, replace_file
-from rspo_jax.metrics import write_json
+from rspo_jax.records import GrowingFiles, is_bucket, replace_file, write_json
 
 SETTINGS_FILE, RESPONSES_FILE, SUMMARY_FILE = "settings.json", "responses.jsonl", "summary.json"
 

@@ -22,9 +22,9 @@ from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.problems import SETS
 from experiments.text import ChatConfig, HuggingFaceTokenizer
-from rspo_jax.run_state import sampling_params
 from rspo_jax.sharding import MeshConfig
-from rspo_jax.trainer import restore_params
+from rspo_jax.training import sampling_params
+from rspo_jax.training.trainer import restore_params
 from rspo_jax.types import Params, Policy, Task
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-from experiments.bench import hlo, measure, memory, tpu, work
-from experiments.bench.hlo import Instruction
+from experiments.bench import measure
+from experiments.compilers import hlo, memory, tpu, work
+from experiments.compilers.hlo import Instruction
 from experiments.pod import programs
 from experiments.pod.chips import Chip
 from experiments.pod.model_flops import model_flops

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 import models
 from rspo_jax import OBJECTIVES
+from rspo_jax.routing import ROUTE_AXES
 from rspo_jax.sharding import RULES, MeshConfig, shardings_of
-from rspo_jax.train_step import (
-    ROUTE_AXES,
+from rspo_jax.training import (
     LearnerConfig,
     OptimizerConfig,
     TrainState,

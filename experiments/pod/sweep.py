@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rspo_jax.metrics import replace_file
+from rspo_jax.records import replace_file
 
 FIXED_PER_CHIP, FIXED_TOTAL = "fixed-work-a-chip", "fixed-total-work"
 # Told apart by people with any kind of colour vision (Okabe and Ito, "Color universal design", 2008).

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments import plots
 from experiments.reporting import heat_maps, probes
+from experiments.reporting import training_curves as plots
 from experiments.reporting.curves import (
     BLUE,
     DASHED,

@@ -1,4 +1,4 @@
-"""Probes of all objectives' gradients over the steps of a run: one line an objective (`rspo_jax.gradient_probe`).
+"""Probes of all objectives' gradients over the steps of a run: one line an objective (`rspo_jax.training.probe`).
 
 Objectives of one family share a colour. This file must never compute a gradient.
 """

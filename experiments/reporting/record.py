@@ -11,9 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from rspo_jax.collapse import AlarmRule, CollapseRule, Warned, judge_alarm
-from rspo_jax.files import FilePath, as_path
-from rspo_jax.metrics import read_diagnostics, read_metrics
+from rspo_jax.records import (
+    AlarmRule,
+    CollapseRule,
+    FilePath,
+    Warned,
+    as_path,
+    judge_alarm,
+    read_diagnostics,
+    read_metrics,
+)
 
 Rows = list[dict[str, Any]]
 

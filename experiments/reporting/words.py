@@ -1,7 +1,7 @@
 """Numbers of runs in words, the same in every report. It must never know HTML."""
 
 from experiments.reporting.record import Rate
-from rspo_jax.collapse import Warned
+from rspo_jax.records import Warned
 
 
 def percent(value: float) -> str:

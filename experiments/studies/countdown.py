@@ -21,9 +21,8 @@ from experiments.ablation.study import Study, Style
 from experiments.config import CountdownRun
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
 from models import TransformerConfig
-from rspo_jax.sampler import SamplerConfig
-from rspo_jax.train_step import OptimizerConfig
-from rspo_jax.trainer_config import CheckpointConfig, EvaluationConfig, TrainerConfig, WarmStartConfig
+from rspo_jax.rollouts import SamplerConfig
+from rspo_jax.training import CheckpointConfig, EvaluationConfig, OptimizerConfig, TrainerConfig, WarmStartConfig
 
 STEPS = 100
 SEEDS = (0, 1, 2, 3, 4)

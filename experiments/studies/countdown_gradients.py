@@ -1,7 +1,7 @@
 """What every objective would do with the same responses at the same parameters: its gradient against the on-policy one.
 
 Three runs of RSPO in each of the two settings of the study `countdown` that are the most off-policy; after every tenth
-step `rspo_jax.gradient_probe` takes the gradients of all objectives. The runs differ from those of `countdown` in
+step `rspo_jax.training.probe` takes the gradients of all objectives. The runs differ from those of `countdown` in
 nothing else.
 """
 
@@ -10,8 +10,8 @@ import dataclasses
 from experiments.ablation.figures import MeansOfSteps
 from experiments.ablation.study import METRICS, Study
 from experiments.studies.countdown import BASE, HARDEST, HARSH, LABELS, RSPO
-from rspo_jax.gradient_probe import PROBED
-from rspo_jax.objective_configs import AGGREGATIONS
+from rspo_jax.objectives import AGGREGATIONS
+from rspo_jax.training.probe import PROBED
 
 KINDS = {
     "cosine": "cosine to the on-policy gradient",

@@ -6,9 +6,8 @@ from experiments.ablation.study import Study
 from experiments.config import CountdownRun
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
 from models import TransformerConfig
-from rspo_jax.sampler import SamplerConfig
-from rspo_jax.train_step import OptimizerConfig
-from rspo_jax.trainer_config import CheckpointConfig, EvaluationConfig, TrainerConfig, WarmStartConfig
+from rspo_jax.rollouts import SamplerConfig
+from rspo_jax.training import CheckpointConfig, EvaluationConfig, OptimizerConfig, TrainerConfig, WarmStartConfig
 
 BASE = CountdownRun(
     task=CountdownConfig(train=200, validation=20, test=20),

@@ -16,7 +16,7 @@ from experiments import ablate
 from experiments.ablation import jobs
 from experiments.ablation.study import plan_study
 from experiments.config import load_config
-from rspo_jax.metrics import read_metrics
+from rspo_jax.records import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

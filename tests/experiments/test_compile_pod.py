@@ -15,7 +15,8 @@ import rich.console
 
 from experiments import compile_pod
 from experiments.bench.presets import MODELS
-from experiments.pod import report, sweep
+from experiments.pod import sweep
+from experiments.pod import tables as report
 from experiments.pod.advice import advise, micro_batches, missing_bytes
 from experiments.pod.chips import CHIPS, chip_of, pods_of
 from experiments.pod.meshes import MeshFlags, suitable_sizes

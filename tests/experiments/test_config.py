@@ -23,9 +23,8 @@ from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig, Cou
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.text import ChatConfig
 from rspo_jax.objectives import OBJECTIVES, GRPOConfig, GSPOConfig, RSPOConfig
-from rspo_jax.sampler import SamplerConfig
-from rspo_jax.train_step import OptimizerConfig
-from rspo_jax.trainer_config import EvaluationConfig, TrainerConfig, WarmStartConfig
+from rspo_jax.rollouts import SamplerConfig
+from rspo_jax.training import EvaluationConfig, OptimizerConfig, TrainerConfig, WarmStartConfig
 
 OTHER_RUN = CountdownRun(
     task=CountdownConfig(numbers_min=2, numbers_max=4, seed=7, train=300, validation=30, test=40),

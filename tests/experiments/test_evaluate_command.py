@@ -21,12 +21,11 @@ from experiments.config import CountdownRun, save_config
 from experiments.evaluation.progress import Progress
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
 from experiments.tasks.countdown.task import CountdownTask
-from rspo_jax.checkpoint import Checkpoints
-from rspo_jax.rollout import Packing, ResponseLengths, encode_solutions, pack, usable_problems
-from rspo_jax.run_state import RunState
-from rspo_jax.sampler import SamplerConfig
-from rspo_jax.train_step import OptimizerConfig, init_train_state, supervised_update
-from rspo_jax.trainer_config import EvaluationConfig, TrainerConfig
+from rspo_jax.records.checkpoint import Checkpoints
+from rspo_jax.rollouts import Packing, ResponseLengths, SamplerConfig, encode_solutions, pack, usable_problems
+from rspo_jax.training import EvaluationConfig, OptimizerConfig, TrainerConfig, init_train_state
+from rspo_jax.training.state import RunState
+from rspo_jax.training.update import supervised_update
 
 RESPONSE = 6
 NAME_ONE = "name what to evaluate: either the folder of a run, or --model FOLDER and --task TASK"

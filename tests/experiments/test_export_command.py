@@ -12,8 +12,8 @@ import models
 from experiments import export
 from experiments.config import CountdownRun, save_config
 from experiments.tasks.countdown import CharacterTokenizer
-from rspo_jax.checkpoint import Checkpoints
-from rspo_jax.run_state import fresh_state
+from rspo_jax.records.checkpoint import Checkpoints
+from rspo_jax.training.state import fresh_state
 
 MODEL = models.TransformerConfig(
     vocab_size=CharacterTokenizer.vocabulary_size,

@@ -18,8 +18,7 @@ from tokenizers import models as token_models
 from tokenizers.pre_tokenizers import ByteLevel
 
 from experiments.text import ChatConfig, HuggingFaceTokenizer
-from rspo_jax.rollout import encode_prompts, judge, sample_in_chunks, usable_problems
-from rspo_jax.sampler import SamplerConfig
+from rspo_jax.rollouts import SamplerConfig, encode_prompts, judge, sample_in_chunks, usable_problems
 from rspo_jax.types import Judgement, ModelOutput, Samples
 
 BEGIN, PAD, START, END = "<|begin|>", "<|pad|>", "<|im_start|>", "<|im_end|>"

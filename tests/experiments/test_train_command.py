@@ -20,8 +20,8 @@ import pytest
 import models
 from experiments import train
 from experiments.config import CountdownRun, load_config, save_config
-from rspo_jax.metrics import read_metrics
-from rspo_jax.trainer import restore_params
+from rspo_jax.records import read_metrics
+from rspo_jax.training.trainer import restore_params
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMINGS = {"step_seconds", "tokens_per_second"}

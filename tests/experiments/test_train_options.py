@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from experiments import train
-from rspo_jax.metrics import read_diagnostics, read_metrics
+from rspo_jax.records import read_diagnostics, read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -21,9 +21,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from experiments import train
 from experiments.config import CountdownRun, load_config, save_config
-from rspo_jax import distributed
-from rspo_jax.distributed import ClusterConfig
-from rspo_jax.metrics import read_metrics
+from rspo_jax.hosts import ClusterConfig
+from rspo_jax.hosts import cluster as distributed
+from rspo_jax.records import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 600  # after which a process is taken to hang

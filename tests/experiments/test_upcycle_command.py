@@ -5,11 +5,11 @@ import json
 import os
 import pathlib
 
-import hf_cases
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from support import hf_cases
 
 import models
 from experiments import upcycle

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_lowering import LOWERS_TRITON, lowered
+from support.gpu_lowering import LOWERS_TRITON, lowered
 
 from models import attention
 

@@ -15,7 +15,7 @@ import pytest
 
 from models import experts
 from models.experts import Experts
-from models.grouped_matmul import block_matmul
+from models.kernels.grouped_matmul import block_matmul
 
 HIDDEN, EXPERT_SIZE = 6, 5
 FORMS = ("silu", "clamped")

@@ -3,10 +3,10 @@
 import json
 import pathlib
 
-import hf_cases
 import numpy as np
 import pytest
 import safetensors.numpy
+from support import hf_cases
 
 import models
 from models.upcycling import UpcyclingConfig, upcycle, upcycled_config

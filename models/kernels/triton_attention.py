@@ -1,0 +1,287 @@
+"""Causal grouped-query attention within segments on an NVIDIA GPU: three Pallas kernels that Triton compiles.
+
+The kernel of the forward pass keeps the highest logit and the sum of each query while it goes over the keys (Dao,
+FlashAttention-2, arXiv 2307.08691), so that no weights are ever written. Those of the backward pass compute them again,
+one for each tile of keys and one for each tile of queries. All skip what lies above the diagonal or before the window,
+read keys and values once for all heads that share them, and mask what is beyond an array. Pure functions of arrays:
+this file must never know Flax, a model or its configuration.
+
+Letters as in `models.attention`; logits are in units of log 2, for `exp2`.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from models.kernels.triton_tiles import Span, call, dot, load, span, store, tile_size
+
+Array = jax.Array
+
+LOG2_E = math.log2(math.e)
+UNSEEN = -1e30
+"""In place of a logit. Finite, so that a query that has not seen anything yet is no NaN."""
+MAX_HEAD_DIM = 256
+"""Tiles of wider heads would not fit the shared memory."""
+
+
+class Settings(NamedTuple):
+    """What is known when compiling."""
+
+    scale: float
+    window: int | None = None
+    interpret: bool = False
+
+
+class _Tiles(NamedTuple):
+    """How many queries and keys a program takes at once, and the sizes of heads as powers of two."""
+
+    queries: int
+    keys: int
+    head: int
+    value: int
+    num_warps: int
+
+    @classmethod
+    def of(cls, inputs: "_Inputs", queries: int, keys: int) -> "_Tiles":
+        """`queries` and `keys` of two bytes an entry, half of either in float32: larger ones leave the registers."""
+        head, value = (tile_size(array.shape[-1], MAX_HEAD_DIM) for array in (inputs.queries, inputs.values))
+        part = 1 if inputs.queries.dtype.itemsize <= 2 else 2
+        return cls(queries // part, keys // part, head, value, num_warps=4 if max(head, value) <= 64 else 8)
+
+    def key_steps(self, block: Array, tokens: int, window: int | None) -> tuple[Array | int, Array]:
+        """Tiles of keys that a tile of queries sees: the first, and one beyond the last."""
+        first_query = block * self.queries
+        first_key = 0 if window is None else jnp.maximum(0, first_query - (window - 1))
+        return first_key // self.keys, pl.cdiv(jnp.minimum(tokens, (block + 1) * self.queries), self.keys)
+
+
+class _Inputs(NamedTuple):
+    """References to arrays, or the arrays."""
+
+    queries: Any
+    keys: Any
+    values: Any
+    query_segments: Any
+    key_segments: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def triton_attention(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    query_segments: Array,
+    key_segments: Array,
+    sinks: Array | None,
+    settings: Settings,
+) -> Array:
+    """The GPU's implementation of `models.attention.attend` without an offset: same arrays, same result.
+
+    Products are those of `triton_tiles.dot`; weights are rounded to the dtype of the values before the last one.
+    """
+    return _attend(_Inputs(queries, keys, values, query_segments, key_segments), sinks, settings)[0]
+
+
+def _forward(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    query_segments: Array,
+    key_segments: Array,
+    sinks: Array | None,
+    settings: Settings,
+) -> tuple[Array, tuple]:
+    inputs = _Inputs(queries, keys, values, query_segments, key_segments)
+    attended, log_sums = _attend(inputs, sinks, settings)
+    return attended, (inputs, sinks, attended, log_sums)
+
+
+def _backward(settings: Settings, residuals: tuple, gradient: Array) -> tuple:
+    inputs, sinks, attended, log_sums = residuals
+    products = attended.astype(jnp.float32) * gradient.astype(jnp.float32)
+    # Σ weights · d weights of each query, by way of its output.
+    means = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2)  # [B, N, T]
+    of_keys, of_values = _differentiate_keys(inputs, gradient, log_sums, means, settings)
+    of_queries = _differentiate_queries(inputs, gradient, log_sums, means, settings)
+    of_sinks = None
+    if sinks is not None:
+        weights = jnp.exp2(LOG2_E * sinks.astype(jnp.float32)[None, :, None] - log_sums)
+        of_sinks = -jnp.sum(weights * means, axis=(0, 2)).astype(sinks.dtype)
+    return of_queries, of_keys, of_values, None, None, of_sinks
+
+
+triton_attention.defvjp(_forward, _backward)
+
+
+def _seen(inputs: _Inputs, row: Array, own: Span, others: Span, settings: Settings, keys_first: bool) -> Array:
+    """Which queries see which keys, bool [queries, keys], or the other way round."""
+    query_segments = load(inputs.query_segments, row, own, other=-1)
+    key_segments = load(inputs.key_segments, row, others, other=-2)
+
+    def pair(queries: Array, keys: Array) -> tuple[Array, Array]:
+        return (queries[None, :], keys[:, None]) if keys_first else (queries[:, None], keys[None, :])
+
+    query_positions, key_positions = pair(own.positions, others.positions)
+    query_segments, key_segments = pair(query_segments, key_segments)
+    seen = (query_segments == key_segments) & (key_positions <= query_positions)
+    if settings.window is not None:
+        seen = seen & (query_positions - key_positions < settings.window)
+    return seen
+
+
+def _logits(left: Array, right: Array, settings: Settings) -> Array:
+    """Of queries and keys, [queries, H] and [keys, H], or the other way round."""
+    return dot(left, right, right_axis=1) * (settings.scale * LOG2_E)
+
+
+def _attend(inputs: _Inputs, sinks: Array | None, settings: Settings) -> tuple[Array, Array]:
+    """Attended values, [B, T, N, V], and log2 of the softmax's denominator, float32 [B, N, T]."""
+    rows, tokens, num_heads, head_dim = inputs.queries.shape
+    num_kv_heads, value_dim = inputs.values.shape[2:]
+    tiles = _Tiles.of(inputs, queries=128, keys=64)
+
+    def kernel(*refs: Any) -> None:
+        arrays, (out_ref, log_sums_ref) = _Inputs(*refs[:5]), refs[-2:]
+        block, head, row = (pl.program_id(axis) for axis in range(3))
+        own = span(block * tiles.queries, tiles.queries, tokens)
+        head_span, value_span = span(0, tiles.head, head_dim), span(0, tiles.value, value_dim)
+        kv_head = head // (num_heads // num_kv_heads)
+        queries = load(arrays.queries, row, own, head, head_span)
+
+        def add(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            total, highest, weight_sum = carry
+            others = span(step * tiles.keys, tiles.keys, tokens)
+            keys = load(arrays.keys, row, others, kv_head, head_span)
+            seen = _seen(arrays, row, own, others, settings, keys_first=False)
+            logits = jnp.where(seen, _logits(queries, keys, settings), UNSEEN)
+            new_highest = jnp.maximum(highest, jnp.max(logits, axis=1))
+            weights = jnp.where(seen, jnp.exp2(logits - new_highest[:, None]), 0.0)
+            shrink = jnp.exp2(highest - new_highest)
+            values = load(arrays.values, row, others, kv_head, value_span)
+            total = total * shrink[:, None] + dot(weights.astype(values.dtype), values)
+            return total, new_highest, weight_sum * shrink + jnp.sum(weights, axis=1)
+
+        start = (
+            jnp.zeros((tiles.queries, tiles.value), jnp.float32),
+            jnp.full(tiles.queries, UNSEEN, jnp.float32),
+            jnp.zeros(tiles.queries, jnp.float32),
+        )
+        first, end = tiles.key_steps(block, tokens, settings.window)
+        total, highest, weight_sum = jax.lax.fori_loop(first, end, add, start)
+        if sinks is not None:
+            sink = refs[5][head].astype(jnp.float32) * LOG2_E
+            new_highest = jnp.maximum(highest, sink)
+            shrink = jnp.exp2(highest - new_highest)
+            total, highest = total * shrink[:, None], new_highest
+            weight_sum = weight_sum * shrink + jnp.exp2(sink - new_highest)
+        weight_sum = jnp.where(weight_sum > 0, weight_sum, 1.0)  # a query that saw nothing attends to nothing
+        store(out_ref, total / weight_sum[:, None], row, own, head, value_span)
+        store(log_sums_ref, highest + jnp.log2(weight_sum), row, head, own)
+
+    out_shape = [
+        jax.ShapeDtypeStruct((rows, tokens, num_heads, value_dim), inputs.queries.dtype),
+        jax.ShapeDtypeStruct((rows, num_heads, tokens), jnp.float32),
+    ]
+    grid = (pl.cdiv(tokens, tiles.queries), num_heads, rows)
+    arguments = inputs if sinks is None else (*inputs, sinks)
+    run = call(kernel, "attention", grid, out_shape, settings.interpret, tiles.num_warps, num_stages=2)
+    attended, log_sums = run(*arguments)
+    return attended, log_sums
+
+
+def _weight_gradients(
+    logits: Array, seen: Array, log_sums: Array, means: Array, of_weights: Array, scale: float
+) -> tuple[Array, Array]:
+    """The weights, computed again, and the gradient of the plain products of queries and keys."""
+    weights = jnp.where(seen, jnp.exp2(logits - log_sums), 0.0)
+    return weights, weights * (of_weights - means) * scale
+
+
+def _differentiate_keys(
+    inputs: _Inputs, gradient: Array, log_sums: Array, means: Array, settings: Settings
+) -> tuple[Array, Array]:
+    """Gradients of keys and values: for each tile of keys, over all later queries of all heads that read it."""
+    tokens, num_heads, head_dim = inputs.queries.shape[1:]
+    rows, _, num_kv_heads, value_dim = inputs.values.shape
+    tiles = _Tiles.of(inputs, queries=64, keys=64)
+    sharing = num_heads // num_kv_heads
+
+    def kernel(*refs: Any) -> None:
+        arrays, (gradient_ref, log_sums_ref, means_ref, of_keys_ref, of_values_ref) = _Inputs(*refs[:5]), refs[5:]
+        block, kv_head, row = (pl.program_id(axis) for axis in range(3))
+        others = span(block * tiles.keys, tiles.keys, tokens)
+        head_span, value_span = span(0, tiles.head, head_dim), span(0, tiles.value, value_dim)
+        keys = load(arrays.keys, row, others, kv_head, head_span)
+        values = load(arrays.values, row, others, kv_head, value_span)
+        first = block * tiles.keys // tiles.queries
+        last_query = tokens
+        if settings.window is not None:
+            last_query = jnp.minimum(tokens, (block + 1) * tiles.keys + settings.window - 1)
+        steps = pl.cdiv(last_query, tiles.queries) - first
+
+        def add(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            of_keys, of_values = carry
+            head = kv_head * sharing + step // steps
+            own = span((first + step % steps) * tiles.queries, tiles.queries, tokens)
+            queries = load(arrays.queries, row, own, head, head_span)
+            of_outputs = load(gradient_ref, row, own, head, value_span)
+            seen = _seen(arrays, row, own, others, settings, keys_first=True)
+            logits = _logits(keys, queries, settings)
+            sums, row_means = load(log_sums_ref, row, head, own)[None, :], load(means_ref, row, head, own)[None, :]
+            of_weights = dot(values, of_outputs, right_axis=1)
+            weights, of_logits = _weight_gradients(logits, seen, sums, row_means, of_weights, settings.scale)
+            of_values = of_values + dot(weights.astype(of_outputs.dtype), of_outputs)
+            return of_keys + dot(of_logits.astype(queries.dtype), queries), of_values
+
+        start = tuple(jnp.zeros((tiles.keys, width), jnp.float32) for width in (tiles.head, tiles.value))
+        of_keys, of_values = jax.lax.fori_loop(0, sharing * steps, add, start)
+        store(of_keys_ref, of_keys, row, others, kv_head, head_span)
+        store(of_values_ref, of_values, row, others, kv_head, value_span)
+
+    out_shape = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (inputs.keys, inputs.values)]
+    grid = (pl.cdiv(tokens, tiles.keys), num_kv_heads, rows)
+    run = call(kernel, "attention_keys", grid, out_shape, settings.interpret, tiles.num_warps, num_stages=2)
+    of_keys, of_values = run(*inputs, gradient, log_sums, means)
+    return of_keys, of_values
+
+
+def _differentiate_queries(
+    inputs: _Inputs, gradient: Array, log_sums: Array, means: Array, settings: Settings
+) -> Array:
+    """Gradients of queries: for each tile of them, over all earlier keys."""
+    rows, tokens, num_heads, head_dim = inputs.queries.shape
+    num_kv_heads, value_dim = inputs.values.shape[2:]
+    tiles = _Tiles.of(inputs, queries=64, keys=64)
+
+    def kernel(*refs: Any) -> None:
+        arrays, (gradient_ref, log_sums_ref, means_ref, out_ref) = _Inputs(*refs[:5]), refs[5:]
+        block, head, row = (pl.program_id(axis) for axis in range(3))
+        own = span(block * tiles.queries, tiles.queries, tokens)
+        head_span, value_span = span(0, tiles.head, head_dim), span(0, tiles.value, value_dim)
+        kv_head = head // (num_heads // num_kv_heads)
+        queries = load(arrays.queries, row, own, head, head_span)
+        of_outputs = load(gradient_ref, row, own, head, value_span)
+        sums, row_means = load(log_sums_ref, row, head, own)[:, None], load(means_ref, row, head, own)[:, None]
+
+        def add(step: Array, of_queries: Array) -> Array:
+            others = span(step * tiles.keys, tiles.keys, tokens)
+            keys = load(arrays.keys, row, others, kv_head, head_span)
+            values = load(arrays.values, row, others, kv_head, value_span)
+            seen = _seen(arrays, row, own, others, settings, keys_first=False)
+            logits = _logits(queries, keys, settings)
+            of_weights = dot(of_outputs, values, right_axis=1)
+            _, of_logits = _weight_gradients(logits, seen, sums, row_means, of_weights, settings.scale)
+            return of_queries + dot(of_logits.astype(keys.dtype), keys)
+
+        first, end = tiles.key_steps(block, tokens, settings.window)
+        zeros = jnp.zeros((tiles.queries, tiles.head), jnp.float32)
+        store(out_ref, jax.lax.fori_loop(first, end, add, zeros), row, own, head, head_span)
+
+    out_shape = jax.ShapeDtypeStruct(inputs.queries.shape, inputs.queries.dtype)
+    grid = (pl.cdiv(tokens, tiles.queries), num_heads, rows)
+    run = call(kernel, "attention_queries", grid, out_shape, settings.interpret, tiles.num_warps, num_stages=2)
+    return run(*inputs, gradient, log_sums, means)

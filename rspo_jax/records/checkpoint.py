@@ -1,0 +1,452 @@
+"""Checkpoints of a training run, from which it goes on bit for bit, or not at all.
+
+All processes of a run save and restore together. Orbax writes each process's parts of the arrays in the background; a
+manifest with their names, shapes, dtypes and fingerprints joins them, and the checkpoint becomes one in a single act at
+the end: it is given its final name or, in a bucket, a file that says it is complete. So a process killed at any moment
+leaves the old one or the new one, and nothing is handed back that does not agree with its manifest. This file must
+never know what the state of a run consists of.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import operator
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from rspo_jax.hosts import Agreement, is_primary
+from rspo_jax.records.files import FilePath, as_path, is_bucket, replace_file
+from rspo_jax.records.manifest import (
+    CheckpointMismatch,
+    Damage,
+    check_contents,
+    check_fit,
+    check_metadata,
+    check_specs,
+    host_fingerprints,
+    in_one_line,
+    is_spread,
+    join,
+    make_manifest,
+    named_leaves,
+    parse_manifest,
+)
+from rspo_jax.types import Array
+
+__all__ = ["CheckpointError", "CheckpointMismatch", "Checkpoints", "Restored"]
+
+UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
+"""What is added to the name of a checkpoint that is still being written to a folder."""
+COMPLETE = ocp.path.atomicity.COMMIT_SUCCESS_FILE
+"""The file that is written last. In a bucket, which cannot rename, a checkpoint without it is unfinished."""
+SIGHT_SECONDS = 10
+"""How long a network may take to show one machine what another has made."""
+# Signs of a machine or a network in trouble: they say nothing about the files, and another attempt may succeed.
+NOT_DAMAGE = (MemoryError, PermissionError, ConnectionError, TimeoutError, jax.errors.JaxRuntimeError)
+NOT_DAMAGE_TO_TENSORSTORE = re.compile("^(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED):")
+
+_logger = logging.getLogger(__name__)
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or not record.pathname.startswith(os.path.dirname(ocp.__file__))
+
+
+# Orbax reports much at level INFO, through the logger that all users of absl share.
+logging.getLogger("absl").addFilter(_is_worth_showing)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or there are checkpoints but none that can be read."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `Checkpoints.restore_newest` found."""
+
+    index: int
+    state: Any
+    """The same pytree as the template, on device."""
+    metadata: dict[str, Any]
+    """As JSON gives it back: tuples have become lists."""
+
+
+class Checkpoints:
+    """The checkpoints in one folder, for one run at a time; a context manager that waits for the last save.
+
+    A checkpoint is a subfolder named by its index. Older ones than the newest `keep` are deleted once a new one is
+    complete. Damaged ones are moved to the sibling folder `<directory>-damaged`, and never deleted.
+
+    A run of several processes makes one of these in each process, with the same arguments, over the same folder, and
+    calls the same methods at the same points. All processes get the same answer, or raise the same error. Arrays may
+    be spread over processes; those that are not must be the same in all of them. The first process scans, moves and
+    deletes for all, and its metadata counts.
+    """
+
+    def __init__(self, directory: FilePath, keep: int = 3) -> None:
+        """Opens the folder, and creates it if absent.
+
+        Args:
+          directory: a folder that all processes see, or an address that starts with gs://.
+          keep: how many checkpoints to keep.
+
+        Raises:
+          ValueError: if `keep` is not positive, or `directory` is an address that cannot be written to.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        directory = as_path(directory)
+        self._in_bucket = is_bucket(directory)
+        self._directory = directory if self._in_bucket else directory.absolute()  # TensorStore takes no relative paths
+        self._keep = keep
+        self._agreement = Agreement("checkpoints")
+        self._agreement.from_primary(functools.partial(self._make_folder, self._directory))
+        self._writing: tuple[int, Future[None]] | None = None
+        self._newest: tuple[int, dict[str, int]] | None = None  # index and fingerprints of the last saved or restored
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def save(self, index: int, state: Any, metadata: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint, after the one before it is complete.
+
+        Returns once the arrays are on the host, so that the caller may donate or overwrite `state` at once. To save
+        again what has just been saved or restored does nothing: its first metadata stays.
+
+        Args:
+          index: higher than all in the folder, 0 or more.
+          state: a pytree of arrays; keys as `jax.random.key_data`.
+          metadata: a small dict for JSON.
+
+        Raises:
+          TypeError: if a leaf is no array, or of a dtype that is not supported, or `metadata` is not for JSON.
+          ValueError: if the index does not increase, `state` is empty, or processes do not save the same.
+          CheckpointError: if this checkpoint, or the one before it, could not be written, or the folder is not one and
+            the same for all processes.
+        """
+        index = operator.index(index)
+        leaves = named_leaves(state)
+        check_metadata(metadata)
+        self.wait()
+        found = host_fingerprints(leaves)
+        self._check_all_save_the_same(index, found)
+        if (index, found) == self._newest:
+            return
+        self._agreement.from_primary(functools.partial(self._prepare, index))
+        self._check_all_see(self._place(index))
+        manifest = make_manifest(leaves, found, metadata)
+        writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        copying = writer.submit(_start_to_write, self._place(index) / "state", _as_orbax_takes_it(leaves))
+        self._writing = index, writer.submit(self._finish, index, manifest, copying)
+        self._newest = index, found
+        writer.shutdown(wait=False)
+        futures.wait([copying])  # should it have failed, the other one says so, in all processes
+
+    def wait(self) -> None:
+        """Returns when the last save is complete.
+
+        Raises:
+          CheckpointError: if it failed, in whichever process.
+        """
+        if self._writing is None:
+            return
+        index, writing = self._writing
+        error = writing.exception()
+        self._writing = None
+        if error is not None:
+            self._newest = None
+            raise CheckpointError(
+                f"{self._directory / str(index)} could not be written ({in_one_line(error)}); "
+                "the checkpoints before it are as they were"
+            ) from error
+
+    def restore_newest(self, template: Any, say: Callable[[str], object] = print) -> Restored | None:
+        """Reads the newest checkpoint that is sound in all processes.
+
+        Args:
+          template: a pytree of arrays or `jax.ShapeDtypeStruct`s like the state that was saved. Leaves with a sharding
+            come back in it, whatever the devices and processes that saved them; uncommitted arrays and structs without
+            a sharding come back uncommitted, on the default device of each process.
+          say: is told, in a sentence each, of unfinished checkpoints, which are skipped, of damaged ones, and of where
+            they are moved to once a sound one has been read. Called in the first process only.
+
+        Returns:
+          The checkpoint, or None if there is none.
+
+        Raises:
+          CheckpointMismatch: if names, shapes or dtypes are not those of the template; nothing is read or moved then.
+          CheckpointError: if there are checkpoints, and all are damaged; nothing is moved then.
+          TypeError: if a leaf of the template is no array, or of a dtype that is not supported.
+        """
+        leaves = named_leaves(template)
+        self.wait()
+        self._newest = None
+        if not is_primary():
+            say = _say_nothing
+        indices, unfinished = self._agreement.from_primary(self._scan)
+        for name in unfinished:
+            path = self._directory / name
+            say(f"{path} is unfinished, by an interrupted run unless one is writing it now: skipped.")
+        damaged: list[int] = []
+        for index in reversed(indices):
+            path = self._directory / str(index)
+            try:
+                arrays, manifest = self._read(path, leaves)
+            except Damage as damage:
+                say(f"{path} is damaged or incomplete: {damage}.")
+                damaged.append(index)
+                continue
+            self._agreement.from_primary(functools.partial(self._move_aside, damaged, path, say))
+            self._newest = index, {name: manifest["leaves"][name]["fingerprint"] for name in leaves}
+            state = jax.tree.unflatten(jax.tree.structure(template), list(arrays.values()))
+            return Restored(index, state, manifest["metadata"])
+        if damaged:
+            raise CheckpointError(
+                f"all checkpoints in {self._directory} are damaged or incomplete ({len(damaged)} in number), and none "
+                "was moved or deleted: put back an intact copy of one, or start a new run folder"
+            )
+        return None
+
+    # --- what all processes do together ---
+
+    def _check_all_save_the_same(self, index: int, found: dict[str, int]) -> None:
+        primary_index, primary_found = self._agreement.from_primary(lambda: (index, found))
+        error = None
+        if index != primary_index:
+            error = ValueError(f"a process saves checkpoint {index} where the first saves {primary_index}")
+        elif found != primary_found:
+            names = [name for name in found | primary_found if found.get(name) != primary_found.get(name)]
+            error = ValueError(
+                f"{join(names)} differ between processes: spread an array over all of them, or give all the same"
+            )
+        self._agreement.settle(error)
+
+    def _check_all_see(self, path: epath.Path) -> None:
+        """What the first process has just made shows that a folder is one and the same for all."""
+        if self._in_bucket:
+            return
+        end = time.monotonic() + SIGHT_SECONDS
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        error = None
+        if not path.exists():
+            error = CheckpointError(
+                f"{self._directory} is not one folder for all processes: keep the run in one that all of them see, "
+                "or under a gs:// address"
+            )
+        self._agreement.settle(error)
+
+    def _finish(self, index: int, manifest: str, copying: Future[Sequence[Any]]) -> None:
+        """Waits until each process has written its part, and makes a checkpoint of the parts."""
+        error = None
+        try:
+            for operation in copying.result():
+                operation.result()
+        except Exception as failure:
+            error = failure
+        self._agreement.settle(error)
+        self._agreement.from_primary(functools.partial(self._complete, index, manifest))
+
+    def _read(self, path: epath.Path, leaves: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Reads and verifies one checkpoint: the arrays by name, in the order of `leaves`, and the manifest.
+
+        Raises:
+          CheckpointMismatch: if it is not like `leaves`.
+          Damage: if a process cannot read it, or what it reads is not what was saved.
+        """
+        manifest: dict[str, Any] = {}
+        arrays: dict[str, Array] = {}
+        with self._passed_by_all():
+            manifest = _read_manifest(path / "manifest" / "metadata")
+            check_fit(path, manifest, leaves)
+        with self._passed_by_all(), _as_damage("arrays"):
+            arrays = _read_arrays(path / "state", leaves)
+            check_specs(arrays, leaves)
+        found = host_fingerprints(arrays)  # over all devices, so not before all have read
+        with self._passed_by_all():
+            check_contents(found, manifest)
+        return arrays, manifest
+
+    @contextlib.contextmanager
+    def _passed_by_all(self) -> Iterator[None]:
+        """What one process meets in here, all raise."""
+        met = None
+        try:
+            yield
+        except Exception as error:
+            met = error
+        self._agreement.settle(met, severity=_severity)
+
+    # --- what the first process does for all ---
+
+    def _make_folder(self, path: epath.Path) -> None:
+        if not self._in_bucket:  # which has none
+            path.mkdir(parents=True, exist_ok=True)
+
+    def _place(self, index: int) -> epath.Path:
+        """Where a checkpoint lies while it is being written."""
+        return self._directory / (str(index) if self._in_bucket else f"{index}{UNFINISHED}")
+
+    def _scan(self) -> tuple[list[int], list[str]]:
+        """The indices of all checkpoints in increasing order, and the names of those that are unfinished."""
+        names = [path.name for path in self._directory.iterdir()] if self._directory.exists() else []
+        indices = sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+        if not self._in_bucket:
+            return indices, sorted(name for name in names if UNFINISHED in name)
+        complete = [index for index in indices if (self._directory / str(index) / COMPLETE).exists()]
+        return complete, [str(index) for index in indices if index not in complete]
+
+    def _prepare(self, index: int) -> None:
+        indices, _ = self._scan()
+        newest = max([*indices, -1 if self._newest is None else self._newest[0]])
+        if index < 0:
+            raise ValueError(f"the index of a checkpoint must be 0 or more, got {index}")
+        if index <= newest:
+            raise ValueError(
+                f"{self._directory} holds checkpoint {newest} already, and {index} is not higher: "
+                "restore the newest one and go on from there, or start a new run folder"
+            )
+        self._place(index).rmtree(missing_ok=True)
+        self._make_folder(self._place(index) / "state")
+
+    def _complete(self, index: int, manifest: str) -> None:
+        place = self._place(index)
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            handler.finalize(place / "state")
+        self._make_folder(place / "manifest")
+        replace_file(place / "manifest" / "metadata", manifest.encode())
+        replace_file(place / COMPLETE, b"complete\n")
+        if not self._in_bucket:
+            place.rename(self._directory / str(index))
+        try:
+            self._delete_before(index)
+        except Exception as error:  # the new one is complete, whatever becomes of the old ones
+            _logger.warning("An old checkpoint in %s could not be deleted: %s", self._directory, in_one_line(error))
+
+    def _delete_before(self, newest: int) -> None:
+        """Deletes all but the newest `keep`, and what earlier processes left unfinished."""
+        indices, unfinished = self._scan()
+        for index in indices[: -self._keep]:
+            path, place = self._directory / str(index), self._place(index)
+            # Killed in here, it is an unfinished one and not a damaged one.
+            if self._in_bucket:
+                (path / COMPLETE).unlink()
+            else:
+                place.rmtree(missing_ok=True)
+                path.rename(place)
+            place.rmtree()
+        for name in unfinished:
+            if int(name.split(".")[0]) < newest:
+                (self._directory / name).rmtree(missing_ok=True)
+
+    def _move_aside(self, damaged: Sequence[int], sound: epath.Path, say: Callable[[str], object]) -> None:
+        """Moves damaged checkpoints out of the way of the next ones with their indices."""
+        folder = self._directory.parent / f"{self._directory.name}-damaged"
+        if damaged and self._in_bucket:  # where a folder is there once there is something in it
+            replace_file(folder / "README", b"Checkpoints that could not be read. No run needs them.\n")
+        elif damaged:
+            self._make_folder(folder)
+        for index in damaged:
+            path = self._directory / str(index)
+            target, others = folder / path.name, 1
+            while target.exists():
+                others += 1
+                target = folder / f"{path.name}-{others}"
+            path.rename(target)
+            say(f"{path} was moved to {target}, and {sound} is used instead.")
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _severity(error: Exception) -> int:
+    """A fault of the machine comes before a mismatch, and that before damage, which another checkpoint may mend."""
+    return 0 if isinstance(error, Damage) else 1 if isinstance(error, CheckpointMismatch) else 2
+
+
+def _as_orbax_takes_it(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays with elements. What each of several processes has for itself is NumPy, which Orbax writes in the first."""
+    alone = jax.process_count() == 1
+    return {name: leaf if alone or is_spread(leaf) else np.asarray(leaf) for name, leaf in leaves.items() if leaf.size}
+
+
+def _start_to_write(path: epath.Path, item: dict[str, Any]) -> Sequence[Any]:
+    """Copies this process's parts of arrays to the host; returns Orbax's futures of writing them."""
+    writing = ocp.PyTreeCheckpointHandler().async_save(path, args=ocp.args.PyTreeSave(item))
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        return loop.run_until_complete(writing) or []
+
+
+@contextlib.contextmanager
+def _as_damage(part: str) -> Iterator[None]:
+    """Takes errors for signs of damage: Orbax and TensorStore raise all sorts over a broken file."""
+    try:
+        yield
+    except (Damage, *NOT_DAMAGE):
+        raise
+    except Exception as error:
+        if NOT_DAMAGE_TO_TENSORSTORE.search(str(error)):
+            raise
+        raise Damage(f"the {part} cannot be read ({in_one_line(error)})") from error
+
+
+def _read_manifest(path: epath.Path) -> dict[str, Any]:
+    # Of a bucket, other errors than that there is no such object are errors of the way to it.
+    missing = FileNotFoundError if is_bucket(path) else OSError
+    try:
+        content = path.read_bytes()
+    except NOT_DAMAGE:
+        raise
+    except missing as error:
+        raise Damage(f"the manifest cannot be read ({in_one_line(error)})") from error
+    with _as_damage("manifest"):
+        return parse_manifest(content.decode())
+
+
+def _read_arrays(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Array]:
+    """Reads each leaf to where the leaf of the template is, or would be, without a word between processes."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        # One after the other, as reads that are under way when another fails complain to an event loop that is gone.
+        return {name: _read_array(handler, path, name, leaf) for name, leaf in leaves.items()}
+
+
+def _read_array(handler: ocp.PyTreeCheckpointHandler, path: epath.Path, name: str, leaf: Any) -> Array:
+    """Reads one array: to the host, unless the leaf says on which devices it belongs."""
+    sharding = _sharding(leaf)
+    if not leaf.size:
+        empty = np.zeros(leaf.shape, leaf.dtype)
+        if sharding is None:
+            return jax.device_put(empty)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda part: empty[part])
+    how = (
+        # With no sharding at all, Orbax would commit it to the devices that it was saved from.
+        ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        if sharding is None
+        else ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    )
+    item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}
+    args = ocp.args.PyTreeRestore(item=item, restore_args={name: how}, partial_restore=True)
+    value = handler.restore(path, args=args)[name]
+    return jax.device_put(value) if sharding is None else value
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
+    if isinstance(leaf, jax.Array) and not leaf.committed:
+        return None
+    return getattr(leaf, "sharding", None)

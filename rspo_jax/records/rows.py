@@ -1,0 +1,133 @@
+"""Files of rows, one JSON object a line, each with the phase and the step of a run that it belongs to.
+
+A row is `{"phase": "rl", "step": 12, ...}`; phases come one after the other, and steps count from 1 in each. Such a
+file only grows, except where a run goes on from an earlier step: then it is rolled back to that step first. This file
+must never know what else a row holds.
+"""
+
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+from etils import epath
+
+from rspo_jax.records.files import replace_file
+
+PHASES = ("warm_start", "rl")
+"""The phases of a run, in the order in which they happen."""
+POSITION_NAMES = ("phase", "step")
+_logger = logging.getLogger(__name__)
+
+CheckValues = Callable[[Mapping[str, Any]], Any]
+"""Raises ValueError or TypeError for what a row cannot hold beside its position."""
+
+
+def position(phase: str, step: int) -> tuple[int, int]:
+    """Where a row belongs in a run; positions are ordered as the run is.
+
+    Raises:
+      ValueError: if the phase is unknown, or the step no int from 0.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"The phase must be one of {', '.join(PHASES)}, got {phase!r}.")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"The step must be a Python int that is not negative, got {step!r}.")
+    return PHASES.index(phase), step
+
+
+def read_rows(path: epath.Path, check: CheckValues) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each row as its line and its content. A last line that was cut is left out, with a warning in the log.
+
+    Raises:
+      ValueError: if any other line is not a row.
+    """
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = [(line, _parse(path, number, line, check)) for number, line in enumerate(lines, 1)]
+    if last:  # the newline is written last, so what has none may have been cut
+        try:
+            json.loads(last)
+        except ValueError:
+            _logger.warning("%s: dropped the last line, which was cut while being written.", path)
+        else:
+            rows.append((last, _parse(path, len(lines) + 1, last, check)))
+    return rows
+
+
+def _parse(path: epath.Path, number: int, line: bytes, check: CheckValues) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        position(row["phase"], row["step"])
+        check({name: value for name, value in row.items() if name not in POSITION_NAMES and value is not None})
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(
+            f"{path}, line {number} is not a row of {path.stem}: repair or remove the line {line[:80]!r}."
+        ) from None
+    return row
+
+
+class RowFile:
+    """One such file, written to in a folder of this machine; a run in a bucket copies it from there."""
+
+    def __init__(self, path: epath.Path, check: CheckValues) -> None:
+        """Nothing is read, written or made yet.
+
+        Args:
+          path: where the file is kept, in the run's folder or bucket.
+          check: of what its rows hold.
+        """
+        self._path, self._check = path, check
+        self._content = b""
+        self._local: pathlib.Path | None = None
+        self._file: IO[bytes] | None = None
+
+    def refuse_old_rows(self) -> None:
+        """For a new run.
+
+        Raises:
+          FileExistsError: if there are rows already.
+        """
+        if self._path.exists() and self._path.read_bytes():
+            raise FileExistsError(f"{self._path} already holds a run: resume that run, or choose another folder.")
+
+    def roll_back(self, last: tuple[int, int]) -> tuple[int, int] | None:
+        """Removes the rows after a position, of a run that goes on from there.
+
+        Returns:
+          The position of the last row that remains, if any does.
+
+        Raises:
+          ValueError: if a line is not a row.
+        """
+        if not self._path.exists():
+            return None
+        rows = [(line, position(row["phase"], row["step"])) for line, row in read_rows(self._path, self._check)]
+        kept = [(line, at) for line, at in rows if at <= last]
+        self._content = b"".join(line + b"\n" for line, _ in kept)
+        replace_file(self._path, self._content)
+        return kept[-1][1] if kept else None
+
+    def open_in(self, folder: pathlib.Path, make: bool) -> None:
+        """Says where rows are written: the run's folder itself, or one to be copied, which gets the rows so far. The
+        file is made now, or by its first row."""
+        self._local = folder / self._path.name
+        if self._content and not self._local.exists():
+            self._local.write_bytes(self._content)
+        if make:
+            self._file = open(self._local, "ab")  # noqa: SIM115, closed by close()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Writes a row, of what JSON can hold; the first makes the file."""
+        assert self._local is not None, f"{self._path} is closed"
+        if self._file is None:
+            self._file = open(self._local, "ab")  # noqa: SIM115, closed by close()
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        self._local = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None

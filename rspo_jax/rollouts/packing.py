@@ -1,0 +1,324 @@
+"""Packs responses of different lengths into rows, so that a model spends less of its time on padding.
+
+The host plans from lengths alone, in NumPy; the device only gathers: tokens into rows before the model runs, what it
+says of each token back to one line a response afterwards. The losses never see a row. This file must never know a
+model, a loss or where the lengths come from.
+
+Letters: B responses of a rollout, b of them in a part, P prompt and R response columns, W = P + R, N rows of T places.
+A sequence of p prompt tokens and r response tokens takes p + r − 1 places: its last token is only ever a target.
+"""
+
+import bisect
+import heapq
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rspo_jax.routing import ROUTE_AXES
+from rspo_jax.sharding import constrain
+from rspo_jax.types import Array, PackedBatch, PackedRows, RolloutBatch
+
+_INT32_MAX = np.iinfo(np.int32).max
+
+
+class PackingPlan(NamedTuple):
+    """Which token stands where, for each part of a rollout. NumPy from the planner; every array leads with the parts,
+    so that `jax.lax.scan` or indexing cuts all of them alike."""
+
+    responses: Any
+    """int32 [parts, b]: the rows of the rollout that each part holds, in order."""
+    source: Any
+    """int32 [parts, N, T]: the flat index into `tokens` [B, W] of the input at each place; its target is the next
+    token there. −1 on padding."""
+    segment_ids: Any
+    """int32 [parts, N, T]: 1, 2, … within a row, 0 on padding."""
+    places: Any
+    """int32 [parts, b, R]: the flat index into [N, T] of the place that scores each response token; 0 where a response
+    has no such token."""
+
+
+class _Lengths(NamedTuple):
+    """The checked arguments of a plan."""
+
+    prompts: np.ndarray  # [B]
+    responses: np.ndarray  # [B]
+    prompt_width: int
+    response_width: int
+
+    @property
+    def costs(self) -> np.ndarray:
+        """[B]: the places that each sequence takes."""
+        return self.prompts + self.responses - 1
+
+
+def plan_packing(
+    prompt_lengths: Any,
+    response_lengths: Any,
+    prompt_width: int,
+    response_width: int,
+    responses: Any,
+    row_length: int | None = None,
+    rows_multiple: int = 1,
+) -> PackingPlan:
+    """Packs the responses of each part into as few rows as best-fit decreasing needs; a response is never split.
+
+    All parts get the same number of rows N: what the largest needs, rounded up by at most a sixteenth (or to
+    `rows_multiple`), so that rollouts of about the same length share one compiled program. N is never more than one
+    row a response. The plan is a pure function of its arguments.
+
+    Args:
+      prompt_lengths: int [B], each in [1, P]. Prompts end at column P − 1 of the rollout.
+      response_lengths: int [B], each in [1, R]. Responses start at column P.
+      prompt_width: P.
+      response_width: R.
+      responses: int [parts, b], from `balanced_parts`: which responses each part holds, each in exactly one.
+      row_length: T; by default P + R − 1, which fits any sequence.
+      rows_multiple: N is a multiple of it, such as the number of devices that share the rows.
+
+    Returns:
+      The plan, in NumPy.
+
+    Raises:
+      TypeError: naming the argument that is not integer.
+      ValueError: naming the argument that does not fit and, for `row_length`, the length needed.
+    """
+    lengths, responses = _checked(prompt_lengths, response_lengths, prompt_width, response_width, responses)
+    row_length = prompt_width + response_width - 1 if row_length is None else row_length
+    if lengths.costs.max() > row_length:
+        raise ValueError(
+            f"row_length is {row_length}, but the longest sequence takes {lengths.costs.max()} places: "
+            f"raise it to {lengths.costs.max()} or more"
+        )
+    if rows_multiple < 1:
+        raise ValueError(f"rows_multiple must be at least 1, got {rows_multiple}")
+    placed = [_best_fit(lengths.costs[part], row_length) for part in responses]
+    needed = max(int(rows.max()) + 1 for rows, _ in placed)
+    num_rows = _rounded_rows(needed, responses.shape[1], rows_multiple)
+    rows, offsets = (np.stack(arrays) for arrays in zip(*placed, strict=True))
+    return _fill(lengths, responses, rows, offsets, (num_rows, row_length))
+
+
+def padded_plan(
+    prompt_lengths: Any, response_lengths: Any, prompt_width: int, response_width: int, responses: Any
+) -> PackingPlan:
+    """The plan without packing: row i of a part is its response i where it stands in the rollout, N = b, T = W − 1.
+
+    What packing is measured against. Arguments and errors as in `plan_packing`.
+    """
+    lengths, responses = _checked(prompt_lengths, response_lengths, prompt_width, response_width, responses)
+    rows = np.broadcast_to(np.arange(responses.shape[1])[None, :], responses.shape)
+    offsets = prompt_width - lengths.prompts[responses]
+    return _fill(lengths, responses, rows, offsets, (responses.shape[1], prompt_width + response_width - 1))
+
+
+def balanced_parts(lengths: Any, order: Any, parts: int) -> np.ndarray:
+    """Distributes responses over parts of equal count whose token sums are close, so that equal numbers of rows do.
+
+    The longest goes first, to the part with the fewest tokens so far that still has room; `order`, a random one for
+    updates, decides between equals, and inside a part responses keep it. An update thus sees a sample that is random
+    but for its mix of lengths, which is that of the whole rollout.
+
+    Args:
+      lengths: int [B], tokens of each response, prompt included.
+      order: int [B], a permutation.
+      parts: divides B.
+
+    Returns:
+      int32 [parts, b], the `responses` of a plan.
+
+    Raises:
+      TypeError: naming the argument that is not integer.
+      ValueError: if `order` is no permutation, the parts do not divide it, or there is not one length a response.
+    """
+    order, lengths = _integers("order", order, 1), _integers("lengths", lengths, 1)
+    _check_permutation("order", order, len(lengths))
+    if parts < 1 or len(order) % parts:
+        raise ValueError(f"{len(order)} responses do not divide into {parts} parts")
+    size = len(order) // parts
+    members: list[list[int]] = [[] for _ in range(parts)]
+    open_parts = [(0, part) for part in range(parts)]  # a heap: tokens so far, part
+    for at in np.argsort(-lengths[order], kind="stable").tolist():
+        tokens, part = heapq.heappop(open_parts)
+        members[part].append(at)
+        if len(members[part]) < size:
+            heapq.heappush(open_parts, (tokens + int(lengths[order[at]]), part))
+    return order[np.sort(np.array(members, np.int64), axis=1)].astype(np.int32)
+
+
+def padding_fraction(plan: PackingPlan) -> float:
+    """The share of the places of all rows that hold no token."""
+    return 1 - np.count_nonzero(plan.segment_ids) / np.size(plan.segment_ids)
+
+
+def pack_rows(tokens: Array, source: Array, segment_ids: Array) -> PackedRows:
+    """Gathers the tokens of a rollout into rows.
+
+    Args:
+      tokens: int32 [B, W].
+      source: int32 [..., N, T], of a plan.
+      segment_ids: int32 [..., N, T], of the same plan.
+    """
+    flat, first = tokens.reshape(-1), jnp.maximum(source, 0)
+    is_token = source >= 0
+    return PackedRows(jnp.where(is_token, flat[first], 0), jnp.where(is_token, flat[first + 1], 0), segment_ids)
+
+
+def pack_route(route: Array, source: Array) -> Array:
+    """Gathers the experts of a rollout's tokens into rows.
+
+    Args:
+      route: uint8 or uint16 [B, L, K, W - 1], aligned with the inputs.
+      source: int32 [..., N, T], of a plan.
+
+    Returns:
+      [..., N, L, K, T]; 0 on padding.
+    """
+    rows, num_layers, k, columns = route.shape
+    by_token = jnp.moveaxis(route, -1, 1).reshape(rows, columns, num_layers * k)
+    row, column = jnp.divmod(jnp.maximum(source, 0), columns + 1)
+    packed = jnp.where((source >= 0)[..., None], by_token[row, column], 0)
+    return jnp.moveaxis(packed, -2, -1).reshape(*source.shape[:-1], num_layers, k, source.shape[-1])
+
+
+@jax.jit
+def pack_rollout(rollout: RolloutBatch, plan: PackingPlan) -> PackedBatch:
+    """The parts of a rollout, in rows: all that a learner needs of it."""
+    response_width = plan.places.shape[-1]
+
+    def by_response(array: Array) -> Array:
+        """[B, T] over whole sequences, or [B] -> [parts, b, R] or [parts, b]."""
+        of_parts = (array[:, -response_width:] if array.ndim == 2 else array)[plan.responses]
+        return constrain(of_parts, None, "rows", *(None,) * (of_parts.ndim - 2))
+
+    rows, route = pack_rows(rollout.tokens, plan.source, plan.segment_ids), rollout.route
+    if route is not None:
+        chex.assert_shape(route, (rollout.tokens.shape[0], None, None, rollout.tokens.shape[1] - 1))
+        route = constrain(pack_route(route, plan.source), None, *ROUTE_AXES)
+    return PackedBatch(
+        rows=PackedRows(*(constrain(array, None, "rows", "tokens") for array in rows)),
+        places=plan.places,
+        mask=by_response(rollout.mask),
+        sampler_log_probs=by_response(rollout.sampler_log_probs),
+        advantages=by_response(rollout.advantages),
+        route=route,
+    )
+
+
+def unpack(per_token: Array, places: Array) -> Array:
+    """Gathers what a model says of each token back to one line a response.
+
+    Args:
+      per_token: [N, T, ...], aligned with the inputs of the rows.
+      places: int32 [b, R], of the plan.
+
+    Returns:
+      [b, R, ...]. Where a response has no such token this holds the value of another: mask it.
+    """
+    return per_token.reshape(-1, *per_token.shape[2:])[places]
+
+
+def _best_fit(costs: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The row and the offset in it of each sequence: longest first, each into the row that it fills up best."""
+    rows, offsets = np.zeros(len(costs), np.int64), np.zeros(len(costs), np.int64)
+    spaces: list[int] = []  # sorted: the amounts of space that some open row has left
+    rows_with: dict[int, list[int]] = {}
+    num_rows = 0
+    order = np.argsort(-costs, kind="stable")
+    for at, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
+        index = bisect.bisect_left(spaces, cost)
+        if index == len(spaces):
+            row, space, num_rows = num_rows, row_length, num_rows + 1
+        else:
+            space = spaces[index]
+            row = rows_with[space].pop()
+            if not rows_with[space]:
+                del rows_with[space], spaces[index]
+        rows[at], offsets[at] = row, row_length - space
+        left = space - cost
+        if left and left not in rows_with:
+            rows_with[left] = []
+            bisect.insort(spaces, left)
+        if left:
+            rows_with[left].append(row)
+    return rows, offsets
+
+
+def _rounded_rows(needed: int, responses: int, multiple: int) -> int:
+    """Rows of every part: sixteen sizes between a power of two and the next, so few programs and little waste."""
+    step = max((1 << (needed.bit_length() - 1)) // 16 // multiple, 1) * multiple
+    return min(-(-needed // step) * step, -(-responses // multiple) * multiple)
+
+
+def _fill(
+    lengths: _Lengths, responses: np.ndarray, rows: np.ndarray, offsets: np.ndarray, shape: tuple[int, int]
+) -> PackingPlan:
+    """Writes a plan down, given the row and the offset of each response [parts, b]."""
+    num_rows, row_length = shape
+    width = lengths.prompt_width + lengths.response_width
+    _check_index("tokens", len(lengths.prompts) * width)
+    _check_index("rows", num_rows * row_length)
+    source = np.full((len(responses), num_rows, row_length), -1, np.int32)
+    segment_ids = np.zeros_like(source)
+    prompts, costs = lengths.prompts[responses], lengths.costs[responses]
+    first_tokens = responses * width + lengths.prompt_width - prompts
+    counting = np.arange(row_length, dtype=np.int32)
+    for part, order in enumerate(np.argsort(offsets, axis=1, kind="stable")):  # segments count up from the left
+        segments = [0] * num_rows
+        columns = (array[part, order].tolist() for array in (rows, offsets, costs, first_tokens))
+        for row, start, cost, first in zip(*columns, strict=True):
+            segments[row] += 1
+            np.add(counting[:cost], first, out=source[part, row, start : start + cost])
+            segment_ids[part, row, start : start + cost] = segments[row]
+    token = np.arange(lengths.response_width, dtype=np.int32)[None, None, :]
+    first_places = (rows * row_length + offsets + prompts - 1).astype(np.int32)
+    places = first_places[:, :, None] + token
+    places[token >= lengths.responses[responses][:, :, None]] = 0
+    return PackingPlan(responses.astype(np.int32), source, segment_ids, places)
+
+
+def _checked(
+    prompt_lengths: Any, response_lengths: Any, prompt_width: int, response_width: int, responses: Any
+) -> tuple[_Lengths, np.ndarray]:
+    prompts = _integers("prompt_lengths", prompt_lengths, 1)
+    answers = _integers("response_lengths", response_lengths, 1)
+    responses = _integers("responses", responses, 2)
+    if len(prompts) != len(answers):
+        raise ValueError(f"there are {len(prompts)} prompt_lengths but {len(answers)} response_lengths: give one each")
+    for name, values, limit in (
+        ("prompt_lengths", prompts, prompt_width),
+        ("response_lengths", answers, response_width),
+    ):
+        wrong = np.flatnonzero((values < 1) | (values > limit))
+        if wrong.size:
+            at = wrong[0]
+            raise ValueError(f"{name} must lie between 1 and the width, {limit}; response {at} has {values[at]}")
+    _check_permutation("responses", responses.reshape(-1), len(prompts))
+    return _Lengths(prompts, answers, prompt_width, response_width), responses
+
+
+def _integers(name: str, values: Any, ndim: int) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != ndim or not array.size:
+        raise ValueError(f"{name} must have {ndim} axes and not be empty, got shape {array.shape}")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{name} must be integers, got {array.dtype}")
+    return array.astype(np.int64)
+
+
+def _check_permutation(name: str, indices: np.ndarray, count: int) -> None:
+    if len(indices) != count or not np.array_equal(np.sort(indices), np.arange(count)):
+        raise ValueError(
+            f"{name} must hold each of the {count} responses exactly once, 0 to {count - 1}; got {len(indices)} "
+            f"indices, {len(np.unique(indices))} of them different, from {indices.min()} to {indices.max()}"
+        )
+
+
+def _check_index(name: str, size: int) -> None:
+    if size > _INT32_MAX:
+        raise ValueError(
+            f"{size} {name} places are more than an int32 can count, {_INT32_MAX}: learn from fewer responses at a "
+            "time or make them shorter"
+        )

@@ -1,0 +1,335 @@
+"""Draws responses from a policy: one prefill, then cached decoding until the last response has stopped.
+
+Rows are decoded in slots. A slot whose response has ended takes the next waiting prompt, fed token by token beside the
+decoding of the others, so that one long response does not keep the rest of the batch waiting. One program without
+recompilation; deterministic in the key, response by response, whatever slot it is drawn in. On request it notes which
+experts each token went through. This file must never know a task, a reward or a concrete model.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rspo_jax.routing import ROUTE_AXES, route_of, route_reader
+from rspo_jax.sharding import constrain
+from rspo_jax.types import Array, Params, Policy, Samples
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How to draw."""
+
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    """0 is greedy: the likeliest token, whose log-probability is reported at temperature 1."""
+    top_k: int | None = None
+    """Draw among the k likeliest tokens only."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens that hold this much probability (after `top_k`)."""
+    slots: int | None = None
+    """Responses that are drawn at once, with a cache for so many; as many as there are prompts when absent. A slot that
+    is done takes the next prompt. The trainer does so where it is the faster way, and otherwise draws as many
+    responses after as many (`rspo_jax.rollouts.rollout.refilling_pays`)."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if self.slots is not None and self.slots < 1:
+            raise ValueError(f"slots must be at least 1, got {self.slots}; leave it out to draw all responses at once")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}; leave it out to draw among all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+
+def pad_prompts(prompts: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Left-pads prompts to one width, so that all rows start to answer in the same cache slot.
+
+    Returns:
+      int32 [B, width] tokens and bool [B, width] mask, True on prompt tokens.
+
+    Raises:
+      ValueError: if a prompt is empty or longer than the width.
+    """
+    tokens = np.full((len(prompts), width), pad_id, np.int32)
+    mask = np.zeros((len(prompts), width), bool)
+    for row, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= width:
+            raise ValueError(f"prompt {row} has {len(prompt)} tokens, which does not fit the range 1 to {width}")
+        tokens[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = True
+    return tokens, mask
+
+
+class _Requests(NamedTuple):
+    """What is asked for; the rows of everything else point here."""
+
+    prompts: Array  # int32 [B / repeats, P], left-padded
+    prompt_lengths: Array  # int32 [B / repeats]
+    keys: Array  # PRNG keys [B]
+    repeats: int  # responses to each prompt: response b answers prompt b // repeats
+
+    def prompt_of(self, request: Array) -> Array:
+        return request // self.repeats
+
+    @property
+    def count(self) -> int:
+        return self.prompts.shape[0] * self.repeats
+
+
+class _Read(NamedTuple):
+    """What came of reading tokens, T a row."""
+
+    logits: Array  # [rows, V]: of the last tokens
+    cache: object
+    route: Array | None  # [rows, T, L, K]: the experts of all, if asked for
+
+
+class _Model(NamedTuple):
+    """What reads the tokens."""
+
+    policy: Policy
+    params: Params
+    record_route: bool
+
+    def read(self, tokens: Array, segment_ids: Array, cache: object) -> _Read:
+        options: dict[str, Any] = {"router_reader": route_reader()} if self.record_route else {}
+        output = self.policy.apply({"params": self.params}, tokens, segment_ids=segment_ids, cache=cache, **options)
+        if not self.record_route:
+            return _Read(output.logits[:, -1], output.cache, None)
+        if output.reading is None:
+            raise ValueError("this model has no experts, so it has no route to record: leave record_route out")
+        return _Read(output.logits[:, -1], output.cache, jnp.moveaxis(route_of(output.reading), -1, 1))
+
+
+class _Slots(NamedTuple):
+    """What each slot is doing, all [slots]."""
+
+    request: Array  # int32: which response it draws
+    active: Array  # bool
+    segment: Array  # int32: tells the tokens of this response from those of earlier ones in the cache
+    fed: Array  # int32: prompt tokens in the cache
+    drawn: Array  # int32: response tokens drawn
+    last_token: Array  # int32
+
+
+class _DecodeState(NamedTuple):
+    slots: _Slots
+    waiting: Array  # int32 scalar: the first request that no slot has taken
+    tokens: Array  # int32 [B, R]
+    log_probs: Array  # float32 [B, R]
+    lengths: Array  # int32 [B]
+    cache: object
+    route: Array | None  # [B, P + R - 1, L, K], so that what a slot writes lies together
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "config", "stop_tokens", "pad_id", "repeats", "record_route"))
+def generate(
+    policy: Policy,
+    params: Params,
+    prompts: Array,
+    prompt_mask: Array,
+    keys: Array,
+    config: SamplerConfig,
+    stop_tokens: tuple[int, ...],
+    pad_id: int = 0,
+    repeats: int = 1,
+    record_route: bool = False,
+) -> Samples:
+    """Draws `repeats` responses to each prompt, B in all.
+
+    Args:
+      policy: the model.
+      params: its parameters.
+      prompts: int32 [B / repeats, P], left-padded (`pad_prompts`).
+      prompt_mask: bool [B / repeats, P].
+      keys: PRNG keys [B], one a response: what is drawn with it does not depend on the other rows.
+      config: how to draw.
+      stop_tokens: a row is finished once it draws one of them; that token still belongs to the response.
+      pad_id: fills the rest.
+      repeats: responses to a prompt, in consecutive rows. Each prompt is read once for all of them.
+      record_route: note the experts of every token read; what is drawn does not depend on it.
+
+    Returns:
+      `Samples` with R = `config.max_new_tokens`.
+
+    Raises:
+      ValueError: if the shapes do not fit, the keys are not one a response, `repeats` is not positive, or a route is
+        asked for of a model without experts.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if prompts.ndim != 2 or prompt_mask.shape != prompts.shape:
+        raise ValueError(f"prompts and prompt_mask must both be [B, P], got {prompts.shape} and {prompt_mask.shape}")
+    batch_size, width = prompts.shape[0] * repeats, prompts.shape[1]
+    if keys.shape != (batch_size,):
+        raise ValueError(
+            f"{batch_size} responses need as many keys, [{batch_size}]; got shape {keys.shape}: "
+            "make them with jax.random.split(key, number of responses)"
+        )
+    num_slots = min(config.slots or batch_size, batch_size)
+    prompts, prompt_mask = (constrain(array, "rows", None) for array in (prompts, prompt_mask))
+    requests = _Requests(prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), keys, repeats)
+    model = _Model(policy, params, record_route)
+    # A ring of this many slots holds the longest sequence, whatever was in it before.
+    prefill = _prefill(model, requests, prompt_mask, num_slots, width + config.max_new_tokens)
+    start = _DecodeState(
+        slots=_first_slots(requests, num_slots),
+        waiting=jnp.int32(num_slots),
+        tokens=jnp.full((batch_size, config.max_new_tokens), pad_id, jnp.int32),
+        log_probs=jnp.zeros((batch_size, config.max_new_tokens), jnp.float32),
+        lengths=jnp.zeros(batch_size, jnp.int32),
+        cache=prefill.cache,
+        route=None if prefill.route is None else _first_route(prefill.route, batch_size, config.max_new_tokens),
+    )
+    take_in = functools.partial(_take_in, requests=requests, config=config, stop_tokens=stop_tokens)
+
+    def decode(state: _DecodeState) -> _DecodeState:
+        slots, inputs = _next_inputs(state.slots, requests)
+        segment_ids = jnp.where(slots.active, slots.segment, 0)[:, None]
+        inputs = jnp.where(slots.active, inputs, pad_id)
+        read = model.read(inputs[:, None], segment_ids, state.cache)
+        if read.route is not None:
+            state = state._replace(route=_note_route(state, requests, read.route[:, 0]))
+        return take_in(state._replace(slots=slots, cache=read.cache), read.logits)
+
+    first = take_in(start, prefill.logits)
+    end = jax.lax.while_loop(lambda state: jnp.any(state.slots.active), decode, first)
+    mask = jnp.arange(config.max_new_tokens, dtype=jnp.int32)[None, :] < end.lengths[:, None]
+    samples = Samples(*(constrain(array, "rows", None) for array in (end.tokens, mask, end.log_probs)))
+    if end.route is None:
+        return samples
+    return samples._replace(route=constrain(jnp.transpose(end.route, (0, 2, 3, 1)), *ROUTE_AXES))
+
+
+def _prefill(model: _Model, requests: _Requests, prompt_mask: Array, num_slots: int, length: int) -> _Read:
+    """Reads the prompts of the first slots, into a cache of that length."""
+    num_prompts = -(-num_slots // requests.repeats)
+    shared = num_slots % requests.repeats == 0  # else one prompt's responses do not all begin at once
+    rows = jnp.arange(num_prompts) if shared else requests.prompt_of(jnp.arange(num_slots))
+    cache = model.policy.init_cache(rows.size, length)
+    segment_ids = prompt_mask[rows].astype(jnp.int32)
+    logits, cache, route = model.read(requests.prompts[rows], segment_ids, cache)
+    if route is not None:
+        route = jnp.where(prompt_mask[rows][:, :, None, None], route, 0)
+    if shared and requests.repeats > 1:
+        # An index, not `jnp.repeat`: with that, XLA's compiler for CPUs comes to no end at some vocabulary sizes.
+        prompt_of_slot = requests.prompt_of(jnp.arange(num_slots))
+        route = None if route is None else route[prompt_of_slot]
+        return _Read(logits[prompt_of_slot], model.policy.repeat_cache(cache, requests.repeats), route)
+    return _Read(logits, cache, route)
+
+
+def _first_route(prompt_route: Array, batch_size: int, response_width: int) -> Array:
+    """The experts of the tokens read so far, [B, P + R - 1, L, K], from those of the first slots' prompts."""
+    num_slots, width, *rest = prompt_route.shape
+    route = jnp.zeros((batch_size, width + response_width - 1, *rest), prompt_route.dtype)
+    return constrain(route.at[:num_slots, :width].set(prompt_route), "rows", None, None, None)
+
+
+def _note_route(state: _DecodeState, requests: _Requests, token_route: Array) -> Array:
+    """Writes down the experts of the token that each slot has just read, [slots, L, K], at its column in prompt and
+    response together. The state is that before the token."""
+    assert state.route is not None
+    slots, width = state.slots, requests.prompts.shape[1]
+    unread = requests.prompt_lengths[requests.prompt_of(slots.request)] - slots.fed
+    column = jnp.where(unread > 0, width - unread, width + slots.drawn - 1)
+    row = jnp.where(slots.active, slots.request, requests.count)  # out of bounds is dropped
+    return state.route.at[row, column].set(token_route, mode="drop")
+
+
+def _first_slots(requests: _Requests, num_slots: int) -> _Slots:
+    """The slots after a prefill of the first prompts."""
+    ones, zeros = jnp.ones(num_slots, jnp.int32), jnp.zeros(num_slots, jnp.int32)
+    request = jnp.arange(num_slots, dtype=jnp.int32)
+    return _Slots(
+        request=request,
+        active=ones.astype(bool),
+        segment=ones,
+        fed=requests.prompt_lengths[requests.prompt_of(request)],
+        drawn=zeros,
+        last_token=zeros,
+    )
+
+
+def _next_inputs(slots: _Slots, requests: _Requests) -> tuple[_Slots, Array]:
+    """The token that each slot reads next: the rest of its prompt first, then what it drew last."""
+    prompt = requests.prompt_of(slots.request)
+    prompt_length = requests.prompt_lengths[prompt]
+    feeding = slots.fed < prompt_length
+    column = jnp.minimum(requests.prompts.shape[1] - prompt_length + slots.fed, requests.prompts.shape[1] - 1)
+    inputs = jnp.where(feeding, requests.prompts[prompt, column], slots.last_token)
+    return slots._replace(fed=slots.fed + feeding.astype(jnp.int32)), inputs
+
+
+def _take_in(
+    state: _DecodeState, logits: Array, requests: _Requests, config: SamplerConfig, stop_tokens: tuple[int, ...]
+) -> _DecodeState:
+    """Draws a token in every slot that has read its prompt, and gives the slots that are done the next requests."""
+    slots, num_requests = state.slots, requests.count
+    drawing = slots.active & (slots.fed >= requests.prompt_lengths[requests.prompt_of(slots.request)])
+    tokens, log_probs = _draw_tokens(logits, requests.keys[slots.request], slots.drawn, config)
+    row = jnp.where(drawing, slots.request, num_requests)  # out of bounds is dropped
+    drawn = slots.drawn + drawing.astype(jnp.int32)
+    stops = jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros_like(drawing)
+    done = drawing & (stops | (drawn == config.max_new_tokens))
+    next_request = state.waiting + jnp.cumsum(done, dtype=jnp.int32) - 1
+    refilled = done & (next_request < num_requests)
+    return _DecodeState(
+        slots=_Slots(
+            request=jnp.where(refilled, next_request, slots.request),
+            active=slots.active & (~done | refilled),
+            segment=slots.segment + refilled.astype(jnp.int32),
+            fed=jnp.where(refilled, 0, slots.fed),
+            drawn=jnp.where(refilled, 0, drawn),
+            last_token=tokens,
+        ),
+        waiting=state.waiting + jnp.sum(done, dtype=jnp.int32),
+        tokens=state.tokens.at[row, slots.drawn].set(tokens, mode="drop"),
+        log_probs=state.log_probs.at[row, slots.drawn].set(log_probs, mode="drop"),
+        lengths=state.lengths.at[row].set(drawn, mode="drop"),
+        cache=state.cache,
+        route=state.route,
+    )
+
+
+def _draw_tokens(logits: Array, keys: Array, index: Array, config: SamplerConfig) -> tuple[Array, Array]:
+    """One token a row, the `index`-th of its response, and its log-probability: [B, V] -> int32 [B], float32 [B]."""
+    logits = logits.astype(jnp.float32)
+    if config.temperature == 0:
+        tokens = jnp.argmax(logits, axis=-1)
+    else:
+        logits = truncate_logits(logits / config.temperature, config.top_k, config.top_p)
+        noise = jax.vmap(
+            lambda key, token: jax.random.gumbel(jax.random.fold_in(key, token), logits.shape[1:], jnp.float32)
+        )(keys, index)
+        tokens = jnp.argmax(logits + noise, axis=-1)
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=-1)[:, 0]
+    return tokens.astype(jnp.int32), log_probs
+
+
+def truncate_logits(logits: Array, top_k: int | None, top_p: float) -> Array:
+    """Sets to -inf all but the `top_k` likeliest tokens, and of these all but the fewest that hold `top_p`.
+
+    Args:
+      logits: float [B, V], already divided by the temperature.
+      top_k: at least 1, or None for no limit.
+      top_p: in (0, 1]; the likeliest token is always kept.
+    """
+    if top_k is None and top_p == 1:
+        return logits
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    rank = jnp.arange(logits.shape[-1])[None, :]
+    kept = jnp.broadcast_to(rank < (top_k or logits.shape[-1]), logits.shape)
+    if top_p < 1:
+        ranked = jnp.take_along_axis(logits, order, axis=-1)
+        probs = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
+        kept = kept & ((rank == 0) | (jnp.cumsum(probs, axis=-1) - probs < top_p))
+    kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.where(kept, logits, -jnp.inf)

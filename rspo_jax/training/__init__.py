@@ -1,0 +1,36 @@
+"""The training loop and its parts. The loop itself, `rspo_jax.training.trainer`, is imported by its path: it brings
+Orbax along, which takes seconds to import and which configs and losses do not need.
+"""
+
+from rspo_jax.training.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LearnerConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    WarmStartConfig,
+    check_learner,
+    check_mesh,
+)
+from rspo_jax.training.loss import score_rows
+from rspo_jax.training.state import TrainState, init_train_state, sampling_params, state_on_mesh, train_state_shardings
+from rspo_jax.training.update import score, update
+
+__all__ = [
+    "CheckpointConfig",
+    "EvaluationConfig",
+    "LearnerConfig",
+    "OptimizerConfig",
+    "TrainState",
+    "TrainerConfig",
+    "WarmStartConfig",
+    "check_learner",
+    "check_mesh",
+    "init_train_state",
+    "sampling_params",
+    "score",
+    "score_rows",
+    "state_on_mesh",
+    "train_state_shardings",
+    "update",
+]

@@ -1,0 +1,180 @@
+"""The notebooks as a reader meets them: their outputs are there, clean, and those of the code. Slow: they run."""
+
+import base64
+import copy
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import ablate
+from experiments.ablation.study import plan_study
+from experiments.notebooks import __main__ as command
+
+ROOT = Path(__file__).resolve().parents[3]
+PICTURES = {"rspo_loss": 7, "your_own_ablation": 4}
+"""Name of each notebook -> pictures that it shows."""
+WRITE_FILE = "%%writefile my_study.py\n"
+
+
+def read(name, folder=command.FOLDER):
+    return nbformat.read(folder / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def pictures(notebook):
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+
+
+@pytest.fixture(params=PICTURES)
+def notebook(request):
+    return read(request.param)
+
+
+def test_no_notebook_goes_unchecked():
+    assert {path.stem for path in command.FOLDER.glob("*.ipynb")} == set(PICTURES)
+
+
+def test_notebooks_are_valid_and_ran_top_to_bottom(notebook):
+    nbformat.validate(notebook)
+    assert command.complaints(notebook) == []
+    assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_there(name):
+    found = pictures(read(name))
+    assert len(found) == PICTURES[name]
+    for picture in found:
+        assert len(set(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L").tobytes())) > 10
+
+
+def test_notebooks_stay_small():
+    assert sum(path.stat().st_size for path in command.FOLDER.glob("*.ipynb")) < 2**20
+
+
+def test_both_notebooks_are_set_up_alike():
+    first, second = (code_cells(read(name))[0] for name in PICTURES)
+    assert first.source == second.source
+    assert not first.outputs and not second.outputs
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """Runs the first cell as if the package were missing, on Colab or not, and returns what it asked pip for."""
+    source = code_cells(read("rspo_loss"))[0].source
+
+    def run(colab=True, installed=False, repository=""):
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setenv("JAX_PLATFORMS", "cpu")
+            patch.setattr(subprocess, "run", lambda arguments, check: calls.append(arguments))
+            if not installed:
+                patch.setattr(importlib.util, "find_spec", lambda name: None)
+            if colab:
+                patch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+            assert source.count('REPOSITORY = ""\n') == 1
+            exec(source.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}"), {})
+        return calls
+
+    return run
+
+
+def test_the_first_cell_installs_only_on_colab_and_only_what_is_missing(setup):
+    assert setup(installed=True, repository="an address") == []
+    assert setup(repository="an address") == [[sys.executable, "-m", "pip", "install", "--quiet", "an address"]]
+    with pytest.raises(ValueError, match="set REPOSITORY"):
+        setup()
+    with pytest.raises(ModuleNotFoundError, match="not installed here"):
+        setup(colab=False, repository="an address")
+
+
+def test_the_study_can_be_run_and_its_figures_are_shown(tmp_path):
+    cells = [cell.source for cell in code_cells(read("your_own_ablation"))]
+    (study_cell,) = [source for source in cells if source.startswith(WRITE_FILE)]
+    path = tmp_path / "my_study.py"
+    path.write_text(study_cell.removeprefix(WRITE_FILE))
+    study = ablate.load_study(str(path))
+    plan = plan_study(study)
+    assert len(plan.runs) == len(study.grid) * len(study.seeds)
+    assert len(plan.warm_starts) == 1
+    for figure in study.figures:
+        assert sum(f'"{figure.name}.png"' in source for source in cells) == 1
+    assert any(f"problems = {study.base.task.test}\n" in source for source in cells)
+
+
+def with_output(notebook, **output):
+    notebook = copy.deepcopy(notebook)
+    code_cells(notebook)[1].outputs = [nbformat.from_dict(output)]
+    return notebook
+
+
+HOME = "/".join(("", "home", "me"))  # no file of the repository holds such a path, this one included
+
+
+@pytest.mark.parametrize(
+    ("output", "complaint"),
+    [
+        ({"output_type": "error", "ename": "E", "evalue": "it broke", "traceback": []}, "error or a warning: it broke"),
+        ({"output_type": "stream", "name": "stderr", "text": "careful"}, "error or a warning: careful"),
+        ({"output_type": "stream", "name": "stdout", "text": f"in {HOME}/runs"}, f"machine: {HOME}"),
+        ({"output_type": "execute_result", "data": {"text/plain": "Path('/tmp/x')"}}, "machine: /tmp/x"),
+    ],
+)
+def test_what_no_output_may_hold_is_found(output, complaint):
+    found = command.complaints(with_output(read("rspo_loss"), **output))
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+def test_outputs_of_other_code_are_found():
+    notebook = read("rspo_loss")
+    notebook.cells[0].source += " More words change nothing."
+    assert command.complaints(notebook) == []
+    code_cells(notebook)[-1].source += "\n# changed"
+    assert "not those of the code" in command.complaints(notebook)[0]
+
+
+def test_harmless_outputs_are_left_alone():
+    output = {"output_type": "stream", "name": "stdout", "text": "in my_ablation/work, see a.b/tmp/c; 1/2"}
+    assert command.complaints(with_output(read("rspo_loss"), **output)) == []
+
+
+def test_a_compact_picture_looks_the_same():
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[10:20, :, 0] = np.linspace(0, 255, 60)
+    large = io.BytesIO()
+    Image.fromarray(pixels).save(large, "PNG", compress_level=0)
+    small = command.compact(large.getvalue())
+    assert len(small) < len(large.getvalue())
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(small)).convert("RGB")), pixels)
+
+
+def test_an_unknown_notebook_is_refused(capsys):
+    assert command.main(["no_such"]) == command.MISTAKE
+    assert "there is no notebook 'no_such'; there are rspo_loss, your_own_ablation" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICTURES)
+def test_notebooks_run_top_to_bottom(name, tmp_path):
+    arguments = [sys.executable, "-m", "experiments.notebooks", name, "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    fresh, kept = read(name, tmp_path), read(name)
+    assert command.complaints(fresh) == []
+    assert len(pictures(fresh)) == PICTURES[name]
+    assert [cell.source for cell in fresh.cells] == [cell.source for cell in kept.cells]

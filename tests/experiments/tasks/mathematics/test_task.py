@@ -1,0 +1,190 @@
+"""Tests of the mathematics task: prompts, rewards, hostile answers in its processes, and the whole data when given.
+
+Set RSPO_MATH_DATA to a folder with the six files that `experiments.bench_verifier` names, and the verifier is tried
+on all of them.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from experiments.bench import verifier as bench_verifier
+from experiments.evaluation.subject import Votes
+from experiments.tasks.mathematics.config import MathConfig
+from experiments.tasks.mathematics.problems import SETS, Problem
+from experiments.tasks.mathematics.task import LONGEST_RESPONSE, MathTask
+from experiments.tasks.pool import Outcome, WorkerPool
+from rspo_jax.types import Judgement
+
+DATA = os.environ.get("RSPO_MATH_DATA", "")
+QUESTION = Problem("What is {9} + 9?", "18", "So \\boxed{18}.")
+
+
+class Characters:
+    """A stand-in for a real tokenizer."""
+
+    pad_id = 0
+    eos_id = 1
+    stop_ids = (1,)
+    vocabulary_size = 2**21
+
+    def encode(self, text: str) -> list[int]:
+        return [2 + ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(token - 2) for token in ids if token > 1)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+
+
+@pytest.fixture(scope="module")
+def task() -> Iterator[MathTask]:
+    """Rewards that tell a right, a wrong and a missing answer apart, and a short limit for the hostile."""
+    config = MathConfig(workers=2, time_limit=1.5, correct_reward=1.0, wrong_reward=0.25, unanswered_reward=-0.5)
+    task = MathTask(config, Characters())
+    yield task
+    task.close()
+
+
+def test_prompts_are_written_by_the_tokenizer(task):
+    asked = "What is {9} + 9?\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert task.prompt(QUESTION) == f"<user>{asked}<assistant>"
+    config = MathConfig(system="Think, and use \\boxed{}.", prompt="Q: {problem}")
+    told = MathTask(config, Characters())
+    assert told.prompt(QUESTION) == "<system>Think, and use \\boxed{}.<user>Q: What is {9} + 9?<assistant>"
+    assert told.solution(QUESTION) == "So \\boxed{18}."
+
+
+def test_problems_are_read_once(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "Q", "answer": "#### 5"}))
+    task = MathTask(MathConfig(test_path=str(path)), Characters())
+    problems = task.problems("test")
+    path.unlink()
+    assert task.problems("test") is problems
+    assert [problem.answer for problem in problems] == ["5"]
+
+
+def test_a_wrong_config_is_refused_at_once():
+    with pytest.raises(ValueError, match="there is no set"):
+        MathTask(MathConfig("algebra"), Characters())
+
+
+def test_rewards(task):
+    problems = [QUESTION, QUESTION, QUESTION, QUESTION._replace(answer="7")]
+    responses = ["\\boxed{18}", "\\boxed{7}", "18", "\\boxed{7}"]
+    assert task.judge(problems, responses) == [
+        Judgement(1.0, True),
+        Judgement(0.25, False),
+        Judgement(-0.5, False),
+        Judgement(1.0, True),
+    ]
+    assert task.judge([], []) == []
+    votes = task.answers(problems[:3], ["\\boxed{9 + 9}", "\\boxed{14/2}", "18"])
+    assert votes == ["18", "7+0j", None] and isinstance(task, Votes)
+    with pytest.raises(ValueError, match="shorter"):
+        task.judge([QUESTION], [])
+
+
+def test_what_the_processes_are_given(monkeypatch):
+    """The answer, the end of the response, and whether it has to be boxed; what they cannot judge earns nothing."""
+    given = []
+
+    def judge(pool: WorkerPool, items: Sequence[tuple[str, str, bool]]) -> list[Outcome]:
+        given.extend(items)
+        return [Outcome({"answered": True, "correct": True}), Outcome(None, "time limit", "no answer within 5 s")]
+
+    monkeypatch.setattr(WorkerPool, "map", judge)
+    task = MathTask(MathConfig(must_be_boxed=False), Characters())
+    response = "\\boxed{7}" + LONGEST_RESPONSE * "x"
+    assert task.judge([QUESTION] * 2, [response, "18"]) == [Judgement(1.0, True), Judgement(0.0, False, unjudged=True)]
+    assert given == [("18", LONGEST_RESPONSE * "x", False), ("18", "18", False)]
+
+
+SLOW = ["\\boxed{9**9**9}", "\\boxed{9^{9^{9}}}", "\\boxed{18 + 9^{9^{9}} - 9^{9^{9}}}", "\\boxed{(9!)!!}"]
+HOSTILE = [
+    *SLOW,
+    "\\boxed{" + 10**5 * "{" + "18" + 10**5 * "}" + "}",
+    "\\boxed{" + 900 * "{" + "18" + 900 * "}" + "}",
+    "\\boxed{" + 900 * "(" + "18" + 900 * ")" + "}",
+    10**5 * "{",
+    "\\boxed{" + 140 * "\\frac{1}{" + "18" + 140 * "}" + "}",
+    "\\boxed{" + 10**6 // 11 * "\\frac{1}{2}" + "}",
+    "$" + 10**6 // 12 * "\\frac{1}{2}+" + "$",
+    10**5 * "\\boxed{",
+    "\\boxed{18",
+    "\\boxed{18\x00}",
+    "\x00",
+    "\\boxed{١٨}",
+    "\\boxed{\ud800}",
+    "\\boxed{__import__('os')._exit(0)}",
+    "\\boxed{\\text{__import__('os')._exit(0)}}",
+    "\\boxed{\\input{/etc/passwd}}",
+]
+
+
+def test_hostile_answers_get_nothing_and_stop_nothing(task):
+    before = task.counts()
+    responses = [text for hostile in HOSTILE for text in (hostile, "\\boxed{18}")]
+    judgements = task.judge([QUESTION] * len(responses), responses)
+    assert judgements[1::2] == [Judgement(1.0, True)] * len(HOSTILE)
+    right = [text[:40] for text, judgement in zip(HOSTILE, judgements[::2], strict=True) if judgement.correct]
+    # Braces and parentheses around a number are no mistake, if the parser survives them.
+    assert all(text.startswith(("\\boxed{{{", "\\boxed{(((")) for text in right)
+    after = task.counts()
+    assert after["items"] - before["items"] == len(responses)
+    assert after["time limit"] + after["died"] > before["time limit"] + before["died"]
+    assert after["error"] == before["error"]
+
+
+def test_the_benchmark_prints_counts_throughput_and_exceptions(tmp_path, capsys):
+    answers = {"gsm8k": ["5", "6"], "math500": ["\\frac12", "x=3"], "aime24": ["025", "113"], "amc23": ["1", "2"]}
+    answers |= {"minerva": ["4.5e-33", "4.6e-33"], "olympiadbench": ["t(0,4]", "(2,4)"]}
+    for name, (first, second) in answers.items():
+        lines = [json.dumps(record_of(name, answer)) for answer in (first, second)]
+        (tmp_path / bench_verifier.FILES[name]).write_text("\n".join(lines) + "\n")
+    assert bench_verifier.main(["--data", str(tmp_path), "--workers", "1", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "exception: olympiadbench, compared as text: t(0,4]" in printed
+    assert printed.count("exception:") == 1
+    assert "verdicts a second" in printed
+    assert printed.count("answers of another problem, wrong") == len(answers)
+    with pytest.raises(ValueError, match="at least 1"):
+        bench_verifier.main(["--data", str(tmp_path), "--workers", "0"])
+
+
+def record_of(name: str, answer: str) -> dict[str, object]:
+    layout = SETS[name]
+    record: dict[str, object] = {layout.question: f"Q {answer}", layout.answer: answer}
+    if name == "gsm8k":
+        record[layout.answer] = f"So it is.\n#### {answer}"
+    elif name == "olympiadbench":
+        record[layout.answer] = [f"${answer}$"]
+    if layout.solution is not None and name != "gsm8k":
+        record[layout.solution] = f"So \\boxed{{{answer}}}."
+    return record
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [("x=5", "5"), ("\\frac12", "1/2"), ("-\\dfrac{35}{9}", "-35/9"), ("10,\\!080", "10080"), ("3.50", "7/2")],
+)
+def test_values_of_answers_that_differ_in_form_alone(answer, value):
+    assert bench_verifier.plain_value(answer) == bench_verifier.plain_value(value)
+
+
+@pytest.mark.skipif(not DATA, reason="RSPO_MATH_DATA names no folder of the problems")
+@pytest.mark.parametrize("name", bench_verifier.FILES)
+def test_verdicts_on_all_problems(name):
+    sizes = {"gsm8k": 1319, "math500": 500, "aime24": 30, "amc23": 40, "minerva": 272, "olympiadbench": 675}
+    with bench_verifier.start_pool(2, 10.0) as pool:
+        checks = bench_verifier.checks_of(pool, Path(DATA), name)
+    found = {check.kind: check.exceptions for check in checks}
+    # One solution of Minerva has its answer as Python source: "np.arcsin(10/13)".
+    allowed = {"reference solutions, right": 1} if name == "minerva" else {}
+    assert {check.items for check in checks} == {sizes[name]}
+    assert {kind: len(lines) for kind, lines in found.items()} == {kind: allowed.get(kind, 0) for kind in found}, found

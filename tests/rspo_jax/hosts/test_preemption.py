@@ -1,0 +1,162 @@
+"""Signals to this very process: which are caught, what a second one does, and what is left afterwards. And signals to
+one of several real processes, which stop all of them at the same step."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rspo_jax.hosts import Preemption
+
+ROOT = Path(__file__).resolve().parents[3]
+CAUGHT = (signal.SIGTERM, signal.SIGINT)
+SECONDS = 120  # after which a process is taken to hang
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture(autouse=True)
+def handlers_survive():
+    """No test may change what pytest itself does on a signal."""
+    before = [signal.getsignal(number) for number in CAUGHT]
+    yield
+    assert [signal.getsignal(number) for number in CAUGHT] == before
+
+
+@pytest.mark.parametrize("number", CAUGHT, ids=lambda number: number.name)
+def test_a_signal_becomes_a_flag(number):
+    with Preemption() as preemption:
+        assert preemption.requested is None
+        send(number)
+        assert preemption.requested == number.name
+    assert preemption.requested == number.name
+
+
+def test_a_second_sigterm_waits_for_the_loop():
+    with Preemption() as preemption:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert preemption.requested == "SIGTERM"
+
+
+@pytest.mark.parametrize("first", CAUGHT, ids=lambda number: number.name)
+def test_a_sigint_after_a_signal_interrupts_at_once(first):
+    with pytest.raises(KeyboardInterrupt), Preemption():
+        send(first)
+        send(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", CAUGHT, ids=lambda number: number.name)
+def test_the_handlers_from_before_come_back(number):
+    received = []
+    outer = signal.signal(number, lambda *_: received.append("outer"))
+    try:
+        with pytest.raises(RuntimeError, match="from inside"), Preemption() as preemption:
+            send(number)
+            raise RuntimeError("from inside")
+        assert (preemption.requested, received) == (number.name, [])
+        send(number)
+        assert received == ["outer"]
+    finally:
+        signal.signal(number, outer)
+
+
+def test_signals_that_were_ignored_are_ignored_again():
+    outer = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            send(signal.SIGINT)
+        assert preemption.requested == "SIGINT"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, outer)
+
+
+def test_each_run_has_a_flag_of_its_own():
+    with Preemption() as preemption:
+        send(signal.SIGTERM)
+    with Preemption() as another:
+        assert another.requested is None
+        send(signal.SIGINT)
+    assert (preemption.requested, another.requested) == ("SIGTERM", "SIGINT")
+
+
+def test_a_single_process_agrees_with_itself():
+    with Preemption() as preemption:
+        assert preemption.agreed() is None
+        send(signal.SIGINT)
+        assert [preemption.agreed(), preemption.agreed()] == ["SIGINT", "SIGINT"]
+
+
+# --- several processes ---
+
+MEMBER = """
+import os, signal, sys, time
+import jax
+from rspo_jax.hosts import ClusterConfig, joined
+from rspo_jax.hosts import Preemption
+
+process, port = map(int, sys.argv[1:])
+with joined(ClusterConfig(f"localhost:{port}", 2, process)):
+    for run, (sender, number) in enumerate([(1, signal.SIGTERM), (0, signal.SIGINT), (None, None)]):
+        stopped = None
+        with Preemption() as preemption:
+            if run == 1 and sender == process:  # before the first step, as while a program is compiled
+                os.kill(os.getpid(), number)
+            for step in range(6):
+                if run == 0 and sender == process and step == 3:
+                    os.kill(os.getpid(), number)
+                time.sleep(0.05 * process)  # one of them is slower
+                stopped = preemption.agreed()
+                if stopped:
+                    break
+        print(f"run {run}: {stopped} at step {step}, asked by {preemption.requested}")
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER, str(process), str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(outputs):
+    assert "run 0: SIGTERM at step 3, asked by None" in outputs[0]
+    assert "run 0: SIGTERM at step 3, asked by SIGTERM" in outputs[1]
+
+
+def test_a_signal_before_the_first_step_is_not_lost(outputs):
+    assert "run 1: SIGINT at step 0, asked by SIGINT" in outputs[0]
+    assert "run 1: SIGINT at step 0, asked by None" in outputs[1]
+
+
+def test_processes_that_nobody_asks_go_on(outputs):
+    for output in outputs:
+        assert re.search("^run 2: None at step 5, asked by None$", output, re.MULTILINE)

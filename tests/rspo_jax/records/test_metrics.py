@@ -1,0 +1,670 @@
+"""The record of a run on disk and its display, through the public names. Knows the file formats, no trainer."""
+
+import datetime
+import io
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import rich.console
+from tensorboard.backend.event_processing import event_accumulator
+
+from rspo_jax.records import metrics
+
+FULL_RUN = [("warm_start", step) for step in range(1, 5)] + [("rl", step) for step in range(1, 8)]
+
+
+def metrics_of(phase, step):
+    return {"loss": 1.0 / step, "reward": 0.125 * step if phase == "rl" else -1.0}
+
+
+def record(run_dir, positions, resume_after=None):
+    with metrics.MetricsLog(run_dir, resume_after) as log:
+        for phase, step in positions:
+            log.write(phase, step, metrics_of(phase, step))
+
+
+def positions_of(rows):
+    return [(row["phase"], row["step"]) for row in rows]
+
+
+def scalars(run_dir, phase, name):
+    events = event_accumulator.EventAccumulator(str(pathlib.Path(run_dir) / "tensorboard" / phase)).Reload()
+    tag = f"{phase}/{name}"
+    return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+
+
+# The log
+
+
+def test_rows_are_written_in_order_and_read_back(tmp_path):
+    run_dir = tmp_path / "runs" / "one"
+    record(run_dir, FULL_RUN, None)
+    rows = metrics.read_metrics(run_dir)
+    assert positions_of(rows) == FULL_RUN
+    assert all(
+        row == {"phase": row["phase"], "step": row["step"]} | metrics_of(row["phase"], row["step"]) for row in rows
+    )
+    assert [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == rows
+
+
+def test_a_row_is_on_disk_once_written(tmp_path):
+    with metrics.MetricsLog(tmp_path, None) as log:
+        log.write("rl", 1, {"reward": 0.5})
+        assert metrics.read_metrics(tmp_path) == [{"phase": "rl", "step": 1, "reward": 0.5}]
+
+
+def test_array_scalars_and_integers_are_numbers(tmp_path):
+    with metrics.MetricsLog(tmp_path, None) as log:
+        log.write("rl", 1, {"a": np.float32(0.5), "b": np.array(0.25), "c": 3, "d": np.int64(4)})
+    assert metrics.read_metrics(tmp_path) == [{"phase": "rl", "step": 1, "a": 0.5, "b": 0.25, "c": 3.0, "d": 4.0}]
+
+
+def test_non_finite_numbers_become_null_and_then_nan(tmp_path):
+    with metrics.MetricsLog(tmp_path, None) as log:
+        log.write("rl", 1, {"loss": math.nan, "ratio_max": math.inf, "reward": -math.inf, "entropy": 0.5})
+        log.write("rl", 2, {"loss": 2.0})
+    text = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
+    expected = {"phase": "rl", "step": 1, "loss": None, "ratio_max": None, "reward": None, "entropy": 0.5}
+    assert json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON")) == expected
+    row = metrics.read_metrics(tmp_path)[0]
+    assert all(math.isnan(row[name]) for name in ("loss", "ratio_max", "reward"))
+    assert row["entropy"] == 0.5
+    assert scalars(tmp_path, "rl", "loss") == [(2, 2.0)]
+
+
+@pytest.mark.parametrize("phase", ["warm_start", "rl"])
+def test_tensorboard_has_the_same_points(tmp_path, phase):
+    record(tmp_path, FULL_RUN)
+    expected = [(step, np.float32(metrics_of(phase, step)["loss"])) for name, step in FULL_RUN if name == phase]
+    assert scalars(tmp_path, phase, "loss") == expected
+
+
+def test_a_phase_that_did_not_happen_leaves_no_folder(tmp_path):
+    record(tmp_path, [("rl", 1)])
+    assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == ["rl"]
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    record(tmp_path, FULL_RUN)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        metrics.MetricsLog(tmp_path, None)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_empty_file_holds_no_run(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    record(tmp_path, [("rl", 1)])
+    assert positions_of(metrics.read_metrics(tmp_path)) == [("rl", 1)]
+
+
+@pytest.mark.parametrize(
+    ("phase", "step"),
+    [("warm_start", 4), ("warm_start", 5), ("rl", 3), ("rl", 2)],
+)
+def test_steps_must_increase(tmp_path, phase, step):
+    with metrics.MetricsLog(tmp_path, None) as log:
+        log.write("warm_start", 4, {})
+        log.write("rl", 3, {})
+        with pytest.raises(ValueError, match=f"{phase} step {step} came after rl step 3"):
+            log.write(phase, step, {})
+        log.write("rl", 4, {})
+    assert positions_of(metrics.read_metrics(tmp_path)) == [("warm_start", 4), ("rl", 3), ("rl", 4)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("pretraining", 1, {}), ValueError, "phase must be one of warm_start, rl"),
+        (("rl", -1, {}), ValueError, "not negative"),
+        (("rl", 1.0, {}), ValueError, "Python int"),
+        (("rl", True, {}), ValueError, "Python int"),
+        (("rl", 1, {"step": 2.0}), ValueError, "'step'"),
+        (("rl", 1, {"phase": 2.0}), ValueError, "'phase'"),
+        (("rl", 1, {"reward": "0.5"}), TypeError, "'reward' is not a number"),
+        (("rl", 1, {"reward": None}), TypeError, "'reward' is not a number"),
+        (("rl", 1, {"reward": np.ones(3)}), TypeError, "'reward' is not a number"),
+    ],
+)
+def test_bad_rows_are_refused_and_leave_nothing(tmp_path, arguments, error, message):
+    with metrics.MetricsLog(tmp_path, None) as log:
+        with pytest.raises(error, match=message):
+            log.write(*arguments)
+        log.write("rl", 1, {"reward": 1.0})
+    assert metrics.read_metrics(tmp_path) == [{"phase": "rl", "step": 1, "reward": 1.0}]
+
+
+def test_closing_twice_is_fine_and_writing_afterwards_is_not(tmp_path):
+    log = metrics.MetricsLog(tmp_path, None)
+    log.write("rl", 1, {})
+    log.close()
+    log.close()
+    with pytest.raises(ValueError, match="closed"):
+        log.write("rl", 2, {})
+
+
+# Resuming
+
+
+ORDER = [("warm_start", 0), *FULL_RUN[:4], ("rl", 0), *FULL_RUN[4:]]
+
+
+@pytest.mark.parametrize(
+    ("interrupted_after", "resume_after"),
+    [(("rl", 5), resume) for resume in [*ORDER[:6:2], ("rl", 0), ("rl", 3), ("rl", 5)]]
+    + [(("warm_start", 4), resume) for resume in [("warm_start", 1), ("warm_start", 4), ("rl", 0)]],
+    ids=lambda position: f"{position[0]}-{position[1]}",
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, interrupted_after, resume_after):
+    record(tmp_path / "whole", FULL_RUN)
+    record(tmp_path / "resumed", FULL_RUN[: FULL_RUN.index(interrupted_after) + 1])
+    rest = [position for position in FULL_RUN if ORDER.index(position) > ORDER.index(resume_after)]
+    record(tmp_path / "resumed", rest, resume_after)
+    whole, resumed = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "resumed"))
+    assert resumed == whole
+    for phase in ("warm_start", "rl"):
+        points = scalars(tmp_path / "resumed", phase, "loss")
+        assert len(points) > 3
+        assert points == scalars(tmp_path / "whole", phase, "loss")
+
+
+def test_rolled_back_points_are_hidden_before_new_ones_come(tmp_path):
+    record(tmp_path, FULL_RUN)
+    record(tmp_path, [], ("warm_start", 2))
+    assert [step for step, _ in scalars(tmp_path, "warm_start", "loss")] == [1, 2]
+    assert scalars(tmp_path, "rl", "loss") == []
+
+
+def test_a_run_can_be_resumed_many_times(tmp_path):
+    record(tmp_path, FULL_RUN[:6])
+    for _ in range(3):
+        record(tmp_path, FULL_RUN[5:], ("rl", 1))
+    assert positions_of(metrics.read_metrics(tmp_path)) == FULL_RUN
+    assert [step for step, _ in scalars(tmp_path, "rl", "loss")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_rolling_back_is_atomic(tmp_path, monkeypatch):
+    record(tmp_path, FULL_RUN)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    calls = []
+
+    def refuse(source, target):
+        calls.append((os.path.dirname(source), str(target)))
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk gone"):
+        metrics.MetricsLog(tmp_path, ("rl", 2))
+    assert calls == ["fsync", (str(tmp_path), str(tmp_path / "metrics.jsonl"))]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+@pytest.mark.parametrize("cut", [1, 12, -2])
+def test_a_last_line_cut_while_written_is_dropped_with_a_warning(tmp_path, caplog, cut):
+    record(tmp_path, FULL_RUN)
+    path = tmp_path / "metrics.jsonl"
+    *lines, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + last[:cut])
+    with caplog.at_level(logging.WARNING):
+        assert positions_of(metrics.read_metrics(tmp_path)) == FULL_RUN[:-1]
+    assert "dropped the last line" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        record(tmp_path, FULL_RUN[-1:], FULL_RUN[-2])
+    assert [record.message for record in caplog.records] == [
+        f"{path}: dropped the last line, which was cut while being written."
+    ]
+    assert path.read_bytes() == b"".join([*lines, last])
+
+
+def test_a_last_line_that_lacks_only_its_newline_is_whole(tmp_path, caplog):
+    record(tmp_path, FULL_RUN)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    record(tmp_path, [], FULL_RUN[-1])
+    assert path.read_bytes() == whole
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"phase": "rl", "st',
+        b"",
+        b"[1, 2]",
+        b"12",
+        b"null",
+        b"\xff\xfe",
+        b'{"step": 5}',
+        b'{"phase": "rl"}',
+        b'{"phase": "test", "step": 5}',
+        b'{"phase": "rl", "step": 1.5}',
+        b'{"phase": "rl", "step": null}',
+        b'{"phase": "rl", "step": 5, "reward": "high"}',
+    ],
+)
+@pytest.mark.parametrize("number", [2, len(FULL_RUN)], ids=["middle", "last"])
+def test_any_other_malformed_line_is_an_error(tmp_path, line, number):
+    record(tmp_path, FULL_RUN)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[number - 1] = line
+    path.write_bytes(b"\n".join([*lines, b""]))
+    before = path.read_bytes()
+    message = re.escape(f"{path}, line {number} is not a row of metrics")
+    with pytest.raises(ValueError, match=message):
+        metrics.read_metrics(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        metrics.MetricsLog(tmp_path, ("rl", 3))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("resume_after", [("rl", 9), ("warm_start", 3)])
+def test_a_record_that_ends_too_early_is_told(tmp_path, caplog, resume_after):
+    record(tmp_path, [("warm_start", 2), ("rl", 7)])
+    with caplog.at_level(logging.WARNING):
+        record(tmp_path, [], resume_after)
+    assert f"has no row for {resume_after[0]} step {resume_after[1]}" in caplog.text
+
+
+def test_resuming_without_a_record_is_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        record(tmp_path, [("rl", 4)], ("rl", 3))
+    assert "has no row for rl step 3" in caplog.text
+    assert positions_of(metrics.read_metrics(tmp_path)) == [("rl", 4)]
+
+
+@pytest.mark.parametrize("resume_after", [("rl", 0), ("warm_start", 3)])
+def test_a_complete_record_gives_no_warning(tmp_path, caplog, resume_after):
+    record(tmp_path, [("warm_start", 3), ("rl", 1)])
+    record(tmp_path, [("rl", 1)], resume_after)
+    assert caplog.text == ""
+
+
+def test_a_resumed_run_goes_on_after_its_position(tmp_path):
+    record(tmp_path, FULL_RUN)
+    with metrics.MetricsLog(tmp_path, ("rl", 2)) as log:
+        with pytest.raises(ValueError, match="rl step 2 came after rl step 2"):
+            log.write("rl", 2, {})
+        with pytest.raises(ValueError, match="warm_start step 9 came after rl step 2"):
+            log.write("warm_start", 9, {})
+
+
+@pytest.mark.parametrize("resume_after", [("pretraining", 1), ("rl", -1), ("rl", 2.0)])
+def test_a_bad_position_removes_nothing(tmp_path, resume_after):
+    record(tmp_path, FULL_RUN)
+    with pytest.raises(ValueError, match="must be"):
+        metrics.MetricsLog(tmp_path, resume_after)
+    assert positions_of(metrics.read_metrics(tmp_path)) == FULL_RUN
+
+
+def test_reading_a_folder_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="folder of a run"):
+        metrics.read_metrics(tmp_path)
+
+
+# Arrays of a step
+
+ARRAYS = {"load": np.array([[0.25, 0.75], [1 / 3, np.nan]], np.float32), "counts": np.array([3, 0, 2], np.int32)}
+
+
+def record_arrays(run_dir, positions, resume_after=None):
+    """Arrays at every second step of the second phase."""
+    with metrics.MetricsLog(run_dir, resume_after) as log:
+        for phase, step in positions:
+            arrays = {name: array * step for name, array in ARRAYS.items()} if phase == "rl" and step % 2 else None
+            log.write(phase, step, metrics_of(phase, step), arrays)
+
+
+def test_arrays_are_written_and_read_back(tmp_path):
+    record_arrays(tmp_path, FULL_RUN)
+    lines = (tmp_path / "diagnostics.jsonl").read_text().splitlines()
+    assert lines[0] == '{"phase": "rl", "step": 1, "load": [[0.25, 0.75], [0.333333, null]], "counts": [3, 0, 2]}'
+    rows = metrics.read_diagnostics(tmp_path)
+    assert positions_of(rows) == [("rl", 1), ("rl", 3), ("rl", 5), ("rl", 7)]
+    for row in rows:
+        for name, array in ARRAYS.items():
+            assert row[name].dtype == np.float64
+            np.testing.assert_allclose(row[name], row["step"] * array.astype(np.float64), rtol=5e-6)
+    assert positions_of(metrics.read_metrics(tmp_path)) == FULL_RUN
+
+
+def test_six_digits_and_every_rank_survive(tmp_path):
+    values = np.array([1234567.0, -1.2345678e-30, np.inf, -np.inf, 0.0])
+    with metrics.MetricsLog(tmp_path, None) as log:
+        log.write("rl", 1, {}, {"values": values, "one": np.float32(0.1), "none": np.nan, "deep": np.ones((1, 2, 1))})
+    (row,) = metrics.read_diagnostics(tmp_path)
+    np.testing.assert_array_equal(row["values"], [1234570.0, -1.23457e-30, np.nan, np.nan, 0.0])
+    assert row["one"] == 0.1 and np.isnan(row["none"]) and row["deep"].shape == (1, 2, 1)
+
+
+def test_a_run_without_arrays_has_no_file_of_them(tmp_path):
+    record(tmp_path, FULL_RUN)
+    assert not (tmp_path / "diagnostics.jsonl").exists()
+    assert metrics.read_diagnostics(tmp_path) == []
+
+
+@pytest.mark.parametrize("resume_after", [("warm_start", 2), ("rl", 0), ("rl", 3), ("rl", 4)])
+def test_arrays_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path, resume_after):
+    record_arrays(tmp_path / "whole", FULL_RUN)
+    record_arrays(tmp_path / "resumed", FULL_RUN[:-1])
+    rest = [position for position in FULL_RUN if ORDER.index(position) > ORDER.index(resume_after)]
+    record_arrays(tmp_path / "resumed", rest, resume_after)
+    for name in ("metrics.jsonl", "diagnostics.jsonl"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_arrays_alone_are_a_run_already_and_a_cut_line_of_them_is_dropped(tmp_path, caplog):
+    record_arrays(tmp_path, FULL_RUN)
+    path = tmp_path / "diagnostics.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    with caplog.at_level(logging.WARNING):
+        assert positions_of(metrics.read_diagnostics(tmp_path)) == [("rl", 1), ("rl", 3), ("rl", 5)]
+    assert f"{path}: dropped the last line" in caplog.text
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(FileExistsError, match=r"diagnostics\.jsonl already holds a run"):
+        metrics.MetricsLog(tmp_path, None)
+
+
+@pytest.mark.parametrize("value", ['"high"', '["0.5"]', "[[1], [2, 3]]", "[true]", '{"a": 1}'])
+def test_a_malformed_line_of_arrays_is_an_error(tmp_path, value):
+    record(tmp_path, FULL_RUN)
+    path = tmp_path / "diagnostics.jsonl"
+    path.write_text(f'{{"phase": "rl", "step": 1, "load": {value}}}\n')
+    message = re.escape(f"{path}, line 1 is not a row of diagnostics")
+    with pytest.raises(ValueError, match=message):
+        metrics.read_diagnostics(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        metrics.MetricsLog(tmp_path, ("rl", 7))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "error"),
+    [({"step": np.ones(2)}, ValueError), ({"load": np.array(["a"])}, TypeError), ({"load": [True]}, TypeError)],
+)
+def test_bad_arrays_are_refused_and_leave_nothing(tmp_path, arrays, error):
+    with metrics.MetricsLog(tmp_path, None) as log:
+        with pytest.raises(error):
+            log.write("rl", 1, {"reward": 1.0}, arrays)
+        log.write("rl", 1, {"reward": 2.0}, {"load": np.ones(2)})
+    assert metrics.read_metrics(tmp_path) == [{"phase": "rl", "step": 1, "reward": 2.0}]
+    assert len(metrics.read_diagnostics(tmp_path)) == 1
+
+
+# JSON files
+
+
+def test_json_is_pretty_and_strict(tmp_path):
+    path = tmp_path / "summary.json"
+    metrics.write_json(
+        path, {"name": "γ", "best": [0.5, math.nan, (math.inf, 2)], "nested": {"x": -math.inf, "y": None}}
+    )
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == {"name": "γ", "best": [0.5, None, [None, 2]], "nested": {"x": None, "y": None}}
+    assert text.startswith('{\n  "name": "γ"') and text.endswith("}\n")
+
+
+@pytest.mark.parametrize("failure", ["content", "disk"])
+def test_failing_to_write_json_keeps_the_old_file(tmp_path, monkeypatch, failure):
+    path = tmp_path / "summary.json"
+    metrics.write_json(path, {"old": 1})
+    if failure == "disk":
+        monkeypatch.setattr(os, "fsync", lambda _: os.stat(tmp_path / "nowhere"))
+    with pytest.raises(TypeError if failure == "content" else FileNotFoundError):
+        metrics.write_json(path, {"new": datetime.date(2020, 1, 1) if failure == "content" else 2})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+# The display
+
+RL_METRICS = {
+    "reward": 0.4123,
+    "solve_rate": 0.384,
+    "gamma_mean": 0.98765,
+    "clip_fraction": 0.0123,
+    "entropy": 0.8321,
+    "tokens_per_second": 1204.4,
+}
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def run_plainly(phase, total, updates, completed=0, seconds=lambda step: 60.0):
+    """The lines that the updates give where there is no terminal."""
+    clock, output = Clock(), io.StringIO()
+    console = rich.console.Console(file=output, force_terminal=False, width=60)
+    with metrics.Progress(phase, total, completed, console, clock) as progress:
+        for step, values in updates:
+            clock.now += seconds(step)
+            progress.update(step, values)
+    text = output.getvalue()
+    assert all(character.isprintable() or character == "\n" for character in text)
+    return text.splitlines()
+
+
+def test_plain_report_names_everything():
+    assert run_plainly("rl", 1, [(1, RL_METRICS)]) == [
+        "RL 1/1: reward 0.412, solve rate 38.4%, γ 0.9877, clipped 1.23%, entropy 0.832, 1,204 tokens/s, 0:00:00 left"
+    ]
+    assert run_plainly("warm_start", 1, [(1, {"loss": 1.23456, "tokens_per_second": 99.0})]) == [
+        "warm start 1/1: loss 1.235, 99 tokens/s, 0:00:00 left"
+    ]
+
+
+def test_missing_metrics_show_as_a_dash_and_nan_as_nan():
+    assert run_plainly("rl", 1, [(1, {"reward": math.nan, "grad_norm": 2.0})]) == [
+        "RL 1/1: reward nan, solve rate –, γ –, clipped –, entropy –, – tokens/s, 0:00:00 left"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("total", "completed", "reported"),
+    [
+        (400, 0, [1, *range(20, 401, 20)]),
+        (30, 0, [1, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23, 24, 26, 27, 29, 30]),
+        (7, 0, [1, 2, 3, 4, 5, 6, 7]),
+        (400, 290, [291, *range(300, 401, 20)]),
+    ],
+)
+def test_plain_reports_come_at_about_every_twentieth(total, completed, reported):
+    lines = run_plainly("rl", total, [(step, {}) for step in range(completed + 1, total + 1)], completed)
+    assert [line.split("/")[0] for line in lines] == [f"RL {step}" for step in reported]
+
+
+def test_evaluations_are_always_reported():
+    evaluation = {"eval_greedy": 0.412, "eval_greedy_low": 0.38, "eval_greedy_high": 0.445, "eval_sampled": 0.35}
+    lines = run_plainly("rl", 1000, [(1, {}), (2, {}), (3, evaluation), (4, {}), (5, {"eval_sampled": 0.5})])
+    assert [line.split(":")[0] for line in lines] == ["RL 1/1000", "RL 3/1000", "RL 5/1000"]
+    assert ", held-out greedy 41.2% [38.0%, 44.5%], sampled 35.0%, " in lines[1]
+    assert ", held-out sampled 50.0%, " in lines[2]
+
+
+def test_skipped_updates_get_a_line_of_their_own():
+    skipped = [0.0, 1.0, 0.0, 2.0]
+    lines = run_plainly("rl", 1000, [(step, {"skipped_updates": count}) for step, count in enumerate(skipped, 1)])
+    assert lines[1:] == ["RL step 2: 1 update skipped", "RL step 4: 2 updates skipped"]
+    assert run_plainly("warm_start", 1000, [(1, {"skipped_updates": 1.0})])[0] == "warm start step 1: 1 update skipped"
+
+
+def test_time_left_ignores_the_first_step_once_it_can():
+    # 1,000 s for the first step, which compiles, and 60 s for each of the others.
+    lines = run_plainly("rl", 20, [(step, {}) for step in range(1, 21)], seconds=lambda step: 1000 if step == 1 else 60)
+    left = [line.rsplit(", ", 1)[1] for line in lines]
+    assert left[0] == "5:16:40 left"  # 19 · 1,000 s
+    assert left[1:] == [f"0:{20 - step:02d}:00 left" for step in range(2, 21)]
+
+
+def test_time_left_of_a_resumed_run_counts_its_own_steps():
+    lines = run_plainly("rl", 100, [(91, {}), (92, {})], completed=90, seconds=lambda step: 10.0)
+    assert [line.rsplit(", ", 1)[1] for line in lines] == ["0:01:30 left"]
+
+
+def test_time_left_follows_a_change_of_speed():
+    lines = run_plainly("rl", 200, [(step, {}) for step in range(1, 191)], seconds=lambda step: 1 if step < 100 else 7)
+    assert lines[-1].startswith("RL 190/200") and lines[-1].endswith("0:01:10 left")
+
+
+def test_said_text_is_printed_as_it_is():
+    output = io.StringIO()
+    console = rich.console.Console(file=output, force_terminal=False, width=20)
+    text = "saved [bold]runs/a[/bold] :smile: after a line that is longer than the console"
+    with metrics.Progress("rl", 10, console=console) as progress:
+        progress.say(text)
+    assert output.getvalue() == text + "\n"
+
+
+def test_an_output_that_cannot_show_greek_does_not_end_the_run():
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with metrics.Progress("rl", 1, console=rich.console.Console(file=output, force_terminal=False)) as progress:
+        progress.update(1, {"gamma_mean": 0.5})
+    assert b"? 0.5000" in output.buffer.getvalue()
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("TTY_INTERACTIVE", "TTY_COMPATIBLE", "NO_COLOR", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    return rich.console.Console(file=io.StringIO(), force_terminal=True, width=110, height=20)
+
+
+def seen(console):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+
+
+def test_live_bar_on_a_terminal(terminal):
+    clock = Clock()
+    with metrics.Progress("rl", 40, 10, terminal, clock) as progress:
+        assert "10/40" in seen(terminal) and "reward –" in seen(terminal)
+        for step in (11, 12):
+            clock.now += 60
+            progress.update(step, RL_METRICS)
+        last = seen(terminal)[seen(terminal).rindex("RL ") :]  # shown at once, not only at the end
+    assert "━" in last and "12/40" in last and "0:28:00 left" in last
+    assert "reward 0.412  solve rate 38.4%  γ 0.9877  clipped 1.23%  entropy 0.832  1,204 tokens/s" in last
+    assert "\x1b[" in terminal.file.getvalue()
+
+
+def test_live_warm_start_shows_the_loss(terminal):
+    with metrics.Progress("warm_start", 40, console=terminal) as progress:
+        progress.update(1, {"loss": 0.75})
+    assert "warm start" in seen(terminal) and "loss 0.75" in seen(terminal)
+    assert "reward" not in seen(terminal)
+
+
+def test_lines_stay_above_the_live_bar(terminal):
+    with metrics.Progress("rl", 40, console=terminal) as progress:
+        progress.update(1, RL_METRICS)
+        progress.say("checkpoint saved")
+        progress.update(2, {"skipped_updates": 1.0, "eval_greedy": 0.25})
+    assert "checkpoint saved\n" in seen(terminal)
+    assert "RL step 2: 1 update skipped\n" in seen(terminal)
+    assert "RL step 2: held-out greedy 25.0%\n" in seen(terminal)
+
+
+def test_the_terminal_is_given_back_after_an_error(terminal):
+    with pytest.raises(RuntimeError, match="out of memory"), metrics.Progress("rl", 40, console=terminal):
+        raise RuntimeError("out of memory")
+    assert terminal.file.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is visible again
+
+
+def test_metrics_changed_later_do_not_change_the_display(terminal):
+    values = dict(RL_METRICS)
+    with metrics.Progress("rl", 40, console=terminal) as progress:
+        progress.update(1, values)
+        values["reward"] = 7.0
+    assert "reward 7" not in seen(terminal)
+
+
+def test_no_bar_is_drawn_into_a_file_even_where_colours_are_forced(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with metrics.Progress("rl", 40) as progress:
+        progress.update(1, RL_METRICS)
+    output = capsys.readouterr().out
+    assert output.startswith("RL 1/40: reward 0.412") and output.count("\n") == 1 and "\x1b" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pretraining", 10), "phase"),
+        (("rl", 0), "1 step or more"),
+        (("rl", 10, 11), "11 of 10"),
+        (("rl", 10, -1), "-1 of 10"),
+    ],
+)
+def test_a_display_of_nothing_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.Progress(*arguments)
+
+
+# The interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Newcombe, "Two-sided confidence intervals for the single proportion", 1998, table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_has_published_values(successes, trials, low, high):
+    np.testing.assert_allclose(metrics.wilson_interval(successes, trials), (low, high), rtol=0, atol=5e-5)
+
+
+def bisect(function, low, high):
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) > 0 else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("z", [1.0, 1.959964, 3.0])
+@pytest.mark.parametrize(
+    ("successes", "trials"), [(0, 1), (1, 1), (3, 7), (1, 1000), (512, 1024), (999, 1000), (20, 20)]
+)
+def test_wilson_interval_inverts_the_score_test(successes, trials, z):
+    # The bounds are the rates p at which the observed rate is exactly z standard deviations of p away.
+    rate = successes / trials
+
+    def inside(p):
+        return z**2 * p * (1 - p) / trials - (rate - p) ** 2
+
+    expected_low = bisect(lambda p: -inside(p), 0, rate)
+    expected_high = bisect(inside, rate, 1)
+    low, high = metrics.wilson_interval(successes, trials, z)
+    np.testing.assert_allclose((low, high), (expected_low, expected_high), rtol=0, atol=1e-12)
+    assert 0 <= low <= rate <= high <= 1
+
+
+def test_wilson_interval_is_exact_at_the_ends_and_symmetric():
+    assert all(
+        metrics.wilson_interval(0, n)[0] == 0.0 and metrics.wilson_interval(n, n)[1] == 1.0 for n in range(1, 300)
+    )
+    for successes in range(18):
+        low, high = metrics.wilson_interval(successes, 17)
+        mirrored_low, mirrored_high = metrics.wilson_interval(17 - successes, 17)
+        np.testing.assert_allclose((low, high), (1 - mirrored_high, 1 - mirrored_low), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(1, 0), (0, 0), (-1, 5), (6, 5), (2.0, 5), (2, 5.0), ("2", 5), (2, None), (2, 5, 0), (2, 5, -1), (2, 5, math.nan)],
+)
+def test_wilson_interval_refuses_bad_input(arguments):
+    with pytest.raises(ValueError, match=r"must be|There must"):
+        metrics.wilson_interval(*arguments)

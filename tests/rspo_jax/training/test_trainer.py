@@ -1,0 +1,867 @@
+"""The training loop in this process, with a policy of two small experts and the task of translating a digit: what a run
+leaves behind, that it learns, that it is a function of its seed, and that a run stopped by a signal at any point ends,
+once resumed, like one that was not. Knows no real model, and reads checkpoints by the trainer alone."""
+
+import dataclasses
+import itertools
+import math
+import os
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from rspo_jax.objectives import RegularizerConfig
+from rspo_jax.records import read_diagnostics, read_metrics
+from rspo_jax.records.manifest import CheckpointMismatch
+from rspo_jax.rollouts import SamplerConfig
+from rspo_jax.routing import AdaptiveShiftConfig
+from rspo_jax.sharding import MESH_AXES
+from rspo_jax.training import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LearnerConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    WarmStartConfig,
+    check_learner,
+    check_mesh,
+)
+from rspo_jax.training.trainer import Stopped, restore_params, train
+from rspo_jax.types import Judgement, ModelOutput, RouterReading
+
+TIMINGS = {"step_seconds", "tokens_per_second"}
+DIGITS, LETTERS = "01234", "abcde"
+
+
+class Characters:
+    """One id a digit, and one a letter."""
+
+    pad_id, eos_id, stop_ids = 0, 1, (1,)
+    vocabulary_size = 2 + len(DIGITS + LETTERS)
+
+    def encode(self, text):
+        return [2 + (DIGITS + LETTERS).index(character) for character in text]
+
+    def decode(self, ids):
+        return "".join((DIGITS + LETTERS)[token - 2] for token in ids if token >= 2)
+
+
+class TranslationTask:
+    """ "3" is to be answered "d". It counts the prompts that it is asked for, so that a run can be stopped anywhere."""
+
+    tokenizer = Characters()
+
+    def __init__(self, signal_at=None, number=signal.SIGTERM):
+        self.prompts, self.signal_at, self.number = 0, signal_at, number
+        self.seen = []
+
+    def problems(self, split):
+        return {"train": DIGITS * 2, "validation": DIGITS * 4, "test": DIGITS[::-1] * 3 + "0"}[split]
+
+    def prompt(self, problem):
+        self.prompts += 1
+        self.seen.append(problem)
+        if self.prompts == self.signal_at:
+            os.kill(os.getpid(), self.number)
+        return problem
+
+    def solution(self, problem):
+        return LETTERS[DIGITS.index(problem)]
+
+    def judge(self, problems, responses):
+        correct = [response == self.solution(problem) for problem, response in zip(problems, responses, strict=True)]
+        return [Judgement(self.reward(*pair), pair[1]) for pair in zip(problems, correct, strict=True)]
+
+    def reward(self, problem, correct):
+        return float(correct)
+
+
+def read_layer(reader, router_logits):
+    """What a reader sees of a single layer, [1, B, T, E], that activates one expert."""
+    if reader is None:
+        return None
+    read, layer_logits = jax.tree.map(lambda leaf: leaf[0], (reader.read, router_logits))
+    carry, reading = read(reader.carry, layer_logits, jax.lax.top_k(layer_logits, 1)[1])
+    return RouterReading(carry, jax.tree.map(lambda leaf: leaf[None], reading))
+
+
+class TwoExperts:
+    """A mixture of two tables of next-token logits, [E, V, V], with a router [1, V, E]; it compiles quickly."""
+
+    router_score = "softmax"
+
+    def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None, router_reader=None):
+        params = variables["params"]
+        router_logits = params["router"][:, tokens]
+        weights = jax.nn.softmax(router_logits[0], axis=-1)
+        logits = jnp.einsum("bte,ebtv->btv", weights, params["experts"][:, tokens])
+        return ModelOutput(logits, router_logits, cache, reading=read_layer(router_reader, router_logits))
+
+    def init_cache(self, batch_size, length):
+        return jnp.zeros((batch_size, length))
+
+    def repeat_cache(self, cache, repeats):
+        return jnp.repeat(cache, repeats, axis=0)
+
+    def cast_params(self, params):
+        return params
+
+    def router_params(self):
+        return {"experts": False, "router": True}
+
+    def param_axes(self):
+        return {"experts": (None, None, None), "router": (None, None, None)}
+
+
+POLICY = TwoExperts()
+
+
+def init_params(key, experts=2):
+    keys, size = jax.random.split(key), Characters.vocabulary_size
+    return {
+        "experts": 0.1 * jax.random.normal(keys[0], (experts, size, size)),
+        "router": jax.random.normal(keys[1], (1, size, experts)),
+    }
+
+
+# One shape for rollouts and evaluations, so that little is compiled: 8 × 4 responses in 2 chunks, and 16 problems.
+LEARNER = LearnerConfig()
+PEAK = 0.3
+OPTIMIZER = OptimizerConfig(learning_rate=PEAK, warmup_updates=2)
+CONFIG = TrainerConfig(
+    steps=4,
+    prompts=8,
+    group_size=4,
+    mini_batches=2,
+    epochs=1,
+    rollout_chunks=2,
+    seed=5,
+    sampler=SamplerConfig(max_new_tokens=3),
+    optimizer=OPTIMIZER,
+    warm_start=WarmStartConfig(steps=5, batch_size=6, optimizer=OPTIMIZER),
+    evaluation=EvaluationConfig(every=2, problems=16),
+    checkpoint=CheckpointConfig(every=3, keep=20),
+)
+
+
+@pytest.fixture(autouse=True)
+def promotion_as_optax_needs_it():
+    """Optax multiplies Python floats with int32 counts, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def run(run_dir, config=CONFIG, task=None, learner=LEARNER, resume=False, init=init_params):
+    """The final parameters on the host, and the rows without timings."""
+    params, seconds = train(POLICY, init, task or TranslationTask(), learner, config, run_dir, resume)
+    assert seconds > 0
+    return bits(params), rows_of(run_dir)
+
+
+def rows_of(run_dir):
+    return [{name: row[name] for name in row if name not in TIMINGS} for row in read_metrics(run_dir)]
+
+
+def bits(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def checkpoints_in(run_dir):
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def change(config, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run: its folder, final parameters and rows."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    with jax.numpy_dtype_promotion("standard"):
+        return run_dir, *run(run_dir)
+
+
+# --- what a run leaves behind ---
+
+
+def test_rows_come_in_the_order_of_the_run(straight):
+    _, _, rows = straight
+    expected = [("warm_start", step) for step in range(1, 6)] + [("rl", step) for step in range(5)]
+    assert [(row["phase"], row["step"]) for row in rows] == expected
+
+
+def test_what_the_rows_hold(straight):
+    run_dir, _, _ = straight
+    rows = read_metrics(run_dir)
+    warm_start = {"phase", "step", "loss", "grad_norm", "skipped_updates", "learning_rate"} | TIMINGS
+    warm_start |= {"padding_fraction"}
+    assert all(set(row) == warm_start for row in rows[:5])
+    evaluation = {f"eval_{mode}{bound}" for mode in ("greedy", "sampled") for bound in ("", "_low", "_high")}
+    test = {name.replace("eval", "test") for name in evaluation}
+    assert set(rows[5]) == {"phase", "step"} | evaluation | test
+    of_a_step = {"reward", "solve_rate", "loss", "grad_norm", "gamma_mean", "clip_fraction", "entropy", "sampler_kl"}
+    of_a_step |= {"informative_groups", "response_length", "truncated_fraction", "unjudged", "approx_kl"} | warm_start
+    for row in rows[6:]:
+        assert of_a_step <= set(row)
+        assert bool(evaluation & set(row)) == (row["step"] in (2, 4))
+        assert bool(test & set(row)) == (row["step"] == 4)
+        assert all(math.isfinite(value) for name, value in row.items() if name != "phase")
+        assert row["response_tokens"] == pytest.approx(row["response_length"] * 32)
+        assert row["step_seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(row["response_tokens"] / row["step_seconds"])
+        assert 1 <= row["response_length"] <= 3
+        assert 0 <= row["reward"] <= 1
+        assert 0 <= row["entropy"] <= math.log(Characters.vocabulary_size)
+        assert 0 < row["gamma_mean"] <= 1
+        assert 0 <= row["padding_fraction"] < 1
+        # The sampler and the scoring pass are the same policy.
+        assert row["sampler_kl"] == pytest.approx(0, abs=1e-6)
+    for row in (rows[5], rows[9]):
+        for name in ("eval_greedy", "eval_sampled", "test_greedy", "test_sampled"):
+            assert 0 <= row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] <= 1
+            assert row[name] * 16 == round(row[name] * 16)
+
+
+def test_learning_rates_are_those_that_the_updates_used(straight):
+    _, _, rows = straight
+    cosine = [PEAK * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]  # decays over the phase's 5 updates
+    assert [row["learning_rate"] for row in rows[:5]] == pytest.approx([0, PEAK / 2, *cosine], abs=1e-7)
+    # Two updates a step: the first of each is reported.
+    assert [row["learning_rate"] for row in rows[6:]] == pytest.approx([0, PEAK, PEAK, PEAK], abs=1e-7)
+
+
+def test_learning_rates_that_decay_over_the_whole_run(tmp_path):
+    config = change(CONFIG, decay_learning_rate=True)
+    assert config.decaying_optimizer.decay_updates == 8
+    assert change(config, epochs=3).decaying_optimizer.decay_updates == 24
+    _, rows = run(tmp_path, config)
+    cosine = [PEAK * (1 + math.cos(math.pi * update / 6)) / 2 for update in (0, 2, 4)]
+    assert [row["learning_rate"] for row in rows[6:]] == pytest.approx([0, *cosine], abs=1e-7)
+    given = OptimizerConfig(decay_updates=100)
+    assert change(config, optimizer=given).decaying_optimizer == given
+    assert change(config, optimizer=given, decay_learning_rate=False).decaying_optimizer == given
+
+
+def test_checkpoints_are_where_they_were_asked_for(straight):
+    run_dir, params, _ = straight
+    # Every third step of either phase, and the end of each: 3, 5 of the warm start, then 5 + 3 and 5 + 4.
+    assert checkpoints_in(run_dir) == [3, 5, 8, 9]
+    assert list((run_dir / "tensorboard").rglob("events.out.tfevents.*"))
+    restored, step, _ = restore_params(POLICY, init_params, CONFIG, run_dir)
+    assert (bits(restored), step) == (params, 4)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    run(tmp_path, change(CONFIG, checkpoint=CheckpointConfig(every=1, keep=2)))
+    assert checkpoints_in(tmp_path) == [8, 9]
+
+
+def test_there_is_nothing_to_restore_from_a_folder_without_checkpoints(tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        restore_params(POLICY, init_params, CONFIG, tmp_path)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(straight):
+    run_dir, _, rows = straight
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        run(run_dir)
+    assert rows_of(run_dir) == rows
+
+
+# --- learning ---
+
+
+def test_it_learns_to_translate(tmp_path):
+    """By rewards: the few supervised steps leave most responses wrong."""
+    config = change(CONFIG, steps=30, evaluation=EvaluationConfig(every=30, problems=16))
+    _, rows = run(tmp_path, change(config, checkpoint=CheckpointConfig(every=30)))
+    rewards = [row["reward"] for row in rows[6:]]
+    assert len(rewards) == 30
+    assert 0 < np.mean(rewards[:3]) < 0.1
+    assert np.mean(rewards[-3:]) > 0.9
+    assert rows[5]["test_sampled_high"] < rows[-1]["test_sampled_low"]
+
+
+def test_the_warm_start_imitates_the_solutions(tmp_path):
+    config = change(CONFIG, steps=1, warm_start=WarmStartConfig(steps=60, batch_size=6, optimizer=OPTIMIZER))
+    _, rows = run(tmp_path, config)
+    losses = [row["loss"] for row in rows[:60]]
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.1
+    assert rows[60]["test_greedy"] == 1
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Parameters to start from."""
+    return init_params(jax.random.key(9))
+
+
+def copies_of(params):
+    return lambda _: jax.tree.map(jnp.copy, params)
+
+
+RL_ONLY = change(CONFIG, seed=6, steps=2, warm_start=WarmStartConfig(steps=0))
+
+
+def test_rewards_that_are_all_alike_teach_nothing(tmp_path, start):
+    class Hopeless(TranslationTask):
+        def reward(self, problem, correct):
+            return 0.0
+
+    params, rows = run(tmp_path, change(RL_ONLY, steps=3), Hopeless(), init=copies_of(start))
+    assert params == bits(start)
+    for row in rows[1:]:
+        assert row["informative_groups"] == row["loss"] == row["grad_norm"] == row["skipped_updates"] == 0
+
+
+def test_rewards_count_relative_to_their_group(tmp_path, start):
+    """What a right answer to a problem is worth makes no difference, unless scaling is switched off."""
+
+    class Inflation(TranslationTask):
+        def reward(self, problem, correct):
+            return (1.0 + correct) * 4.0 ** DIGITS.index(problem)
+
+    class Level(TranslationTask):
+        def reward(self, problem, correct):
+            return 1.0 + correct
+
+    def first_step(name, task, scale):
+        advantages = "group" if scale else "group_centred"
+        _, rows = run(tmp_path / name, change(RL_ONLY, advantages=advantages), task, init=copies_of(start))
+        return rows[1]
+
+    level, inflated = first_step("level", Level(), True), first_step("inflated", Inflation(), True)
+    assert level["grad_norm"] > 0.01
+    assert inflated["reward"] > 2 * level["reward"]
+    assert inflated["grad_norm"] == pytest.approx(level["grad_norm"], rel=1e-4)
+    assert first_step("unscaled", Inflation(), False)["grad_norm"] > 2 * inflated["grad_norm"]
+
+
+def test_learned_groups_are_those_with_a_gradient(tmp_path, start):
+    """Responses that are cut off earn nothing, so that the groups of rewarded problems differ, and no others."""
+
+    class SomeProblems(TranslationTask):
+        def reward(self, problem, correct):
+            return float(problem in self.rewarded)
+
+    for number, rewarded in enumerate(["3", DIGITS]):
+        task = SomeProblems()
+        task.rewarded = rewarded
+        config = change(RL_ONLY, steps=4, learned_groups=4, mini_batches=1)
+        _, rows = run(tmp_path / str(number), config, task, init=copies_of(start))
+        informative = [round(row["informative_groups"] * 8) for row in rows[1:]]
+        assert sum(informative) > 0
+        for row, count in zip(rows[1:], informative, strict=True):
+            assert row["unlearned_informative_groups"] * 8 == max(0, count - 4)
+            assert (row["grad_norm"] > 0) == (count > 0)  # the informative groups were not left out
+    assert max(informative) > 4
+
+
+class TwoProblems(TranslationTask):
+    """Responses to two problems of five are rewarded, unless they are cut off."""
+
+    def reward(self, problem, correct):
+        return float(problem in "34")
+
+
+def test_dynamic_sampling_draws_again_and_drops_groups_that_do_not_differ(tmp_path, start):
+    config = change(RL_ONLY, steps=1, learned_groups=4, mini_batches=1)
+    more = change(config, dynamic_sampling=True, max_rollouts=3)
+    _, (_, plain) = run(tmp_path / "plain", config, TwoProblems(), init=copies_of(start))
+    _, (_, once) = run(tmp_path / "once", change(more, max_rollouts=1), TwoProblems(), init=copies_of(start))
+    _, (_, thrice) = run(tmp_path / "thrice", more, TwoProblems(), init=copies_of(start))
+    informative = round(8 * plain["informative_groups"])
+    assert 0 < informative < 4
+    # The same gradient, but the mean is over the responses of groups that differ.
+    assert once["dropped_groups"] == 4 - informative and once["rollouts"] == 1
+    assert once["grad_norm"] == pytest.approx(plain["grad_norm"] * 4 / informative, rel=1e-4)
+    assert 1 < thrice["rollouts"] <= 3 and thrice["dropped_groups"] < once["dropped_groups"]
+    assert thrice["response_tokens"] > once["response_tokens"]
+
+
+def test_long_responses_lose_reward(tmp_path, start):
+    class Nothing(TranslationTask):
+        def reward(self, problem, correct):
+            return 0.0
+
+    config = change(RL_ONLY, steps=1)
+    _, (_, without) = run(tmp_path / "without", config, Nothing(), init=copies_of(start))
+    _, (_, row) = run(tmp_path / "with", change(config, overlong_buffer=2), Nothing(), init=copies_of(start))
+    assert without["grad_norm"] == 0 and "overlong_penalty" not in without
+    assert row["grad_norm"] > 0 and -1 < row["overlong_penalty"] < 0
+    assert row["reward"] == 0  # what the task gave
+
+
+def test_a_penalty_holds_on_to_the_parameters_that_learning_began_with(tmp_path):
+    config = change(CONFIG, steps=3, checkpoint=CheckpointConfig(every=1, keep=20))
+    learner = LearnerConfig(regularizers=RegularizerConfig(kl_coefficient=0.5))
+    params, rows = run(tmp_path / "penalty", config, learner=learner)
+    _, free = run(tmp_path / "free", config)
+    first, *later = [row["reference_kl"] for row in rows if "reference_kl" in row]
+    assert 0 <= first < min(later)
+    assert rows[6]["reward"] == free[6]["reward"] and rows[7]["grad_norm"] != free[7]["grad_norm"]
+    shutil.copytree(tmp_path / "penalty", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / str(checkpoints_in(tmp_path / "again")[-1]))
+    assert run(tmp_path / "again", config, learner=learner, resume=True) == (params, rows)
+    restored = restore_params(POLICY, init_params, config, tmp_path / "penalty", with_reference=True)
+    assert bits(restored.params) == params
+
+
+def test_a_frozen_router_stays(tmp_path, start):
+    config = change(RL_ONLY, optimizer=dataclasses.replace(OPTIMIZER, weight_decay=0.1))
+    params, rows = run(tmp_path, config, learner=LearnerConfig(routing="frozen"), init=copies_of(start))
+    assert params["['router']"] == bits(start)["['router']"]
+    assert params["['experts']"] != bits(start)["['experts']"]
+    assert all(row["gamma_mean"] == 1 for row in rows[1:])
+
+
+@pytest.mark.parametrize("rule", ["quantile", "sample_size"])
+def test_a_router_shift_sets_its_own_scale(tmp_path, start, rule):
+    config = change(RL_ONLY, steps=4, checkpoint=CheckpointConfig(every=1, keep=20))
+    learner = LearnerConfig(adaptive_shift=AdaptiveShiftConfig(rule, sample_size=0.99))
+    params, rows = run(tmp_path / "straight", config, learner=learner, init=copies_of(start))
+    scales = [row["shift_scale"] for row in rows[1:]]
+    assert scales[0] == 1 and len(set(scales)) >= 3  # the first step's only off-policy update has learning rate 0
+    _, fixed = run(tmp_path / "fixed", config, init=copies_of(start))
+    assert "shift_scale" not in fixed[1] and fixed[1]["grad_norm"] == rows[1]["grad_norm"]
+    assert fixed[4]["gamma_mean"] != rows[4]["gamma_mean"]
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    for index in checkpoints_in(tmp_path / "again")[1:]:
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / str(index))
+    again = run(tmp_path / "again", config, learner=learner, init=copies_of(start), resume=True)
+    assert again == (params, rows)
+
+
+def test_arrays_of_a_step_are_written_unless_they_are_switched_off(straight, tmp_path, start):
+    run_dir, _, _ = straight
+    rows = read_diagnostics(run_dir)
+    assert [(row["phase"], row["step"]) for row in rows] == [("rl", step) for step in range(1, 5)]
+    assert rows[0]["layer_drift"].shape == (1,) and rows[0]["expert_load"].shape == (1, 2)
+    tokens = rows[0]["mismatch_histogram"].sum()
+    assert tokens == rows[0]["log_ratio_histogram"].sum() > 0
+    run(tmp_path, RL_ONLY, learner=LearnerConfig(diagnostics=False), init=copies_of(start))
+    assert read_diagnostics(tmp_path) == []
+
+
+def test_probes_of_gradients_change_nothing_else_and_are_the_same_in_a_resumed_run(straight, tmp_path):
+    _, params, rows = straight
+    config, task = change(CONFIG, probe_every=2), TranslationTask()
+    probed_params, probed_rows = run(tmp_path / "probed", config, task)
+    assert probed_params == params
+    assert [{name: row[name] for name in row if not name.startswith("probe_")} for row in probed_rows] == rows
+    assert [row["step"] for row in probed_rows[6:] if "probe_cosine_rspo" in row] == [2, 4]
+    assert all(row["probe_variance_rspo"] > 0 for row in (probed_rows[7], probed_rows[9]))
+    # The prompts are those of the step, and drawn for again at its end.
+    step = prompts_before_step(2)
+    assert task.seen[step : step + 8] == task.seen[step + 8 : step + 16]
+    shutil.copytree(tmp_path / "probed", tmp_path / "again")
+    for checkpoint in (8, 9):
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / str(checkpoint))
+    again_params, again_rows = run(tmp_path / "again", config, resume=True)
+    assert again_params == params
+    assert str(again_rows) == str(probed_rows)  # by text, because NaN is not equal to itself
+
+
+def test_updates_that_are_skipped_show_in_the_rows(tmp_path, start):
+    class Poison(TranslationTask):
+        """Rewards that are finite, but too large for gradients to be."""
+
+        def judge(self, problems, responses):
+            return [Judgement(1e37 * (number % 2), False) for number in range(len(problems))]
+
+    params, rows = run(tmp_path, change(RL_ONLY, advantages="group_centred"), Poison(), init=copies_of(start))
+    assert params == bits(start)
+    assert [row["skipped_updates"] for row in rows[1:]] == [2, 2]
+
+
+def test_problems_with_long_prompts_are_left_out_of_the_run(tmp_path, capsys):
+    class LongNames(TranslationTask):
+        """The prompt of "4" has three tokens, and all others one."""
+
+        def prompt(self, problem):
+            return super().prompt(problem) * (3 if problem == "4" else 1)
+
+    task = LongNames()
+    _, rows = run(tmp_path, change(RL_ONLY, max_prompt_tokens=2), task)
+    assert set(task.seen[ENCODED_FIRST:]) == set("0123")
+    said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert said == [
+        f"{split}: {dropped} of {count} problems are left out, because their prompts have more than 2 tokens "
+        "(max_prompt_tokens)"
+        for split, dropped, count in (("train", 2, 10), ("validation", 4, 20), ("test", 3, 16))
+    ]
+    dropped = {"dropped_train_problems": 2, "dropped_validation_problems": 4, "dropped_test_problems": 3}
+    for row in (rows[0], rows[2]):
+        assert {name: row[name] for name in row if name.startswith("dropped")} == dropped
+    assert rows[0]["test_greedy"] * 13 == pytest.approx(round(rows[0]["test_greedy"] * 13))
+    task.problems = lambda split: "444"
+    with pytest.raises(ValueError, match=r"none of 3 problems has a prompt .* raise it to 3 or more"):
+        run(tmp_path / "none", change(RL_ONLY, max_prompt_tokens=2), task)
+    assert not (tmp_path / "none").exists()
+
+
+# --- a function of its seed ---
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(straight, tmp_path):
+    _, params, rows = straight
+    again_params, again_rows = run(tmp_path / "again")
+    assert again_rows == rows
+    assert again_params == params
+    other_params, other_rows = run(tmp_path / "other", change(CONFIG, seed=4))
+    assert other_params != params
+    assert all(other != row for other, row in zip(other_rows[:5] + other_rows[6:], rows[:5] + rows[6:], strict=True))
+
+
+def test_a_route_held_on_the_host_changes_nothing(straight, tmp_path):
+    _, params, rows = straight
+    assert run(tmp_path, learner=LearnerConfig(route_on_host=True)) == (params, rows)
+
+
+def test_the_length_of_rows_changes_nothing_but_padding(straight, tmp_path):
+    _, _, rows = straight
+    _, other_rows = run(tmp_path, learner=LearnerConfig(row_length=9))
+    for other, row in zip(other_rows[:7], rows[:7], strict=True):
+        assert set(other) == set(row)
+        for name in set(row) - {"phase", "padding_fraction"}:
+            assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-6), name
+    padding, other_padding = ([row["padding_fraction"] for row in run if "loss" in row] for run in (rows, other_rows))
+    assert padding != other_padding
+
+
+# --- stopped and resumed ---
+
+ENCODED_FIRST = 10 + 20 + 16  # every prompt of every split, to find the longest
+EVALUATED_FIRST = 2 * (16 + 16)  # validation and test, greedy and sampled
+
+
+def prompts_before_warm_start_step(step):
+    return ENCODED_FIRST + (step - 1) * 6
+
+
+def prompts_before_step(step):
+    return ENCODED_FIRST + 5 * 6 + EVALUATED_FIRST + (step - 1) * 8 + (step - 1) // 2 * 2 * 16
+
+
+STOPS = {
+    "in the first step": (prompts_before_warm_start_step(1) + 1, 1),
+    "in the warm start": (prompts_before_warm_start_step(4) + 3, 4),
+    "in a step that is saved anyway": (prompts_before_warm_start_step(3) + 1, 3),
+    "in the last step of the warm start": (prompts_before_warm_start_step(5) + 6, 5),
+    "in the first evaluation": (prompts_before_step(1) - 1, 6),
+    "in the first step of RL": (prompts_before_step(1) + 1, 6),
+    "in a step with an evaluation": (prompts_before_step(2) + 1, 7),
+    "in an evaluation": (prompts_before_step(3) - 1, 7),  # at its end, not a step later
+    "in the last step but one": (prompts_before_step(3) + 2, 8),
+}
+
+
+def stopped_run(run_dir, signal_at, index, config=CONFIG, number=signal.SIGTERM):
+    """Runs until the task sends itself a signal; the checkpoint says that it stopped where it was meant to."""
+    with pytest.raises(Stopped, match=number.name):
+        run(run_dir, config, TranslationTask(signal_at, number))
+    assert checkpoints_in(run_dir)[-1] == index
+
+
+def test_each_phase_goes_through_all_problems_in_epochs(tmp_path):
+    """The training split has each digit twice, so that ten prompts in a row are a permutation of it."""
+    task = TranslationTask()
+    run(tmp_path, change(CONFIG, evaluation=EvaluationConfig(every=9, problems=16)), task)
+    warm_start = task.seen[ENCODED_FIRST : ENCODED_FIRST + 30]
+    reinforcement = task.seen[prompts_before_step(1) : prompts_before_step(1) + 30]
+    epochs = [phase[start : start + 10] for phase in (warm_start, reinforcement) for start in (0, 10, 20)]
+    assert all(sorted(epoch) == sorted(DIGITS * 2) for epoch in epochs)
+    assert len({"".join(epoch) for epoch in epochs}) == 6
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stopped_run_ends_like_one_that_was_not(straight, tmp_path, stop):
+    _, params, rows = straight
+    signal_at, index = STOPS[stop]
+    number = signal.SIGINT if index % 2 else signal.SIGTERM
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stopped_run(tmp_path, signal_at, index, number=number)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    # Row 0 of RL comes in between, so rows[: index + 1] is what is there in RL.
+    assert rows_of(tmp_path) == (rows[:index] if index <= 5 else rows[: index + 1])
+    resumed_params, resumed_rows = run(tmp_path, resume=True)
+    assert resumed_rows == rows
+    assert resumed_params == params
+
+
+@pytest.mark.parametrize("signal_at", [prompts_before_step(4) + 2, prompts_before_step(4) + 30])
+def test_a_signal_in_the_last_step_lets_the_run_finish(straight, tmp_path, signal_at):
+    _, params, rows = straight
+    assert run(tmp_path, task=TranslationTask(signal_at)) == (params, rows)
+    assert checkpoints_in(tmp_path) == [3, 5, 8, 9]
+
+
+def test_a_run_stopped_again_and_again(straight, tmp_path):
+    """Every process makes only one step, the last one too."""
+    _, params, rows = straight
+    for _ in range(8):
+        # Beyond the prompts of all splits, the first prompt is one of a step or of the first evaluation.
+        with pytest.raises(Stopped):
+            run(tmp_path, task=TranslationTask(ENCODED_FIRST + 1), resume=True)
+    assert checkpoints_in(tmp_path) == list(range(1, 9))
+    resumed_params, resumed_rows = run(tmp_path, resume=True)
+    assert resumed_rows == rows
+    assert resumed_params == params
+
+
+def test_resuming_says_where_it_goes_on(tmp_path, capsys):
+    stopped_run(tmp_path, *STOPS["in a step with an evaluation"])
+    capsys.readouterr()
+    run(tmp_path, resume=True)
+    assert "going on after 5 warm-start steps and 2 steps" in capsys.readouterr().out
+
+
+def test_resuming_before_the_first_checkpoint_starts_anew(straight, tmp_path):
+    _, params, rows = straight
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "warm_start", "step": 1, "loss": 7.0}\n{"phase": "warm_st')
+    assert run(tmp_path, resume=True) == (params, rows)
+
+
+def test_rows_and_checkpoints_of_a_killed_process_make_no_difference(straight, tmp_path):
+    """Rows later than the newest checkpoint are written again, as after a kill."""
+    _, params, rows = straight
+    stopped_run(tmp_path, *STOPS["in the warm start"])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "warm_start", "step": 5, "loss": 7.0}\n{"phase": "rl", "step": 0}\n{"phase": "rl", "st')
+    assert run(tmp_path, resume=True) == (params, rows)
+
+
+def test_resuming_a_finished_run_does_nothing_more(tmp_path):
+    params, rows = run(tmp_path)
+    files = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    task = TranslationTask()
+    assert run(tmp_path, task=task, resume=True) == (params, rows)
+    assert task.prompts == ENCODED_FIRST
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()} == files
+
+
+def test_resuming_with_more_steps_goes_on(straight, tmp_path):
+    _, _, rows = straight
+    longer_params, longer_rows = run(tmp_path / "longer", change(CONFIG, steps=6))
+    run(tmp_path / "extended")
+    extended_params, extended_rows = run(tmp_path / "extended", change(CONFIG, steps=6), resume=True)
+    assert extended_params == longer_params
+    assert [row["step"] for row in extended_rows[5:]] == list(range(7))
+    assert extended_rows[:10] == rows  # with an evaluation on the test split at step 4, which was the last then
+    assert extended_rows[10:] == longer_rows[10:]
+    assert "test_sampled" in extended_rows[-1]
+
+
+def test_resuming_with_fewer_steps_than_were_made_does_nothing_more(tmp_path):
+    params, rows = run(tmp_path)
+    assert run(tmp_path, change(CONFIG, steps=2), resume=True) == (params, rows)
+    assert checkpoints_in(tmp_path) == [3, 5, 8, 9]
+
+
+def test_resuming_with_another_model_is_refused(tmp_path):
+    stopped_run(tmp_path, *STOPS["in a step with an evaluation"])
+    with pytest.raises(CheckpointMismatch, match="does not fit this run"):
+        run(tmp_path, resume=True, init=lambda key: init_params(key, experts=3))
+    assert checkpoints_in(tmp_path) == [3, 5, 7]
+
+
+def test_the_time_of_a_stopped_process_counts(tmp_path):
+    stopped_run(tmp_path, *STOPS["in the last step but one"])
+    before = sum(row["step_seconds"] for row in read_metrics(tmp_path) if "step_seconds" in row)
+    _, seconds = train(POLICY, init_params, TranslationTask(), LEARNER, CONFIG, tmp_path, resume=True)
+    assert seconds > before
+
+
+# --- runs without one of the phases ---
+
+
+def test_a_run_without_a_warm_start(tmp_path):
+    config = RL_ONLY
+    params, rows = run(tmp_path / "straight", config)
+    assert [(row["phase"], row["step"]) for row in rows] == [("rl", 0), ("rl", 1), ("rl", 2)]
+    first_step = ENCODED_FIRST + EVALUATED_FIRST + 1
+    stopped_run(tmp_path / "stopped", first_step, 1, config)
+    assert run(tmp_path / "stopped", config, resume=True) == (params, rows)
+
+
+def test_a_run_of_a_warm_start_alone(tmp_path):
+    config = change(CONFIG, steps=0)
+    _, rows = run(tmp_path, config)
+    assert [(row["phase"], row["step"]) for row in rows[:5]] == [("warm_start", step) for step in range(1, 6)]
+    assert [(row["phase"], row["step"]) for row in rows[5:]] == [("rl", 0)]
+    assert "test_sampled" in rows[5]
+    assert checkpoints_in(tmp_path)[-1] == 5
+
+
+def test_several_epochs_make_more_updates(tmp_path):
+    config = change(RL_ONLY, epochs=2)
+    params, rows = run(tmp_path / "two", config)
+    once_params, once_rows = run(tmp_path / "one", change(config, epochs=1))
+    assert params != once_params
+    # The optimizer's warmup takes two updates: at one epoch they are the first step.
+    assert [row["learning_rate"] for row in rows[1:]] == pytest.approx([0, PEAK])
+    assert rows[1]["reward"] == once_rows[1]["reward"]
+    assert rows[2]["grad_norm"] != once_rows[2]["grad_norm"]
+
+
+# --- configs ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": 0}, "prompts must be at least 1, got 0"),
+        ({"group_size": 0}, "group_size must be at least 1, got 0"),
+        ({"mini_batches": 0}, "mini_batches must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"rollout_chunks": 0}, "rollout_chunks must be at least 1, got 0"),
+        ({"steps": -1}, "steps must be 0 or more, got -1"),
+        ({"max_rollouts": 0}, "max_rollouts must be at least 1, got 0"),
+        ({"advantages": "mean"}, "unknown advantages 'mean'; choose one of group, group_centred"),
+        ({"overlong_buffer": -1}, "overlong_buffer must lie between 0 and sampler.max_new_tokens"),
+        ({"mini_batches": 3}, "32 responses to learn from do not divide into 3 mini_batches"),
+        ({"rollout_chunks": 3}, "a rollout of 32 responses does not divide into 3 rollout_chunks"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1, got 0; leave it out to use all problems"),
+        ({"learned_groups": 0}, "learned_groups must lie between 1 and prompts, 8; got 0"),
+        ({"learned_groups": 9}, "learned_groups must lie between 1 and prompts, 8; got 9"),
+        ({"learned_groups": 1, "mini_batches": 8}, "4 responses to learn from do not divide into 8 mini_batches"),
+        ({"sampler": SamplerConfig(temperature=0.0)}, "temperature must be positive to train"),
+    ],
+)
+def test_trainer_configs_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        change(CONFIG, **changes)
+
+
+def test_a_group_of_one_is_allowed_where_no_group_is_looked_at():
+    alone = change(CONFIG, group_size=1)
+    with pytest.raises(ValueError, match=r"group advantages.*or choose advantages batch"):
+        check_learner(alone, LEARNER)
+    check_learner(change(alone, advantages="batch"), LEARNER)
+    check_learner(alone, dataclasses.replace(LEARNER, objective="reinforce_pp"))
+
+
+@pytest.mark.parametrize(
+    ("config_type", "arguments", "message"),
+    [
+        (WarmStartConfig, {"steps": -1}, "a warm start needs 0 or more steps of 1 or more solutions, got -1, 256"),
+        (WarmStartConfig, {"batch_size": 0}, "0 or more steps of 1 or more solutions, got 300, 0"),
+        (EvaluationConfig, {"every": 0}, "evaluation needs every ≥ 1 and problems ≥ 1, got 0 and 500"),
+        (EvaluationConfig, {"problems": 0}, "evaluation needs every ≥ 1 and problems ≥ 1, got 25 and 0"),
+        (CheckpointConfig, {"every": 0}, "checkpoints need every ≥ 1 and keep ≥ 1, got 0 and 3"),
+        (CheckpointConfig, {"keep": 0}, "checkpoints need every ≥ 1 and keep ≥ 1, got 25 and 0"),
+    ],
+)
+def test_parts_of_a_config_that_are_refused(config_type, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        config_type(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("learner", "message"),
+    [
+        ({"micro_batches": 3}, "a mini-batch of 16 responses does not divide into 3 micro_batches"),
+        ({"micro_batches": 32}, "a mini-batch of 16 responses does not divide into 32 micro_batches"),
+        ({"temperature": 0.5}, "scores at temperature 0.5, but the sampler draws at 1.0: give both the same"),
+    ],
+)
+def test_learners_that_do_not_fit_the_trainer(tmp_path, learner, message):
+    learner = dataclasses.replace(LEARNER, **learner)
+    with pytest.raises(ValueError, match=message):
+        check_learner(CONFIG, learner)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", learner=learner)
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_what_is_learned_from_has_to_divide():
+    check_learner(change(CONFIG, learned_groups=3, mini_batches=2), dataclasses.replace(LEARNER, micro_batches=6))
+
+
+def test_solutions_that_do_not_fit_a_response_are_refused(tmp_path):
+    config = change(CONFIG, sampler=SamplerConfig(max_new_tokens=1))
+    with pytest.raises(ValueError, match=r"has 2 tokens, but sampler\.max_new_tokens is 1: raise it to 2 or more"):
+        run(tmp_path, config)
+
+
+def test_the_decay_of_a_warm_start():
+    plain = WarmStartConfig(steps=7, optimizer=OptimizerConfig(warmup_updates=3))
+    assert plain.decaying_optimizer.decay_updates == 7
+    given = WarmStartConfig(steps=7, optimizer=OptimizerConfig(warmup_updates=3, decay_updates=5))
+    assert given.decaying_optimizer.decay_updates == 5
+    # A warmup that takes the whole phase leaves nothing to decay over.
+    short = WarmStartConfig(steps=3, optimizer=OptimizerConfig(warmup_updates=3))
+    assert short.decaying_optimizer.decay_updates is None
+
+
+# --- slots ---
+
+
+def test_slots_change_how_responses_are_drawn_and_nothing_else(tmp_path):
+    """They are refilled from the rollout on that follows one with a long tail, in a resumed run too."""
+    config = change(CONFIG, warm_start=WarmStartConfig(steps=0), sampler=SamplerConfig(max_new_tokens=12))
+    in_slots = change(config, sampler=SamplerConfig(max_new_tokens=12, slots=4))
+    params, rows = run(tmp_path / "at once", config)
+    slots_params, slots_rows = run(tmp_path / "slots", in_slots)
+    assert [row["refilled"] for row in rows[1:]] == [0, 0, 0, 0]
+    assert slots_rows[1]["refilled"] == 0
+    for before, row in itertools.pairwise(slots_rows[1:]):
+        assert row["refilled"] == float(1 + before["response_length"] < before["longest_response"])
+    assert 1 in [row["refilled"] for row in slots_rows[2:]]
+    assert [row | {"refilled": 0} for row in slots_rows[1:]] == rows[1:]
+    assert slots_params == params
+    signal_at = ENCODED_FIRST + EVALUATED_FIRST + 2 * 8 + 2 * 16 + 1
+    with pytest.raises(Stopped):
+        run(tmp_path / "resumed", in_slots, TranslationTask(signal_at))
+    assert run(tmp_path / "resumed", in_slots, resume=True) == (slots_params, slots_rows)
+
+
+def test_slots_that_do_not_divide_a_rollout():
+    with pytest.raises(ValueError, match="a rollout of 32 responses does not divide into batches of 5 slots"):
+        change(CONFIG, sampler=SamplerConfig(slots=5))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "learner", "message"),
+    [
+        (
+            {"fsdp": 3},
+            {},
+            LearnerConfig(),
+            r"a rollout chunk .* is \d+ rows, which the 3 parts of the mesh .* multiple of 3",
+        ),
+        (
+            {"data": 2, "expert": 2},
+            {"rollout_chunks": 1, "sampler": SamplerConfig(3, slots=2)},
+            LearnerConfig(),
+            r"sampler\.slots is 2 rows, which the 4 parts",
+        ),
+        (
+            {"fsdp": 2},
+            {"rollout_chunks": 1, "warm_start": WarmStartConfig(steps=1, batch_size=3)},
+            LearnerConfig(),
+            r"warm_start\.batch_size is 3 rows, which the 2 parts",
+        ),
+        (
+            {"context": 4},
+            {},
+            LearnerConfig(),
+            r"rows of 6 tokens cannot be split into 4 equal parts by mesh\.context: set row_length to 8",
+        ),
+        ({"context": 4}, {}, LearnerConfig(row_length=7), "rows of 7 tokens cannot .* set row_length to 8"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_a_step_is_refused(sizes, changes, learner, message):
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+    config = TrainerConfig(prompts=8, group_size=2, mini_batches=2, rollout_chunks=2)
+    with pytest.raises(ValueError, match=message):
+        check_mesh(dataclasses.replace(config, **changes), learner, mesh, longest=6)
+    check_mesh(config, LearnerConfig(row_length=8), AbstractMesh((1, 2, 2, 1, 4), MESH_AXES), longest=6)
