@@ -6,12 +6,27 @@ This file must never know a concrete model, task or training framework.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 
 Array = jax.Array
 Params = Any  # a pytree of arrays, a plain nested dict for the models of this repository
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Refuse a value that a `Literal` does not list.
+
+    Args:
+      name: the option, for the message.
+      value: its value, from a file or a caller that no type checker saw.
+      choices: a `typing.Literal` of strings.
+
+    Raises:
+      ValueError: naming the option and its choices.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {value!r}")
 
 
 class ModelOutput(NamedTuple):
