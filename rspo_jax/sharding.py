@@ -7,6 +7,7 @@ inside `spread`. This file must never know a model, a loss or a number of device
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.extend import backend
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 LogicalAxes = tuple[str | None, ...]
@@ -41,6 +43,9 @@ RULES: Rules = {
 size in parameters and `expert_embed` that in the parameters of experts, which lie on `expert` already; in activations
 the hidden size is whole. Each device of the axis `expert` brings rows of its own to the experts of all. While a token
 attends, all tokens of its row are at one place, and the heads (`attended_heads`) take the axis `context` too."""
+
+# A part of every key in JAX's caches of traced and compiled functions, as a global of Python's would not be.
+_named_platform = jax.make_user_context(None)
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,34 @@ def shardings_of(mesh: Mesh, tree: Any, axes: Any, rules: Rules = RULES) -> Any:
             for (path, leaf), leaf_axes in zip(paths, named, strict=True)
         ]
     )
+
+
+def platform() -> str:
+    """Return the platform that programs are traced for: "cpu", "tpu", "cuda", "rocm" or "oneapi".
+
+    It is the one that `lowering_for` names; without it that of the mesh in use, of `jax.default_device` or of JAX's
+    default backend, in this order. Functions with an implementation for each platform choose by it while they are
+    traced, so that the others cost nothing (`jax.lax.platform_dependent` traces them all). A program for devices that
+    are not the default ones has to be traced under such a mesh or name.
+    """
+    found = _named_platform.value
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device  # pyright: ignore
+    if found is None and device is not None:
+        found = device if isinstance(device, str) else device.platform
+    if found is None:
+        found = jax.default_backend()
+    if found != "gpu":
+        return found
+    return next((name for name in ("rocm", "oneapi") if name in backend.backends()), "cuda")
+
+
+def lowering_for(platform: str) -> AbstractContextManager[None]:
+    """Name the platform of the programs that are traced in this context, for devices that are not there.
+
+    Args:
+      platform: as `platform` returns it, or "gpu".
+    """
+    return _named_platform(platform)
 
 
 def free_axes() -> tuple[str, ...]:

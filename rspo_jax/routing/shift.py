@@ -27,6 +27,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.sharding import platform
 from rspo_jax.statistics import at_least_float32
 from rspo_jax.types import Array, ForcedRoute, RouterReader, RouterReading, RouterTrace
 
@@ -250,7 +251,8 @@ def _swap_rows_and_layers(trace: RouterTrace) -> RouterTrace:
 def _log_scores_at(score: str, router_logits: Array, expert_ids: Array) -> Array:
     """log r at K of E entries: [..., E], [..., K] -> [..., K]; those of all E are never written down."""
     logits = at_least_float32(router_logits)
-    chosen = jax.lax.platform_dependent(logits, expert_ids, tpu=_pick_by_comparing, default=_pick_by_gathering)
+    pick = _pick_by_comparing if platform() == "tpu" else _pick_by_gathering
+    chosen = pick(logits, expert_ids)
     if score == "sigmoid":
         return jax.nn.log_sigmoid(chosen)
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
