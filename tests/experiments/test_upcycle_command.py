@@ -14,7 +14,7 @@ from support import hf_cases
 import models
 from experiments import upcycle
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "models" / "hf_golden"
+GOLDEN = hf_cases.GOLDEN
 OPTIONS = ("--num-experts", "4", "--num-experts-per-token", "2")
 
 

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
 pytestmark = pytest.mark.slow
-GOLDEN = pathlib.Path(__file__).parent / "hf_golden"
+GOLDEN = hf_cases.GOLDEN
 
 
 def logits(folder):

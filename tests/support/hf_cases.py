@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-GOLDEN = pathlib.Path(__file__).parent / "models" / "hf_golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "models" / "hugging_face" / "golden"
 VOCABULARY = 40
 SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -1,8 +1,8 @@
 """Asks transformers what the tiny models of `hf_cases` compute, and writes it down for the tests.
 
-    make parity && .venv/bin/python tests/hf_golden_live.py [CASE ...]
+    make parity && .venv/bin/python tests/support/hf_golden_live.py [CASE ...]
 
-writes tests/models/hf_golden/CASE/: config.json as transformers writes it, names and shapes of the tensors in its
+writes tests/models/hugging_face/golden/CASE/: config.json as transformers writes it, names and shapes of the tensors in its
 files, and logits and router logits of two sequences.
 """
 
@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from support import hf_cases
 
 

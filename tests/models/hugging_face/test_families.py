@@ -1,4 +1,4 @@
-"""The families against what transformers computed (`tests/hf_golden_live.py`), and their configurations there and back.
+"""The families against what transformers computed (`tests/support/hf_golden_live.py`), and their configurations there and back.
 
 The weights are made from the tensors' names, so that the golden files hold only what transformers said. One case of
 each family runs by default, the one with most that is its own.

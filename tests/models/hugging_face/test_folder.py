@@ -231,12 +231,12 @@ def read_on_a_mesh(folder, file):
 
 
 def test_on_a_mesh_each_device_gets_its_own_part(fresh, saved, tmp_path):
-    code = "import sys, test_hf_folder as own; own.read_on_a_mesh(*sys.argv[1:])"
+    code = "import sys, test_folder as own; own.read_on_a_mesh(*sys.argv[1:])"
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "models"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent))),
     }
     finished = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, saved, tmp_path / "read.npz"],

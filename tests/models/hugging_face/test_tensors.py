@@ -355,7 +355,7 @@ def start(call, devices):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}",
     }
-    program = f"from pathlib import Path; import test_hf_tensors as tests; tests.{call}"
+    program = f"from pathlib import Path; import test_tensors as tests; tests.{call}"
     command = [sys.executable, "-W", "error", "-c", program]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
