@@ -24,7 +24,7 @@ from models.logical_axes import CACHE_AXES, model_axes, router_mask
 from models.mixture import MixtureOfExperts
 from models.rope import rotary_angles
 from rspo_jax.sharding import axes_of, constrain, free_axes, parts_of, split_axes, spread
-from rspo_jax.types import ForcedRoute, ModelOutput, RouterReader, RouterReading
+from rspo_jax.types import ForcedRoute, ModelOutput, RouterReader, RouterReading, RouterScore
 
 Array = jax.Array
 
@@ -278,7 +278,7 @@ class Transformer(nn.Module):
         return router_mask(self.config)
 
     @property
-    def router_score(self) -> str:
+    def router_score(self) -> RouterScore:
         """What turns router logits into scores, "softmax" or "sigmoid"."""
         return self.config.router
 
