@@ -219,7 +219,7 @@ class CountdownRun(Run):
     def load_params(self) -> Params | None:
         if self.start_from is None:
             return None
-        from rspo_jax.training.trainer import restore_params
+        from rspo_jax.training.restore import restore_params
 
         _, source = load_config(as_path(self.start_from) / "config.json")
         init_params = functools.partial(models.init_params, self.model)

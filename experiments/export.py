@@ -17,7 +17,7 @@ import models
 from experiments.config import FolderRun, Place, load_config
 from rspo_jax.records.checkpoint import CheckpointError
 from rspo_jax.sharding import MeshConfig, make_mesh
-from rspo_jax.training.trainer import restore_params
+from rspo_jax.training.restore import restore_params
 
 
 @dataclass(frozen=True)

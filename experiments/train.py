@@ -20,12 +20,11 @@ from etils import epath
 import models
 from experiments.config import RUNS, Place, Run, differences, load_config, save_config
 from experiments.reporting.training_curves import draw_curves
-from experiments.tasks.countdown import SPLITS
 from rspo_jax.hosts import Agreement, ClusterConfig, ClusterError, is_primary, joined
 from rspo_jax.records import as_path, read_metrics, write_json
 from rspo_jax.records.checkpoint import CheckpointError
 from rspo_jax.records.manifest import CheckpointMismatch
-from rspo_jax.rollouts import check_solutions, usable_problems
+from rspo_jax.rollouts import Problems, check_solutions, load_problems
 from rspo_jax.sharding import make_mesh
 from rspo_jax.training import check_mesh, state_on_mesh
 from rspo_jax.training.trainer import Stopped, train
@@ -68,8 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         with joined(folder.cluster, way_out="start all processes again with --resume") as membership:
             try:
                 keep_compiled_programs(folder)
-                check_devices(run, check_data(run))
-                return train_in(agree_on_folder(name, run, folder), run, folder.resume)
+                problems = check_data(run)
+                check_devices(run, problems.width)
+                return train_in(agree_on_folder(name, run, folder), run, problems, folder.resume)
             except (UserError, CheckpointError, CheckpointMismatch) as error:
                 return membership.give_up(str(error), complain(error))
     except (UserError, ClusterError) as error:
@@ -155,24 +155,23 @@ def _newest_folder(name: str) -> epath.Path:
     return candidates[-1].parent
 
 
-def check_data(run: Run) -> int:
-    """Finds what is wrong with a run that only its problems show, before anything is written or compiled.
+def check_data(run: Run) -> Problems:
+    """Load the problems of a run and refuse what is wrong with them, before anything is written or compiled.
 
     Returns:
-      The longest prompt, in tokens.
+      The task with the problems of every split; prompts are encoded here once.
 
     Raises:
-      UserError: if there are too few problems, all of a split are too long, or a worked solution does not fit a
+      UserError: if there are too few problems, all of a split are too long, or a worked solution does not fit into a
         response.
     """
-    task = run.build_task()
     try:
-        splits = {split: usable_problems(task, task.problems(split), run.trainer.max_prompt_tokens) for split in SPLITS}
+        problems = load_problems(run.build_task(), run.trainer.max_prompt_tokens)
         if run.trainer.warm_start.steps:
-            check_solutions(task, splits["train"].problems, run.trainer.sampler.max_new_tokens)
+            check_solutions(problems.task, problems.splits["train"].problems, run.trainer.sampler.max_new_tokens)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return max(usable.width for usable in splits.values())
+    return problems
 
 
 def check_devices(run: Run, prompt_width: int) -> None:
@@ -270,17 +269,17 @@ def _check_same_shapes(saved: models.TransformerConfig, given: models.Transforme
             )
 
 
-def train_in(run_dir: epath.Path, run: Run, resume: bool) -> int:
+def train_in(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) -> int:
     """Trains; process 0 then writes summary and curves and says where they are. Returns the exit code."""
     name = next(name for name, run_type in RUNS.items() if type(run) is run_type)
     say = print if is_primary() else _say_nothing
     say(f"run folder: {run_dir}")
-    model, task = run.architecture(), run.build_task()
+    model = run.architecture()
     try:
         _, seconds = train(
             models.Transformer(model),
             functools.partial(models.init_params, model),
-            task,
+            problems,
             run.learner(),
             run.trainer,
             run_dir,
@@ -292,8 +291,7 @@ def train_in(run_dir: epath.Path, run: Run, resume: bool) -> int:
         return STOPPED
     if is_primary():
         curves = draw_curves(run_dir)
-        problems = usable_problems(task, task.problems("test"), run.trainer.max_prompt_tokens).problems
-        summary = summarize(run_dir, run, len(problems), seconds)
+        summary = summarize(run_dir, run, len(problems.splits["test"].problems), seconds)
         write_json(run_dir / "summary.json", summary)
         say(report(summary))
         say(f"  curves:  {curves}\n  summary: {run_dir / 'summary.json'}")

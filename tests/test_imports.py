@@ -1,7 +1,7 @@
-"""The directions of imports: which package may know which other one.
+"""The directions of imports: which folder may use which other one.
 
-The rules are read off the source with `ast`, without importing anything, so they also cover imports
-inside functions and under `TYPE_CHECKING`. The file knows names of modules, never what they hold.
+The rules are read off the source with `ast`, without importing anything, so they also cover imports inside functions
+and under `TYPE_CHECKING`.
 """
 
 import ast
@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,38 +17,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("rspo_jax", "models", "experiments")
 
-# Pure functions of arrays, and the types they speak: nothing that they import may lead to RUNNERS.
-PURE = (
-    "adaptive_shift",
-    "advantages",
-    "collapse",
-    "corrections",
-    "diagnostics",
-    "head_log_probs",
-    "log_probs",
-    "objective_configs",
-    "objective_formulas",
-    "objectives",
-    "packing",
-    "readers",
-    "regularizers",
-    "router",
-    "router_losses",
-    "routing_control",
-    "sharding",
-    "statistics",
-    "types",
-)
-RUNNERS = (
-    "checkpoint",
-    "gradient_probe",
-    "policy_loss",
-    "reinforcement",
-    "rollout",
-    "sampler",
-    "train_step",
-    "trainer",
-)
+GROUND = ("types", "sharding", "statistics")
+ARROWS = {
+    "types": (),
+    "sharding": ("types",),
+    "statistics": ("types",),
+    "hosts": (),
+    "records": ("hosts", "types"),
+    "objectives": GROUND,
+    "routing": GROUND,
+    "log_probs": GROUND,
+    "rollouts": ("routing", *GROUND),
+    "training": ("rollouts", "log_probs", "routing", "objectives", "records", "hosts", *GROUND),
+    "tunix": ("rollouts", "log_probs", "routing", "objectives", "training", *GROUND),
+}
+"""Room of rspo_jax -> the rooms that it may use. None of them imports the package as a whole."""
 
 FORBIDDEN_IN = {
     "rspo_jax": ("models", "experiments", "flax", "tensorflow_datasets"),
@@ -128,33 +111,23 @@ def is_comparison(path: str) -> bool:
     return is_benchmark or (path.startswith("tests/") and path.endswith("_live.py"))
 
 
-def impure_paths(sources: Mapping[str, str]) -> list[str]:
-    """Chains of imports inside rspo_jax that lead from a pure module to one that runs things.
+def room_of(name: str) -> str | None:
+    """The room of rspo_jax that a dotted name lies in; None for the package itself and for other packages."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "rspo_jax" and len(parts) > 1 else None
 
-    A bare `import rspo_jax` or `from rspo_jax import name` in a pure module counts too: the
-    package's `__init__` imports everything.
-    """
-    graph = {module_name(path): used_names(path, source) for path, source in sources.items()}
-    runners = [f"rspo_jax.{name}" for name in RUNNERS]
+
+def wrong_turns(path: str, source: str) -> list[str]:
+    """Uses of rooms that the arrows do not allow, by one file of rspo_jax; a sentence each."""
+    room = room_of(module_name(path))
+    if room is None:
+        return []
     found = []
-    for start in sorted(name for name in graph if is_inside(name, pure_modules())):
-        chains, seen = [[start]], {start}
-        while chains:
-            chain = chains.pop()
-            for name in sorted(graph[chain[-1]]):
-                known = [module for module in graph if is_inside(name, [module])]
-                module = max(known, key=len, default=None)
-                if module == "rspo_jax" or is_inside(name, runners):
-                    found.append(" -> ".join([*chain, name]))
-                elif module is not None and module not in seen:
-                    seen.add(module)
-                    chains.append([*chain, module])
+    for name in sorted(used_names(path, source)):
+        other = room_of(name)
+        if name == "rspo_jax" or (other is not None and other not in (room, *ARROWS.get(room, ()))):
+            found.append(f"{path} must not use {name}")
     return found
-
-
-def pure_modules() -> list[str]:
-    """Dotted names of the modules that stay pure functions of arrays."""
-    return [f"rspo_jax.{name}" for name in PURE]
 
 
 def read_sources(folder: str) -> dict[str, str]:
@@ -173,17 +146,18 @@ def test_files_respect_the_directions(folder: str) -> None:
     assert not found, "\n".join(found)
 
 
-def test_pure_modules_lead_to_no_runner() -> None:
-    sources = read_sources("rspo_jax")
-    found = impure_paths(sources)
+def test_rooms_respect_the_arrows() -> None:
+    found = [line for path, source in read_sources("rspo_jax").items() for line in wrong_turns(path, source)]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("name", [*PURE, *RUNNERS])
-def test_the_modules_that_the_rules_name_exist(name: str) -> None:
-    """A renamed module would otherwise slip out of the rules in silence."""
-    modules = {module_name(path) for path in read_sources("rspo_jax")}
-    assert f"rspo_jax.{name}" in modules
+def test_every_room_has_its_arrows_and_they_make_no_circle() -> None:
+    rooms = {room for path in read_sources("rspo_jax") if (room := room_of(module_name(path)))}
+    assert rooms <= set(ARROWS)
+    seen: set[str] = set()
+    for room, others in ARROWS.items():  # every room is listed after those that it uses
+        assert set(others) <= seen | set(GROUND), room
+        seen.add(room)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +200,7 @@ def test_a_broken_rule_is_found(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("rspo_jax/router.py", "import jax\nfrom . import types\nfrom .types import RouterTrace"),
+        ("rspo_jax/statistics.py", "import jax\nfrom . import types\nfrom .types import RouterTrace"),
         ("rspo_jax/router.py", "import modelscope, flaxen, torchlike"),
         ("rspo_jax/sharding.py", "import jax\nf = jax.shard_map(f)\ng = jax.experimental.layout"),
         ("experiments/bench_loss.py", "import torch, tunix"),
@@ -245,47 +219,24 @@ def test_a_kept_rule_is_left_alone(path: str, source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sources", "chain"),
+    ("path", "source", "allowed"),
     [
-        (
-            {
-                "rspo_jax/objectives.py": "from .trainer import train",
-                "rspo_jax/trainer.py": "",
-            },
-            "rspo_jax.objectives -> rspo_jax.training.trainer.train",
-        ),
-        (
-            {
-                "rspo_jax/objectives.py": "from rspo_jax.records.metrics import reduce",
-                "rspo_jax/metrics.py": "from rspo_jax import rollout",
-                "rspo_jax/rollout.py": "",
-            },
-            "rspo_jax.objectives -> rspo_jax.records.metrics -> rspo_jax.rollouts.rollout",
-        ),
-        (
-            {
-                "rspo_jax/__init__.py": "from .sampler import generate",
-                "rspo_jax/router.py": "from rspo_jax import generate",
-                "rspo_jax/sampler.py": "",
-            },
-            "rspo_jax.routing.shift -> rspo_jax.generate",
-        ),
+        ("rspo_jax/objectives/rspo.py", "from rspo_jax.rollouts import generate", False),
+        ("rspo_jax/objectives/rspo.py", "from rspo_jax.training.trainer import train", False),
+        ("rspo_jax/objectives/rspo.py", "from rspo_jax import rspo_loss", False),
+        ("rspo_jax/routing/shift.py", "import rspo_jax", False),
+        ("rspo_jax/routing/shift.py", "from ..training import update", False),
+        ("rspo_jax/hosts/cluster.py", "from rspo_jax.records.files import as_path", False),
+        ("rspo_jax/types.py", "from rspo_jax.statistics import Mean", False),
+        ("rspo_jax/training/loss.py", "def f():\n    import rspo_jax.tunix", False),
+        ("rspo_jax/training/loss.py", "from rspo_jax.objectives import OBJECTIVES", True),
+        ("rspo_jax/objectives/table.py", "from rspo_jax.objectives.rspo import rspo\nimport rspo_jax.types", True),
+        ("rspo_jax/rollouts/packing.py", "from . import prompts\nfrom rspo_jax.routing import ROUTE_AXES", True),
+        ("rspo_jax/__init__.py", "from rspo_jax.objectives import rspo_loss", True),
     ],
 )
-def test_a_chain_to_a_runner_is_found(sources: dict[str, str], chain: str) -> None:
-    assert impure_paths(sources) == [chain]
-
-
-def test_chains_between_pure_modules_are_left_alone() -> None:
-    sources = {
-        "rspo_jax/__init__.py": "from .trainer import train",
-        "rspo_jax/objectives.py": "from rspo_jax import types\nfrom rspo_jax.log_probs import Mean",
-        "rspo_jax/log_probs.py": "from .types import ModelOutput\nimport jax.numpy as jnp",
-        "rspo_jax/types.py": "import jax",
-        "rspo_jax/trainer.py": "from rspo_jax import objectives, sampler",
-        "rspo_jax/sampler.py": "",
-    }
-    assert impure_paths(sources) == []
+def test_arrows(path: str, source: str, allowed: bool) -> None:
+    assert (wrong_turns(path, source) == []) == allowed
 
 
 def test_importing_the_library_is_light() -> None:

@@ -19,7 +19,7 @@ from support import objective_cases, oracles
 import models
 from rspo_jax.objectives import OBJECTIVES, CorrectionConfig, RegularizerConfig
 from rspo_jax.records import read_diagnostics, read_metrics
-from rspo_jax.rollouts import Packing, Prompts, SamplerConfig, assemble, generate, pack
+from rspo_jax.rollouts import Packing, Prompts, SamplerConfig, assemble, generate, load_problems, pack
 from rspo_jax.routing import ROUTINGS, AdaptiveShiftConfig
 from rspo_jax.sharding import MeshConfig
 from rspo_jax.training import (
@@ -182,7 +182,7 @@ def test_runs(name, tmp_path):
         params, _ = train(
             models.Transformer(model),
             functools.partial(models.init_params, model),
-            Doubling(),
+            load_problems(Doubling(), config.max_prompt_tokens),
             learner,
             config,
             tmp_path,

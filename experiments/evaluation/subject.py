@@ -24,7 +24,7 @@ from experiments.tasks.mathematics.problems import SETS
 from experiments.text import ChatConfig, HuggingFaceTokenizer
 from rspo_jax.sharding import MeshConfig
 from rspo_jax.training import sampling_params
-from rspo_jax.training.trainer import restore_params
+from rspo_jax.training.restore import restore_params
 from rspo_jax.types import Params, Policy, Task
 
 

@@ -1,6 +1,6 @@
-"""Several processes on one run: how they find each other, agree, and stop together."""
+"""Several processes on one run: they find each other, agree, and stop together."""
 
-from rspo_jax.hosts.agreement import Agreement, is_primary
+from rspo_jax.hosts.agreement import Agreement, is_primary, say
 from rspo_jax.hosts.cluster import ClusterConfig, ClusterError, joined
 from rspo_jax.hosts.preemption import Preemption, StopSignal
 
@@ -12,4 +12,5 @@ __all__ = [
     "StopSignal",
     "is_primary",
     "joined",
+    "say",
 ]

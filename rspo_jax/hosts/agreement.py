@@ -1,8 +1,8 @@
-"""How the processes of one run come to one answer, so that none goes on, or waits, where another has stopped.
+"""Questions that all processes of a run answer together, so that none goes on, or waits, where another has stopped.
 
-Words travel through the coordination service of `jax.distributed` and not over the devices: a question can be asked
-from a thread while the devices compute, compiles nothing, and has a time limit. A single process talks to nobody.
-This file must never know what is being decided.
+Answers travel through the coordination service of `jax.distributed`, where the collectives of
+`jax.experimental.multihost_utils` would send them over the devices: a question can be asked from a thread while the
+devices compute, compiles nothing, and has a time limit. A single process asks nobody.
 """
 
 import collections
@@ -12,57 +12,63 @@ from typing import Any, TypeVar
 
 import jax
 
-# The only door to the service's key-value store; Orbax and jax.experimental.multihost_utils use it as well.
+# JAX offers no public access to the service's key-value store; Orbax takes this way as well.
 from jax._src import distributed
 
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 1800
-"""How long a process waits for the others: longer than they may lie apart in reading or writing a checkpoint."""
+"""Seconds to wait for another process: more than two processes may lie apart in reading or writing a checkpoint."""
 _GRACE_SECONDS = 60
 _made: collections.Counter[str] = collections.Counter()
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that speaks, scans and deletes for all."""
+    """Return whether this process is the first, which prints, scans and deletes for all."""
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Print a line, in the first process only."""
+    if is_primary():
+        print(text)
+
+
 class Agreement:
-    """A line of questions that all processes answer, each of them, in the same order, one at a time."""
+    """A channel for questions that every process answers, one at a time and in the same order."""
 
     def __init__(self, about: str) -> None:
-        """Opens a line.
+        """Open a channel.
 
         Args:
-          about: what is asked; the n-th line about it in one process belongs to the n-th in the others.
+          about: the subject. The n-th channel about it in one process is connected to the n-th in the others.
         """
         self._name = f"rspo_jax/{about}/{_made[about]}"
         _made[about] += 1
         self._asked = 0
 
-    def gather(self, word: T | None) -> dict[int, T]:
-        """What the processes have to say, by their indices; those that say None are left out.
+    def gather(self, answer: T | None) -> dict[int, T]:
+        """Return the answers of all processes by process index, without those that are None.
 
         Raises:
           TimeoutError: in every process, if one of them does not answer.
         """
         if jax.process_count() == 1:
-            return {} if word is None else {0: word}
+            return {} if answer is None else {0: answer}
         client: Any = distributed.global_state.client
         question, before = f"{self._name}/{self._asked}", f"{self._name}/{self._asked - 1}/"
         self._asked += 1
-        client.key_value_set_bytes(f"{question}/{jax.process_index()}", _packed(word))
+        client.key_value_set_bytes(f"{question}/{jax.process_index()}", _packed(answer))
         if is_primary():
             client.key_value_set_bytes(f"{question}/all", _packed(_collect(client, question)))
-            client.key_value_delete(before)  # by answering this question, all have said that they read that one
-        words = pickle.loads(_await(client, f"{question}/all", PATIENCE_SECONDS + _GRACE_SECONDS))
-        if isinstance(words, TimeoutError):
-            raise words
-        return words
+            client.key_value_delete(before)  # whoever answers this question has read the answers to that one
+        answers = pickle.loads(_await(client, f"{question}/all", PATIENCE_SECONDS + _GRACE_SECONDS))
+        if isinstance(answers, TimeoutError):
+            raise answers
+        return answers
 
     def from_primary(self, function: Callable[[], T]) -> T:
-        """Calls `function` in the primary process only; its result, or the error that it raised, in every process."""
+        """Call `function` in the first process only; return its result, or raise its error, in every process."""
         answer: tuple[T | None, Exception | None] | None = None
         if is_primary():
             try:
@@ -76,11 +82,11 @@ class Agreement:
         return result  # pyright: ignore[reportReturnType]
 
     def settle(self, error: Exception | None, severity: Callable[[Exception], int] = lambda _: 0) -> None:
-        """Passes in every process if none met an error, and raises one and the same in every process otherwise.
+        """Raise the same error in every process if any of them has met one.
 
         Args:
-          error: what this process met.
-          severity: of several errors, that with the highest is raised; among equals, that of the first process.
+          error: the error that this process has met, if any.
+          severity: rates an error. Of several, the most severe is raised; among equals, that of the first process.
         """
         met = self.gather(error)
         if not met:
@@ -93,18 +99,19 @@ class Agreement:
 
 
 def _collect(client: Any, question: str) -> dict[int, Any] | TimeoutError:
-    words = {}
+    """Read the answer of every process, as process 0 does for all."""
+    answers = {}
     for process in range(jax.process_count()):
         try:
-            word = pickle.loads(_await(client, f"{question}/{process}", PATIENCE_SECONDS))
+            answer = pickle.loads(_await(client, f"{question}/{process}", PATIENCE_SECONDS))
         except TimeoutError:
             return TimeoutError(
                 f"process {process} has not answered for {PATIENCE_SECONDS // 60} minutes: it has failed, or it runs "
-                "another program than process 0"
+                "a program other than that of process 0"
             )
-        if word is not None:
-            words[process] = word
-    return words
+        if answer is not None:
+            answers[process] = answer
+    return answers
 
 
 def _await(client: Any, key: str, seconds: int) -> bytes:
@@ -116,15 +123,15 @@ def _await(client: Any, key: str, seconds: int) -> bytes:
         raise
 
 
-def _packed(word: Any) -> bytes:
-    """Bytes that any process can read; an error that does not survive the way becomes one that does."""
+def _packed(answer: Any) -> bytes:
+    """Pickle an answer; an error that cannot be pickled becomes a RuntimeError with its name and text."""
     try:
-        packed = pickle.dumps(word)
+        packed = pickle.dumps(answer)
         pickle.loads(packed)
     except Exception:
-        if isinstance(word, Exception):
-            return pickle.dumps(RuntimeError(f"{type(word).__name__}: {word}"))
-        if isinstance(word, tuple) and len(word) == 2 and isinstance(word[1], Exception):
-            return pickle.dumps((None, RuntimeError(f"{type(word[1]).__name__}: {word[1]}")))
+        if isinstance(answer, Exception):
+            return pickle.dumps(RuntimeError(f"{type(answer).__name__}: {answer}"))
+        if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Exception):
+            return pickle.dumps((None, RuntimeError(f"{type(answer[1]).__name__}: {answer[1]}")))
         raise
     return packed

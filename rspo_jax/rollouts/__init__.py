@@ -1,37 +1,48 @@
 """Prompts in, judged responses out, packed into rows to learn from."""
 
-from rspo_jax.rollouts.data import take
-from rspo_jax.rollouts.packing import unpack
-from rspo_jax.rollouts.rollout import (
-    Judged,
-    Packing,
+from rspo_jax.rollouts.groups import choose_groups, is_informative
+from rspo_jax.rollouts.packing import Packing, pack, unpack
+from rspo_jax.rollouts.prompts import (
+    SPLITS,
+    Problems,
     Prompts,
-    ResponseLengths,
-    assemble,
+    UsableProblems,
     check_solutions,
     encode_prompts,
+    load_problems,
+    take,
+    usable_problems,
+)
+from rspo_jax.rollouts.rollout import (
+    Judged,
+    ResponseLengths,
+    assemble,
     encode_solutions,
     judge,
-    pack,
     refilling_pays,
     sample_in_chunks,
     solve,
-    usable_problems,
 )
 from rspo_jax.rollouts.sampler import SamplerConfig, generate
 
 __all__ = [
+    "SPLITS",
     "Judged",
     "Packing",
+    "Problems",
     "Prompts",
     "ResponseLengths",
     "SamplerConfig",
+    "UsableProblems",
     "assemble",
     "check_solutions",
+    "choose_groups",
     "encode_prompts",
     "encode_solutions",
     "generate",
+    "is_informative",
     "judge",
+    "load_problems",
     "pack",
     "refilling_pays",
     "sample_in_chunks",

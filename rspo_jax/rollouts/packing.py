@@ -1,14 +1,17 @@
-"""Packs responses of different lengths into rows, so that a model spends less of its time on padding.
+"""Packing of responses of different lengths into rows, so that a model spends less of its time on padding.
 
-The host plans from lengths alone, in NumPy; the device only gathers: tokens into rows before the model runs, what it
-says of each token back to one line a response afterwards. The losses never see a row. This file must never know a
-model, a loss or where the lengths come from.
+The host plans from lengths alone, in NumPy. The device only gathers: tokens into rows before the model runs, and its
+outputs back into one line a response afterwards. The losses never see a row.
+
+The planner is our own because libraries for packing (such as Grain's) stream examples into rows in the order they come;
+here all parts of an update need equally many rows of one shape, and each response has to be found again.
 
 Letters: B responses of a rollout, b of them in a part, P prompt and R response columns, W = P + R, N rows of T places.
 A sequence of p prompt tokens and r response tokens takes p + r − 1 places: its last token is only ever a target.
 """
 
 import bisect
+import functools
 import heapq
 from typing import Any, NamedTuple
 
@@ -18,18 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from rspo_jax.routing import ROUTE_AXES
-from rspo_jax.sharding import constrain
+from rspo_jax.sharding import constrain, fetch, parts_of
 from rspo_jax.types import Array, PackedBatch, PackedRows, RolloutBatch
 
 _INT32_MAX = np.iinfo(np.int32).max
 
 
 class PackingPlan(NamedTuple):
-    """Which token stands where, for each part of a rollout. NumPy from the planner; every array leads with the parts,
-    so that `jax.lax.scan` or indexing cuts all of them alike."""
+    """The place of every token in the rows of each part of a rollout.
+
+    NumPy arrays from the planner. Every array leads with the parts, so that `jax.lax.scan` or indexing cuts all alike.
+    """
 
     responses: Any
-    """int32 [parts, b]: the rows of the rollout that each part holds, in order."""
+    """int32 [parts, b]: the responses of the rollout that each part holds, in order."""
     source: Any
     """int32 [parts, N, T]: the flat index into `tokens` [B, W] of the input at each place; its target is the next
     token there. −1 on padding."""
@@ -38,6 +43,16 @@ class PackingPlan(NamedTuple):
     places: Any
     """int32 [parts, b, R]: the flat index into [N, T] of the place that scores each response token; 0 where a response
     has no such token."""
+
+
+class Packing(NamedTuple):
+    """The shape of the updates that a rollout is cut into."""
+
+    mini_batches: int = 1
+    micro_batches: int = 1
+    """Parts of each mini-batch."""
+    row_length: int | None = None
+    """Places of a row, T; None for P + R − 1, which fits any sequence."""
 
 
 class _Lengths(NamedTuple):
@@ -50,8 +65,45 @@ class _Lengths(NamedTuple):
 
     @property
     def costs(self) -> np.ndarray:
-        """[B]: the places that each sequence takes."""
+        """Places that each sequence takes, [B]."""
         return self.prompts + self.responses - 1
+
+
+def pack(
+    rollout: RolloutBatch, response_width: int, order: np.ndarray, packing: Packing
+) -> tuple[PackedBatch, dict[str, float]]:
+    """Cut a rollout into parts and pack the responses of each part into rows.
+
+    Args:
+      rollout: B responses.
+      response_width: R, the number of its last columns that hold responses.
+      order: int [B], a permutation, which makes the cut random; see `balanced_parts`.
+      packing: number of parts and length of a row.
+
+    Returns:
+      The parts, [mini_batches · micro_batches, ...], those of a mini-batch one after the other, and the metric
+      `padding_fraction`, the share of places in all rows that hold no token.
+    """
+    prompt_width = rollout.tokens.shape[1] - response_width
+    prompt_lengths, response_lengths = (fetch(lengths) for lengths in _lengths(rollout.segment_ids, prompt_width))
+    parts = packing.mini_batches * packing.micro_batches
+    responses = balanced_parts(prompt_lengths + response_lengths, order, parts)
+    plan = plan_packing(
+        prompt_lengths,
+        response_lengths,
+        prompt_width,
+        response_width,
+        responses,
+        packing.row_length,
+        rows_multiple=parts_of("rows"),
+    )
+    return pack_rollout(rollout, plan), {"padding_fraction": padding_fraction(plan)}
+
+
+@functools.partial(jax.jit, static_argnames="prompt_width")
+def _lengths(segment_ids: Array, prompt_width: int) -> tuple[Array, Array]:
+    used = (segment_ids > 0).astype(jnp.int32)
+    return jnp.sum(used[:, :prompt_width], axis=1), jnp.sum(used[:, prompt_width:], axis=1)
 
 
 def plan_packing(
@@ -63,10 +115,10 @@ def plan_packing(
     row_length: int | None = None,
     rows_multiple: int = 1,
 ) -> PackingPlan:
-    """Packs the responses of each part into as few rows as best-fit decreasing needs; a response is never split.
+    """Pack the responses of each part into as few rows as best-fit decreasing needs; a response is never split.
 
-    All parts get the same number of rows N: what the largest needs, rounded up by at most a sixteenth (or to
-    `rows_multiple`), so that rollouts of about the same length share one compiled program. N is never more than one
+    All parts get the same number of rows N: the number that the largest part needs, rounded up by at most a sixteenth
+    (or to `rows_multiple`), so that rollouts of about the same length share one compiled program. N never exceeds one
     row a response. The plan is a pure function of its arguments.
 
     Args:
@@ -74,15 +126,15 @@ def plan_packing(
       response_lengths: int [B], each in [1, R]. Responses start at column P.
       prompt_width: P.
       response_width: R.
-      responses: int [parts, b], from `balanced_parts`: which responses each part holds, each in exactly one.
-      row_length: T; by default P + R − 1, which fits any sequence.
-      rows_multiple: N is a multiple of it, such as the number of devices that share the rows.
+      responses: int [parts, b], from `balanced_parts`: the responses of each part; every response is in exactly one.
+      row_length: T; None for P + R − 1, which fits any sequence.
+      rows_multiple: divisor of N, such as the number of devices that share the rows.
 
     Returns:
       The plan, in NumPy.
 
     Raises:
-      TypeError: naming the argument that is not integer.
+      TypeError: naming the argument that is not an integer array.
       ValueError: naming the argument that does not fit and, for `row_length`, the length needed.
     """
     lengths, responses = _checked(prompt_lengths, response_lengths, prompt_width, response_width, responses)
@@ -104,9 +156,9 @@ def plan_packing(
 def padded_plan(
     prompt_lengths: Any, response_lengths: Any, prompt_width: int, response_width: int, responses: Any
 ) -> PackingPlan:
-    """The plan without packing: row i of a part is its response i where it stands in the rollout, N = b, T = W − 1.
+    """Return the plan without packing: row i of a part is its response i, padded as in the rollout; N = b, T = W − 1.
 
-    What packing is measured against. Arguments and errors as in `plan_packing`.
+    Packing is measured against it. Arguments and errors as in `plan_packing`.
     """
     lengths, responses = _checked(prompt_lengths, response_lengths, prompt_width, response_width, responses)
     rows = np.broadcast_to(np.arange(responses.shape[1])[None, :], responses.shape)
@@ -115,23 +167,23 @@ def padded_plan(
 
 
 def balanced_parts(lengths: Any, order: Any, parts: int) -> np.ndarray:
-    """Distributes responses over parts of equal count whose token sums are close, so that equal numbers of rows do.
+    """Distribute responses over parts of equal count and nearly equal token sums, which then need equally many rows.
 
-    The longest goes first, to the part with the fewest tokens so far that still has room; `order`, a random one for
-    updates, decides between equals, and inside a part responses keep it. An update thus sees a sample that is random
-    but for its mix of lengths, which is that of the whole rollout.
+    The longest response goes first, to the part with the fewest tokens so far that still has room. `order`, random for
+    updates, decides between equals, and responses keep it inside a part. An update thus sees a random sample whose mix
+    of lengths is that of the whole rollout.
 
     Args:
       lengths: int [B], tokens of each response, prompt included.
       order: int [B], a permutation.
-      parts: divides B.
+      parts: number of parts; must divide B.
 
     Returns:
       int32 [parts, b], the `responses` of a plan.
 
     Raises:
-      TypeError: naming the argument that is not integer.
-      ValueError: if `order` is no permutation, the parts do not divide it, or there is not one length a response.
+      TypeError: naming the argument that is not an integer array.
+      ValueError: if `order` is not a permutation, the parts do not divide it, or there is not one length a response.
     """
     order, lengths = _integers("order", order, 1), _integers("lengths", lengths, 1)
     _check_permutation("order", order, len(lengths))
@@ -149,17 +201,17 @@ def balanced_parts(lengths: Any, order: Any, parts: int) -> np.ndarray:
 
 
 def padding_fraction(plan: PackingPlan) -> float:
-    """The share of the places of all rows that hold no token."""
+    """Return the share of the places of all rows that hold no token."""
     return 1 - np.count_nonzero(plan.segment_ids) / np.size(plan.segment_ids)
 
 
 def pack_rows(tokens: Array, source: Array, segment_ids: Array) -> PackedRows:
-    """Gathers the tokens of a rollout into rows.
+    """Gather the tokens of a rollout into rows.
 
     Args:
       tokens: int32 [B, W].
-      source: int32 [..., N, T], of a plan.
-      segment_ids: int32 [..., N, T], of the same plan.
+      source: int32 [..., N, T], from a plan.
+      segment_ids: int32 [..., N, T], from the same plan.
     """
     flat, first = tokens.reshape(-1), jnp.maximum(source, 0)
     is_token = source >= 0
@@ -167,11 +219,11 @@ def pack_rows(tokens: Array, source: Array, segment_ids: Array) -> PackedRows:
 
 
 def pack_route(route: Array, source: Array) -> Array:
-    """Gathers the experts of a rollout's tokens into rows.
+    """Gather the experts of a rollout's tokens into rows.
 
     Args:
-      route: uint8 or uint16 [B, L, K, W - 1], aligned with the inputs.
-      source: int32 [..., N, T], of a plan.
+      route: uint8 or uint16 [B, L, K, W − 1], aligned with the inputs.
+      source: int32 [..., N, T], from a plan.
 
     Returns:
       [..., N, L, K, T]; 0 on padding.
@@ -185,11 +237,11 @@ def pack_route(route: Array, source: Array) -> Array:
 
 @jax.jit
 def pack_rollout(rollout: RolloutBatch, plan: PackingPlan) -> PackedBatch:
-    """The parts of a rollout, in rows: all that a learner needs of it."""
+    """Gather a whole rollout into the rows and parts of a plan."""
     response_width = plan.places.shape[-1]
 
     def by_response(array: Array) -> Array:
-        """[B, T] over whole sequences, or [B] -> [parts, b, R] or [parts, b]."""
+        # [B, T] over whole sequences, or [B] -> [parts, b, R] or [parts, b].
         of_parts = (array[:, -response_width:] if array.ndim == 2 else array)[plan.responses]
         return constrain(of_parts, None, "rows", *(None,) * (of_parts.ndim - 2))
 
@@ -208,22 +260,22 @@ def pack_rollout(rollout: RolloutBatch, plan: PackingPlan) -> PackedBatch:
 
 
 def unpack(per_token: Array, places: Array) -> Array:
-    """Gathers what a model says of each token back to one line a response.
+    """Gather the values of tokens in rows back to one line a response.
 
     Args:
       per_token: [N, T, ...], aligned with the inputs of the rows.
-      places: int32 [b, R], of the plan.
+      places: int32 [b, R], from the plan.
 
     Returns:
-      [b, R, ...]. Where a response has no such token this holds the value of another: mask it.
+      [b, R, ...]. Beyond the end of a response it holds values of other tokens: mask them.
     """
     return per_token.reshape(-1, *per_token.shape[2:])[places]
 
 
 def _best_fit(costs: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The row and the offset in it of each sequence: longest first, each into the row that it fills up best."""
+    """Return the row of each sequence and its offset there: longest first, each into the row that it fills up best."""
     rows, offsets = np.zeros(len(costs), np.int64), np.zeros(len(costs), np.int64)
-    spaces: list[int] = []  # sorted: the amounts of space that some open row has left
+    spaces: list[int] = []  # sorted amounts of space that some open row has left
     rows_with: dict[int, list[int]] = {}
     num_rows = 0
     order = np.argsort(-costs, kind="stable")
@@ -247,7 +299,7 @@ def _best_fit(costs: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _rounded_rows(needed: int, responses: int, multiple: int) -> int:
-    """Rows of every part: sixteen sizes between a power of two and the next, so few programs and little waste."""
+    """Round to one of sixteen sizes between a power of two and the next: few programs, and little waste."""
     step = max((1 << (needed.bit_length() - 1)) // 16 // multiple, 1) * multiple
     return min(-(-needed // step) * step, -(-responses // multiple) * multiple)
 
@@ -255,7 +307,7 @@ def _rounded_rows(needed: int, responses: int, multiple: int) -> int:
 def _fill(
     lengths: _Lengths, responses: np.ndarray, rows: np.ndarray, offsets: np.ndarray, shape: tuple[int, int]
 ) -> PackingPlan:
-    """Writes a plan down, given the row and the offset of each response [parts, b]."""
+    """Write down a plan, given the row and the offset of each response, [parts, b]."""
     num_rows, row_length = shape
     width = lengths.prompt_width + lengths.response_width
     _check_index("tokens", len(lengths.prompts) * width)
@@ -263,6 +315,7 @@ def _fill(
     source = np.full((len(responses), num_rows, row_length), -1, np.int32)
     segment_ids = np.zeros_like(source)
     prompts, costs = lengths.prompts[responses], lengths.costs[responses]
+    # Count up from each sequence's first token, row by row.
     first_tokens = responses * width + lengths.prompt_width - prompts
     counting = np.arange(row_length, dtype=np.int32)
     for part, order in enumerate(np.argsort(offsets, axis=1, kind="stable")):  # segments count up from the left
@@ -272,6 +325,7 @@ def _fill(
             segments[row] += 1
             np.add(counting[:cost], first, out=source[part, row, start : start + cost])
             segment_ids[part, row, start : start + cost] = segments[row]
+    # The place that scores a response's first token holds the last token of its prompt.
     token = np.arange(lengths.response_width, dtype=np.int32)[None, None, :]
     first_places = (rows * row_length + offsets + prompts - 1).astype(np.int32)
     places = first_places[:, :, None] + token

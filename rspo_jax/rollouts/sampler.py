@@ -1,9 +1,9 @@
-"""Draws responses from a policy: one prefill, then cached decoding until the last response has stopped.
+"""The sampler: one prefill, then cached decoding until the last response has stopped.
 
-Rows are decoded in slots. A slot whose response has ended takes the next waiting prompt, fed token by token beside the
-decoding of the others, so that one long response does not keep the rest of the batch waiting. One program without
-recompilation; deterministic in the key, response by response, whatever slot it is drawn in. On request it notes which
-experts each token went through. This file must never know a task, a reward or a concrete model.
+Responses are decoded in slots. A slot whose response has ended takes the next waiting prompt, fed token by token beside
+the decoding of the others, so that one long response does not keep the rest of the batch waiting. It is one program,
+compiled once, and each response depends on its own key alone, whatever slot draws it. On request it records which
+experts each token went through.
 """
 
 import functools
@@ -21,19 +21,19 @@ from rspo_jax.types import Array, Params, Policy, Samples
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How to draw."""
+    """Settings of the sampler."""
 
     max_new_tokens: int = 16
     temperature: float = 1.0
-    """0 is greedy: the likeliest token, whose log-probability is reported at temperature 1."""
+    """0 is greedy: it takes the likeliest token and reports its log-probability at temperature 1."""
     top_k: int | None = None
     """Draw among the k likeliest tokens only."""
     top_p: float = 1.0
     """Draw among the fewest likeliest tokens that hold this much probability (after `top_k`)."""
     slots: int | None = None
-    """Responses that are drawn at once, with a cache for so many; as many as there are prompts when absent. A slot that
-    is done takes the next prompt. The trainer does so where it is the faster way, and otherwise draws as many
-    responses after as many (`rspo_jax.rollouts.rollout.refilling_pays`)."""
+    """Responses drawn at once, which is also the size of the cache; all of them when absent. A slot that is done takes
+    the next prompt. The trainer refills slots only where that is faster than batch after batch
+    (`rspo_jax.rollouts.refilling_pays`)."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -49,7 +49,7 @@ class SamplerConfig:
 
 
 def pad_prompts(prompts: list[list[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Left-pads prompts to one width, so that all rows start to answer in the same cache slot.
+    """Left-pad prompts to one width, so that all rows start to answer in the same cache slot.
 
     Returns:
       int32 [B, width] tokens and bool [B, width] mask, True on prompt tokens.
@@ -68,7 +68,7 @@ def pad_prompts(prompts: list[list[int]], width: int, pad_id: int) -> tuple[np.n
 
 
 class _Requests(NamedTuple):
-    """What is asked for; the rows of everything else point here."""
+    """The responses asked for; the rows of everything else point here."""
 
     prompts: Array  # int32 [B / repeats, P], left-padded
     prompt_lengths: Array  # int32 [B / repeats]
@@ -84,15 +84,15 @@ class _Requests(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What came of reading tokens, T a row."""
+    """The outcome of reading T tokens a row."""
 
-    logits: Array  # [rows, V]: of the last tokens
+    logits: Array  # [rows, V] at the last token
     cache: object
-    route: Array | None  # [rows, T, L, K]: the experts of all, if asked for
+    route: Array | None  # [rows, T, L, K]: the experts of all tokens, if asked for
 
 
 class _Model(NamedTuple):
-    """What reads the tokens."""
+    """The policy with its parameters."""
 
     policy: Policy
     params: Params
@@ -109,11 +109,11 @@ class _Model(NamedTuple):
 
 
 class _Slots(NamedTuple):
-    """What each slot is doing, all [slots]."""
+    """The state of each slot; every array is [slots]."""
 
-    request: Array  # int32: which response it draws
+    request: Array  # int32: the response it draws
     active: Array  # bool
-    segment: Array  # int32: tells the tokens of this response from those of earlier ones in the cache
+    segment: Array  # int32: sets this response's tokens apart from those of earlier ones in the cache
     fed: Array  # int32: prompt tokens in the cache
     drawn: Array  # int32: response tokens drawn
     last_token: Array  # int32
@@ -121,12 +121,12 @@ class _Slots(NamedTuple):
 
 class _DecodeState(NamedTuple):
     slots: _Slots
-    waiting: Array  # int32 scalar: the first request that no slot has taken
+    waiting: Array  # int32 scalar: the first request that no slot has taken yet
     tokens: Array  # int32 [B, R]
     log_probs: Array  # float32 [B, R]
     lengths: Array  # int32 [B]
     cache: object
-    route: Array | None  # [B, P + R - 1, L, K], so that what a slot writes lies together
+    route: Array | None  # [B, P + R - 1, L, K]: one write of a slot is contiguous
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "config", "stop_tokens", "pad_id", "repeats", "record_route"))
@@ -142,26 +142,26 @@ def generate(
     repeats: int = 1,
     record_route: bool = False,
 ) -> Samples:
-    """Draws `repeats` responses to each prompt, B in all.
+    """Draw `repeats` responses to each prompt, B in all.
 
     Args:
       policy: the model.
       params: its parameters.
       prompts: int32 [B / repeats, P], left-padded (`pad_prompts`).
       prompt_mask: bool [B / repeats, P].
-      keys: PRNG keys [B], one a response: what is drawn with it does not depend on the other rows.
-      config: how to draw.
-      stop_tokens: a row is finished once it draws one of them; that token still belongs to the response.
-      pad_id: fills the rest.
-      repeats: responses to a prompt, in consecutive rows. Each prompt is read once for all of them.
-      record_route: note the experts of every token read; what is drawn does not depend on it.
+      keys: PRNG keys [B], one a response, which depends on no other row.
+      config: temperature, limits and slots.
+      stop_tokens: ids that end a response; the one drawn still belongs to it.
+      pad_id: fills the rest of a row.
+      repeats: responses to each prompt, in consecutive rows. The prompt is read once for all of them.
+      record_route: if True, record the experts of every token read; the responses do not depend on it.
 
     Returns:
       `Samples` with R = `config.max_new_tokens`.
 
     Raises:
-      ValueError: if the shapes do not fit, the keys are not one a response, `repeats` is not positive, or a route is
-        asked for of a model without experts.
+      ValueError: if the shapes do not fit, there is not one key a response, `repeats` is not positive, or the route of
+        a model without experts is asked for.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -177,7 +177,7 @@ def generate(
     prompts, prompt_mask = (constrain(array, "rows", None) for array in (prompts, prompt_mask))
     requests = _Requests(prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), keys, repeats)
     model = _Model(policy, params, record_route)
-    # A ring of this many slots holds the longest sequence, whatever was in it before.
+    # The cache is a ring as long as the longest sequence, whatever it held before.
     prefill = _prefill(model, requests, prompt_mask, num_slots, width + config.max_new_tokens)
     start = _DecodeState(
         slots=_first_slots(requests, num_slots),
@@ -209,7 +209,7 @@ def generate(
 
 
 def _prefill(model: _Model, requests: _Requests, prompt_mask: Array, num_slots: int, length: int) -> _Read:
-    """Reads the prompts of the first slots, into a cache of that length."""
+    """Read the prompts of the first slots into a cache of the given length."""
     num_prompts = -(-num_slots // requests.repeats)
     shared = num_slots % requests.repeats == 0  # else one prompt's responses do not all begin at once
     rows = jnp.arange(num_prompts) if shared else requests.prompt_of(jnp.arange(num_slots))
@@ -227,15 +227,17 @@ def _prefill(model: _Model, requests: _Requests, prompt_mask: Array, num_slots: 
 
 
 def _first_route(prompt_route: Array, batch_size: int, response_width: int) -> Array:
-    """The experts of the tokens read so far, [B, P + R - 1, L, K], from those of the first slots' prompts."""
+    """Return the experts of the tokens read so far, [B, P + R − 1, L, K], given those of the first slots' prompts."""
     num_slots, width, *rest = prompt_route.shape
     route = jnp.zeros((batch_size, width + response_width - 1, *rest), prompt_route.dtype)
     return constrain(route.at[:num_slots, :width].set(prompt_route), "rows", None, None, None)
 
 
 def _note_route(state: _DecodeState, requests: _Requests, token_route: Array) -> Array:
-    """Writes down the experts of the token that each slot has just read, [slots, L, K], at its column in prompt and
-    response together. The state is that before the token."""
+    """Record the experts of the token that each slot has just read, [slots, L, K], at its column in prompt + response.
+
+    The state is the one from before the token was read.
+    """
     assert state.route is not None
     slots, width = state.slots, requests.prompts.shape[1]
     unread = requests.prompt_lengths[requests.prompt_of(slots.request)] - slots.fed
@@ -245,7 +247,7 @@ def _note_route(state: _DecodeState, requests: _Requests, token_route: Array) ->
 
 
 def _first_slots(requests: _Requests, num_slots: int) -> _Slots:
-    """The slots after a prefill of the first prompts."""
+    """Return the slots after a prefill of the first prompts."""
     ones, zeros = jnp.ones(num_slots, jnp.int32), jnp.zeros(num_slots, jnp.int32)
     request = jnp.arange(num_slots, dtype=jnp.int32)
     return _Slots(
@@ -259,7 +261,7 @@ def _first_slots(requests: _Requests, num_slots: int) -> _Slots:
 
 
 def _next_inputs(slots: _Slots, requests: _Requests) -> tuple[_Slots, Array]:
-    """The token that each slot reads next: the rest of its prompt first, then what it drew last."""
+    """Return the token that each slot reads next: the rest of its prompt first, then the token it drew last."""
     prompt = requests.prompt_of(slots.request)
     prompt_length = requests.prompt_lengths[prompt]
     feeding = slots.fed < prompt_length
@@ -271,7 +273,7 @@ def _next_inputs(slots: _Slots, requests: _Requests) -> tuple[_Slots, Array]:
 def _take_in(
     state: _DecodeState, logits: Array, requests: _Requests, config: SamplerConfig, stop_tokens: tuple[int, ...]
 ) -> _DecodeState:
-    """Draws a token in every slot that has read its prompt, and gives the slots that are done the next requests."""
+    """Draw a token in every slot that has read its prompt, and hand the next requests to the slots that are done."""
     slots, num_requests = state.slots, requests.count
     drawing = slots.active & (slots.fed >= requests.prompt_lengths[requests.prompt_of(slots.request)])
     tokens, log_probs = _draw_tokens(logits, requests.keys[slots.request], slots.drawn, config)
@@ -300,7 +302,7 @@ def _take_in(
 
 
 def _draw_tokens(logits: Array, keys: Array, index: Array, config: SamplerConfig) -> tuple[Array, Array]:
-    """One token a row, the `index`-th of its response, and its log-probability: [B, V] -> int32 [B], float32 [B]."""
+    """Draw the `index`-th token of each row's response, with its log-probability: [B, V] -> int32 [B], float32 [B]."""
     logits = logits.astype(jnp.float32)
     if config.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1)
@@ -315,7 +317,7 @@ def _draw_tokens(logits: Array, keys: Array, index: Array, config: SamplerConfig
 
 
 def truncate_logits(logits: Array, top_k: int | None, top_p: float) -> Array:
-    """Sets to -inf all but the `top_k` likeliest tokens, and of these all but the fewest that hold `top_p`.
+    """Set all logits to −inf but those of the `top_k` likeliest tokens, and of these the fewest that hold `top_p`.
 
     Args:
       logits: float [B, V], already divided by the temperature.

@@ -11,10 +11,11 @@ from rspo_jax.routing.diagnostics import (
     routing_reader,
     routing_statistics,
 )
-from rspo_jax.routing.hold import ROUTINGS, freeze, records_route, scoring_route, update_route
+from rspo_jax.routing.hold import ROUTINGS, Routing, freeze, records_route, scoring_route, update_route
 from rspo_jax.routing.shift import (
     LAYER_AGGREGATIONS,
     ROUTE_AXES,
+    LayerAggregation,
     check_covers,
     drift_reader,
     gamma_of,
@@ -32,6 +33,8 @@ __all__ = [
     "ROUTE_AXES",
     "ROUTINGS",
     "AdaptiveShiftConfig",
+    "LayerAggregation",
+    "Routing",
     "check_covers",
     "drift_reader",
     "drift_reading",

@@ -13,7 +13,7 @@ choice is held: γ is computed from the natural current logits, at the old exper
 Everything here is a pure function of arrays. It must never know a model, an objective or an optimizer.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from rspo_jax.routing.shift import forced_route_of
 from rspo_jax.types import Array, ForcedRoute, PackedBatch, RouterTrace
 
-ROUTINGS = ("free", "frozen", "copy", "replay_trainer", "replay_sampler")
+Routing = Literal["free", "frozen", "copy", "replay_trainer", "replay_sampler"]
+ROUTINGS = get_args(Routing)
 
 
 def records_route(routing: str) -> bool:

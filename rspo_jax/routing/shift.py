@@ -21,7 +21,7 @@ This file alone knows what a `RouterTrace` holds; it must never know a model or 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import chex
 import jax
@@ -31,7 +31,8 @@ from rspo_jax.sharding import platform
 from rspo_jax.statistics import at_least_float32
 from rspo_jax.types import Array, ForcedRoute, RouterReader, RouterReading, RouterTrace
 
-LAYER_AGGREGATIONS = ("mean", "sum")
+LayerAggregation = Literal["mean", "sum"]
+LAYER_AGGREGATIONS = get_args(LayerAggregation)
 SCORES = ("softmax", "sigmoid")
 ROUTE_AXES = ("rows", "layers", None, "tokens")
 """Logical axes of both arrays of a `RouterTrace`, and of a recorded route."""

@@ -1,4 +1,6 @@
-"""The training loop and its parts. The loop itself, `rspo_jax.training.trainer`, is imported by its path: it brings
+"""The training loop and its parts.
+
+The loop itself, `rspo_jax.training.trainer`, and `rspo_jax.training.restore` are imported by their paths: they bring
 Orbax along, which takes seconds to import and which configs and losses do not need.
 """
 

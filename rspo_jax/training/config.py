@@ -1,22 +1,24 @@
-"""What a training run is told: frozen dataclasses, each checked when it is made. It must never know how a run goes."""
+"""The settings of a training run: frozen dataclasses, each checked when it is made, and the checks between them."""
 
 import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from rspo_jax.objectives import ADVANTAGES, OBJECTIVES, CorrectionConfig, RegularizerConfig
 from rspo_jax.rollouts import SamplerConfig
-from rspo_jax.routing import LAYER_AGGREGATIONS, ROUTINGS, AdaptiveShiftConfig
+from rspo_jax.routing import AdaptiveShiftConfig, LayerAggregation, Routing
 from rspo_jax.sharding import RULES, MeshConfig
+from rspo_jax.types import check_choice
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW under a linear warmup to a constant learning rate, or a cosine from there to 0."""
+    """AdamW with gradient clipping, under a linear warmup to a constant learning rate or to a cosine decay to 0."""
 
     learning_rate: float = 3e-4
     warmup_updates: int = 10
@@ -45,7 +47,7 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
     def schedule(self) -> optax.Schedule:
-        """Learning rate by update."""
+        """Return the learning rate as a function of the number of updates made."""
         after = optax.constant_schedule(self.learning_rate)
         if self.decay_updates is not None:
             after = optax.cosine_decay_schedule(self.learning_rate, self.decay_updates - self.warmup_updates)
@@ -55,84 +57,87 @@ class OptimizerConfig:
         return optax.join_schedules([ramp, after], [self.warmup_updates])
 
     def build(self) -> optax.GradientTransformation:
-        """The Optax chain: clip by global norm, then AdamW."""
+        """Return the Optax chain: clip by global norm, then AdamW."""
         return optax.chain(
             optax.clip_by_global_norm(self.max_gradient_norm),
             optax.adamw(self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay),
         )
 
+    def learning_rate_at(self, updates: int) -> float:
+        """Return the learning rate of the update after so many."""
+        return float(np.asarray(self.schedule()(updates)))
+
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """What a gradient of the policy objective is made from."""
+    """Settings of the gradient: objective, penalties, routing and the shape of its batches."""
 
     objective: str = "rspo"
     objective_config: Any = None
     """A config of the objective's own type; its defaults when absent."""
-    layer_aggregation: str = "mean"
-    routing: str = "free"
-    """What is done to the routers beside weighing how far they moved (`rspo_jax.routing.hold`)."""
+    layer_aggregation: LayerAggregation = "mean"
+    """How the router shift is aggregated over layers (`rspo_jax.routing.shift`)."""
+    routing: Routing = "free"
+    """Whether routers choose freely or are held (`rspo_jax.routing.hold`)."""
     regularizers: RegularizerConfig = RegularizerConfig()
     adaptive_shift: AdaptiveShiftConfig = AdaptiveShiftConfig()
     correction: CorrectionConfig = CorrectionConfig()
-    """For a sampler whose log-probabilities are not the trainer's."""
+    """Correction for a sampler whose log-probabilities differ from the trainer's."""
     diagnostics: bool = True
-    """Record how routes, experts and ratios spread in every update."""
+    """Record the distributions of routes, experts and ratios in every update."""
     temperature: float = 1.0
-    """The sampler's, so that the policy trained is the policy sampled."""
+    """The sampler's temperature, so that the policy trained is the policy sampled."""
     micro_batches: int = 1
     """Parts that a mini-batch is cut into, one after the other, to save memory."""
     row_length: int | None = None
-    """Places of a row that responses are packed into; by default as many as the longest possible sequence has."""
+    """Tokens of a row that responses are packed into; None for the length of the longest possible sequence."""
     route_on_host: bool = False
-    """Keep the old route in the host's memory between scoring and update, if it is too much for the device."""
+    """Keep the old route in the host's memory between scoring and update, if it is too large for the device."""
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
-        if self.layer_aggregation not in LAYER_AGGREGATIONS:
-            raise ValueError(f"layer_aggregation must be one of {LAYER_AGGREGATIONS}, got {self.layer_aggregation!r}")
-        if self.routing not in ROUTINGS:
-            raise ValueError(f"routing must be one of {ROUTINGS}, got {self.routing!r}")
-        self._check_adaptive_shift()
+        check_choice("layer_aggregation", self.layer_aggregation, LayerAggregation)
+        check_choice("routing", self.routing, Routing)
         if self.micro_batches < 1:
             raise ValueError(f"micro_batches must be at least 1, got {self.micro_batches}")
         if self.row_length is not None and self.row_length < 1:
             raise ValueError(f"row_length must be at least 1, got {self.row_length}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive to train, got {self.temperature}")
-
-    @property
-    def gamma_min(self) -> float | None:
-        """The floor of the router shift; None where the objective leaves it out."""
-        return getattr(self.objective_config or OBJECTIVES[self.objective].config_type(), "gamma_min", None)
-
-    def _check_adaptive_shift(self) -> None:
-        if not self.adaptive_shift.adapts:
-            return
-        if self.gamma_min is None or self.gamma_min == 1:
+        if self.adaptive_shift.adapts and (self.gamma_min is None or self.gamma_min == 1):
             raise ValueError(
                 f"adaptive_shift needs a router shift to adapt, and {self.objective} has none: give it a gamma_min "
                 "below 1, or leave the rule at fixed"
             )
-        if not self.diagnostics:
+        if self.adaptive_shift.adapts and not self.diagnostics:
             raise ValueError("adaptive_shift goes by the diagnostics of the updates: switch diagnostics on")
+
+    @property
+    def gamma_min(self) -> float | None:
+        """Floor of the router shift; None if the objective leaves the shift out."""
+        return (self.objective_config or OBJECTIVES[self.objective].config_type()).gamma_min
+
+    @property
+    def gamma_gradient(self) -> bool:
+        """True if the router shift passes a gradient on to the routers (an ablation)."""
+        return (self.objective_config or OBJECTIVES[self.objective].config_type()).gamma_gradient
 
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised learning on worked solutions before reinforcement learning: the stand-in for a pre-trained base."""
+    """Supervised learning on worked solutions before reinforcement learning, in place of a pre-trained base."""
 
     steps: int = 300
-    """0 leaves it out."""
+    """Supervised steps; 0 for no warm start."""
     batch_size: int = 256
     """Solutions a step."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_updates=20)
-    """Decays over the whole phase unless it says otherwise."""
+    """The learning rate decays over the whole phase, unless `decay_updates` says otherwise."""
 
     @property
     def decaying_optimizer(self) -> OptimizerConfig:
-        """The optimizer with its decay spelled out."""
+        """The optimizer with the length of its decay filled in."""
         return _decaying_over(self.optimizer, self.steps)
 
     def __post_init__(self) -> None:
@@ -143,6 +148,7 @@ class WarmStartConfig:
 
 
 def _decaying_over(optimizer: OptimizerConfig, updates: int) -> OptimizerConfig:
+    """Fill in the number of updates to decay over, unless one is given or there is no room after the warmup."""
     if optimizer.decay_updates is not None or updates <= optimizer.warmup_updates:
         return optimizer
     return dataclasses.replace(optimizer, decay_updates=updates)
@@ -155,7 +161,7 @@ class EvaluationConfig:
     every: int = 25
     """Steps of reinforcement learning between evaluations on the validation split."""
     problems: int = 500
-    """Validation problems of each; the first and the final evaluation use the whole test split."""
+    """Validation problems of each evaluation; the first and the final one also use the whole test split."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.problems < 1:
@@ -164,11 +170,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often the run state is saved."""
+    """Settings of the checkpoints."""
 
     every: int = 25
-    """Steps, of either phase; the end of each phase is always saved."""
+    """Steps of either phase between checkpoints; the end of each phase is always saved."""
     keep: int = 3
+    """Number of checkpoints kept."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
@@ -177,46 +184,48 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The run, apart from model, task and objective."""
+    """Settings of the run, apart from model, task and objective."""
 
     steps: int = 150
-    """Rollouts to learn from."""
+    """Steps of reinforcement learning, one rollout each."""
     prompts: int = 64
     """Prompts of a rollout."""
     group_size: int = 8
     """Responses to each prompt."""
     mini_batches: int = 4
-    """Updates that a rollout is cut into: all but the first are off-policy."""
+    """Updates that a rollout is cut into; all but the first are off-policy."""
     epochs: int = 1
     """Passes over a rollout, each over the same mini-batches in an order of its own."""
     rollout_chunks: int = 2
     """Parts of a rollout: the host judges one while the device draws the next."""
     learned_groups: int | None = None
-    """Groups of a rollout that are scored and learned from, all when absent. Groups whose rewards differ come first;
+    """Groups of a rollout that are scored and learned from; all when absent. Groups whose rewards differ come first;
     the others have no gradient, and leaving them out saves their time."""
     dynamic_sampling: bool = False
-    """Leave groups out of the loss whose rewards are all equal, and draw further rollouts, `max_rollouts` a step at
-    most, until enough groups differ (DAPO, arXiv 2503.14476)."""
+    """Leave groups whose rewards are all equal out of the loss, and draw further rollouts until enough groups differ
+    (DAPO, arXiv 2503.14476)."""
     max_rollouts: int = 4
+    """Rollouts that dynamic sampling may draw in one step."""
     advantages: str | None = None
-    """How rewards become advantages (`ADVANTAGES`); as the objective's source does when absent."""
+    """Estimator of the advantages (`rspo_jax.objectives.ADVANTAGES`); that of the objective's source when absent."""
     overlong_buffer: int = 0
-    """Tokens before `sampler.max_new_tokens` over which a penalty for length grows from 0 to 1 (DAPO); 0: none."""
+    """Tokens before `sampler.max_new_tokens` over which a penalty for length grows from 0 to 1 (DAPO); 0 for none."""
     max_prompt_tokens: int | None = None
-    """Problems with longer prompts are left out, of training and of evaluations, and counted; none when absent."""
+    """Problems with longer prompts are left out of training and evaluations, and counted; no limit when absent."""
     seed: int = 0
+    """Decides every random number of the run."""
     sampler: SamplerConfig = SamplerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     decay_learning_rate: bool = False
-    """Let the learning rate fall to 0 (cosine) over all steps, unless the optimizer says over how many updates."""
+    """Let the learning rate decay to 0 (cosine) over all steps, unless the optimizer has its own `decay_updates`."""
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     probe_every: int = 0
-    """Steps between probes of all objectives' gradients (`rspo_jax.training.probe`); 0: none. A probe costs several
-    steps, and changes nothing of the training."""
+    """Steps between probes of all objectives' gradients (`rspo_jax.training.probe`); 0 for none. A probe takes as long
+    as several steps and does not affect the training."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are arranged. Unless it says otherwise, all split rows, parameters and optimizer (fsdp)."""
+    """Arrangement of the devices. By default all of them split rows, parameters and optimizer (fsdp)."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "group_size", "mini_batches", "epochs", "rollout_chunks", "max_rollouts"):
@@ -244,7 +253,7 @@ class TrainerConfig:
             raise ValueError(
                 f"{self.learned_rows} responses to learn from do not divide into {self.mini_batches} mini_batches"
             )
-        rows = self.prompts * self.group_size
+        rows = self.rollout_rows
         if rows % self.rollout_chunks:
             raise ValueError(f"a rollout of {rows} responses does not divide into {self.rollout_chunks} rollout_chunks")
         slots = self.sampler.slots
@@ -255,28 +264,38 @@ class TrainerConfig:
 
     @property
     def decaying_optimizer(self) -> OptimizerConfig:
-        """The optimizer with its decay, if any, spelled out."""
+        """The optimizer with the length of its decay, if any, filled in."""
         if not self.decay_learning_rate:
             return self.optimizer
         return _decaying_over(self.optimizer, self.steps * self.epochs * self.mini_batches)
 
     @property
     def first_optimizer(self) -> OptimizerConfig:
-        """That of the phase that a run begins with."""
+        """The optimizer of the phase that a run begins with."""
         return self.warm_start.decaying_optimizer if self.warm_start.steps else self.decaying_optimizer
 
     def probes(self, step: int) -> bool:
-        """Whether gradients are probed at the end of a step."""
+        """Return whether gradients are probed at the end of a step."""
         return self.probe_every > 0 and step % self.probe_every == 0
 
     @property
     def learned_rows(self) -> int:
         """Responses of a rollout that are learned from."""
-        return (self.learned_groups or self.prompts) * self.group_size
+        return self.wanted_groups * self.group_size
+
+    @property
+    def rollout_rows(self) -> int:
+        """Responses of a rollout."""
+        return self.prompts * self.group_size
+
+    @property
+    def wanted_groups(self) -> int:
+        """Groups of a rollout that are learned from."""
+        return self.learned_groups or self.prompts
 
 
 def check_learner(config: TrainerConfig, learner: LearnerConfig) -> None:
-    """Refuses a learner and a trainer that do not fit together.
+    """Refuse a learner and a trainer that do not fit together.
 
     Raises:
       ValueError: with the sizes and the way out.
@@ -305,19 +324,19 @@ def check_learner(config: TrainerConfig, learner: LearnerConfig) -> None:
 
 
 def check_mesh(config: TrainerConfig, learner: LearnerConfig, mesh: Mesh, longest: int) -> None:
-    """Refuses a mesh that does not divide what a step works on.
+    """Refuse a mesh that does not divide the rows and tokens of a step.
 
     Args:
-      config: of the run.
-      learner: of the run.
+      config: the trainer's settings.
+      learner: the learner's settings.
       mesh: from `rspo_jax.sharding.make_mesh`.
-      longest: the longest possible sequence, in places of a row.
+      longest: tokens of a row that the longest possible sequence takes.
 
     Raises:
       ValueError: with the sizes and the way out.
     """
     parts = math.prod(mesh.shape[axis] for axis in RULES["rows"])
-    rows = config.prompts * config.group_size
+    rows = config.rollout_rows
     sizes = {
         f"a rollout chunk ({rows} responses in {config.rollout_chunks} rollout_chunks)": rows // config.rollout_chunks
     }

@@ -1,8 +1,7 @@
 """The loss of a mini-batch as a function of parameters: forward pass, router shift, correction, objective, penalties.
 
-Composes what other files define and adds no formula of its own. A mini-batch comes in parts, one after the other, and
-what is added up over them equals what the whole would give. This file must never know an optimizer, a concrete model,
-or where rewards come from.
+It composes the formulas of other rooms and adds none of its own. A mini-batch comes in parts, and sums over them equal
+those of the whole.
 """
 
 from typing import Any, NamedTuple
@@ -11,12 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rspo_jax.log_probs import TokenScores, head_log_probs, token_entropy, token_log_probs
-from rspo_jax.objectives import (
-    OBJECTIVES,
-    correct,
-    token_penalty,
-    weighted_gradient,
-)
+from rspo_jax.objectives import OBJECTIVES, correct, token_penalty, weighted_gradient
 from rspo_jax.rollouts import unpack
 from rspo_jax.routing import (
     check_covers,
@@ -49,6 +43,17 @@ from rspo_jax.types import (
 )
 
 
+class BatchContext(NamedTuple):
+    """Totals of a whole mini-batch that the router losses of each part need, known before any part has run."""
+
+    fractions: Array
+    """float32 [L, E]: the share of slots that the old policy gave to each expert."""
+    weight: Array
+    """float32 scalar: the objective's denominator."""
+    tokens: Array
+    """float32 scalar: real tokens, prompts included."""
+
+
 def score_rows(
     policy: Policy,
     params: Params,
@@ -58,8 +63,20 @@ def score_rows(
     forced_route: ForcedRoute | None = None,
     entropy_gradient: bool = False,
 ) -> tuple[TokenScores, RouterReading | None]:
-    """What one forward pass says of the targets of packed rows: log-probability and entropy, [N, T], and what the
-    reader saw of the router at the inputs that score them."""
+    """Score the targets of packed rows in one forward pass.
+
+    Args:
+      policy: the model.
+      params: its parameters; they carry the gradient.
+      rows: N rows of T places.
+      temperature: the sampler's.
+      router_reader: sees the routers at the inputs that score the targets.
+      forced_route: experts to use in place of the routers' choice.
+      entropy_gradient: if True, the entropy is differentiable.
+
+    Returns:
+      Log-probability and entropy of each target, float32 [N, T], and the reading of the router reader.
+    """
     forced: dict[str, Any] = {} if forced_route is None else {"forced_route": forced_route}
     output = policy.apply(
         {"params": params}, rows.inputs, segment_ids=rows.segment_ids, router_reader=router_reader, **forced
@@ -74,22 +91,11 @@ def score_rows(
     return TokenScores(log_probs, token_entropy(logits, temperature)), output.reading
 
 
-class Whole(NamedTuple):
-    """What router losses need of the whole mini-batch, known before any of its parts has run."""
-
-    fractions: Array
-    """float32 [L, E]: the share of slots that the old policy gave to each expert."""
-    weight: Array
-    """float32 scalar: what the objective divides by."""
-    tokens: Array
-    """float32 scalar: real tokens, prompts included."""
-
-
-def whole_of(policy: Policy, params: Params, parts: ScoredBatch, config: LearnerConfig) -> Whole | None:
-    """The same for all parts, [parts, ...]; None where no router loss is asked for.
+def batch_context(policy: Policy, params: Params, parts: ScoredBatch, config: LearnerConfig) -> BatchContext | None:
+    """Return the totals of a mini-batch, [parts, ...], or None where no router loss needs them.
 
     Raises:
-      ValueError: if one is asked for and the model has no router.
+      ValueError: if a router loss is asked for and the model has no router.
     """
     if not config.regularizers.needs_routers:
         return None
@@ -106,7 +112,7 @@ def whole_of(policy: Policy, params: Params, parts: ScoredBatch, config: Learner
         return correct(old_log_probs, sampler_log_probs, mask, config.correction).mask
 
     masks = jax.vmap(learned)(parts.old_log_probs, batch.sampler_log_probs, batch.mask)
-    return Whole(
+    return BatchContext(
         expert_fractions(parts.old_route.expert_ids, batch.rows.segment_ids, num_experts),
         OBJECTIVES[config.objective].weight(masks, config.objective_config),
         jnp.sum(batch.rows.segment_ids != 0, dtype=jnp.float32),
@@ -118,21 +124,22 @@ def part_terms(
     params: Params,
     part: ScoredBatch,
     config: LearnerConfig,
-    whole: Whole | None = None,
+    context: BatchContext | None = None,
     shift_log_scale: Array | None = None,
 ) -> tuple[Mean, dict[str, Statistic]]:
-    """The loss of one part before its division, and statistics of it.
+    """Return the loss of one part before its division, and its statistics.
 
     Args:
       policy: the model.
-      params: carry the gradient.
+      params: its parameters; they carry the gradient.
       part: responses with the old policy's log-probabilities and route.
-      config: of the loss.
-      whole: of the mini-batch that the part belongs to (`whole_of`).
-      shift_log_scale: of an adaptive router shift (`rspo_jax.routing.adaptive`).
+      config: objective, penalties, correction and routing.
+      context: totals of the mini-batch that the part belongs to, from `batch_context`.
+      shift_log_scale: float32 scalar, the log scale of an adaptive router shift (`rspo_jax.routing.adaptive`).
     """
-    objective, batch, route = OBJECTIVES[config.objective], part.batch, part.old_route
-    readers = _readers(policy, part, config, whole)
+    batch, route = part.batch, part.old_route
+    # Forward pass: log-probs and entropies, with the routers read while the layers run.
+    readers = _readers(policy, part, config, context)
     scores, reading = score_rows(
         policy,
         params,
@@ -147,10 +154,12 @@ def part_terms(
         separate = map(RouterReading, reading.carry, reading.layers)
         readings = dict(zip(readers, separate, strict=True))
     log_probs, entropy = (unpack(per_token, batch.places) for per_token in scores)
+    # Router shift: γ of each response token.
     gamma = None
     if route is not None:
         drift = drift_reading(readings["routing"]) if config.diagnostics else readings["routing"]
         gamma = unpack(gamma_of(drift, route, config.layer_aggregation), batch.places)
+    # Correction for the sampler's numerics, which may mask responses out; penalties; diagnostics.
     correction = correct(part.old_log_probs, batch.sampler_log_probs, batch.mask, config.correction)
     mask = correction.mask
     penalty, statistics = token_penalty(config.regularizers, log_probs, entropy, mask, part.reference_log_probs)
@@ -158,30 +167,35 @@ def part_terms(
         log_ratio = jnp.where(mask, log_probs - part.old_log_probs, 0)
         statistics |= ratio_statistics(log_ratio, mask, gamma, config.gamma_min)
         statistics |= routing_statistics(readings["routing"]) if route is not None else {}
+    # Objective.
     if gamma is not None and shift_log_scale is not None:
         gamma = scaled(gamma, shift_log_scale)
     if config.correction.kind != "none":
         log_probs = weighted_gradient(log_probs, correction.weights)
-    loss, objective_statistics = objective.terms(
+    loss, objective_statistics = OBJECTIVES[config.objective].terms(
         log_probs, part.old_log_probs, batch.advantages, mask, gamma, config.objective_config, penalty=penalty
     )
     statistics |= objective_statistics | correction.statistics
-    return _with_router_losses(loss, statistics, readings, part, config, whole)
+    if context is None:
+        return loss, statistics
+    return _with_router_losses(loss, statistics, readings, part, config, context)
 
 
-def _readers(policy: Policy, part: ScoredBatch, config: LearnerConfig, whole: Whole | None) -> dict[str, RouterReader]:
+def _readers(
+    policy: Policy, part: ScoredBatch, config: LearnerConfig, context: BatchContext | None
+) -> dict[str, RouterReader]:
+    """Return the router readers that the configuration needs, by name; none for a model without experts."""
     route, rows, score = part.old_route, part.batch.rows, policy.router_score
     if route is None:
         return {}
     check_covers(route, rows.inputs.shape)
-    differentiable = getattr(config.objective_config, "gamma_gradient", False)
-    readers = {"routing": drift_reader(route, score, differentiable)}
+    readers = {"routing": drift_reader(route, score, config.gamma_gradient)}
     if config.diagnostics:
         learned = response_inputs(part.batch.places, part.batch.mask, rows.inputs.shape)
         readers["routing"] = routing_reader(readers["routing"], route.expert_ids, learned, score)
-    if whole is not None and config.regularizers.load_balance_coefficient > 0:
-        readers["load_balance_loss"] = load_balance_reader(whole.fractions, rows.inputs.shape, score)
-    if whole is not None and config.regularizers.router_z_coefficient > 0:
+    if context is not None and config.regularizers.load_balance_coefficient > 0:
+        readers["load_balance_loss"] = load_balance_reader(context.fractions, rows.inputs.shape, score)
+    if context is not None and config.regularizers.router_z_coefficient > 0:
         readers["router_z_loss"] = z_loss_reader(rows.inputs.shape, score)
     return readers
 
@@ -192,18 +206,16 @@ def _with_router_losses(
     readings: dict[str, RouterReading],
     part: ScoredBatch,
     config: LearnerConfig,
-    whole: Whole | None,
+    context: BatchContext,
 ) -> tuple[Mean, dict[str, Statistic]]:
-    """Adds the router losses, means over other things than the objective, so that one division by its weight is right
-    for all."""
+    """Add the router losses, rescaled from their own denominator to the objective's, by which the sum is divided."""
     coefficients = {
         "load_balance_loss": config.regularizers.load_balance_coefficient,
         "router_z_loss": config.regularizers.router_z_coefficient,
     }
-    for name, coefficient in coefficients.items():
-        if whole is not None and name in readings:
-            mean = router_loss_of(readings[name], part.batch.rows.segment_ids)
-            share = mean.total / jnp.maximum(whole.tokens, 1)
-            loss = Mean(loss.total + coefficient * whole.weight * share, loss.weight)
-            statistics |= {name: Mean(jax.lax.stop_gradient(mean.total), mean.weight)}
+    for name in [name for name in coefficients if name in readings]:
+        mean = router_loss_of(readings[name], part.batch.rows.segment_ids)
+        share = mean.total / jnp.maximum(context.tokens, 1)
+        loss = Mean(loss.total + coefficients[name] * context.weight * share, loss.weight)
+        statistics |= {name: Mean(jax.lax.stop_gradient(mean.total), mean.weight)}
     return loss, statistics

@@ -1,38 +1,38 @@
-"""What the gradients of all objectives would be on one and the same batch, at one and the same parameters.
+"""Probes of the gradients of all objectives, on one and the same batch at one and the same parameters.
 
-Runs with different objectives soon have different parameters and different responses, so that their gradient norms say
-little about the objectives. A probe takes what one step has: the parameters θ after its last update, and the responses
-that it learned from. These were drawn by the policy from before its updates, so at θ they are off-policy, as they are
-in the last update of a step, and a little more. For each objective of `PROBED`, with its default config:
+Runs with different objectives soon have different parameters and responses, so their gradient norms say little about
+the objectives. A probe takes the parameters θ after the last update of a step, and the responses that the step learned
+from. The policy from before its updates drew these, so at θ they are a little more off-policy than in the last update.
+For each objective in `PROBED`, with its default config, it measures:
 
 * `probe_variance_*`: the variance of the gradient over parts of the batch, (Σ_p |g_p|² − n |ḡ|²) / (n − 1), summed over
   all parameters. n = mini_batches · micro_batches; g_p is the gradient of part p times n over the weight of all parts,
   so that their mean ḡ is the gradient of the whole batch.
-* `probe_snr_*`: |ḡ|² over the variance of ḡ, variance / n. Noise alone gives about 1, as |ḡ|² holds that noise too.
-* `probe_cosine_*`: between ḡ and the on-policy gradient g*.
+* `probe_snr_*`: |ḡ|² over the variance of ḡ, variance / n. Noise alone gives about 1: |ḡ|² holds it too.
+* `probe_cosine_*`: the cosine between ḡ and the on-policy gradient g*.
 * `probe_norm_*`: |ḡ| / |g*|.
 
 g* comes from a fresh rollout, drawn by θ for the same prompts. There all ratios and all γ are 1, and every objective
-is REINFORCE, up to how it takes the mean over tokens. So there is one g* for each way (`AGGREGATIONS`), and an
-objective is compared with that of its own way: the cosine is about the weights and clips of the objective alone. g* is
-an estimate as well. `probe_reference_cosine_*` is that between its two halves, c; an objective without any noise or
-bias would reach a cosine of about sqrt(2c / (1 + c)), and the gradient of another on-policy rollout of the same size
-about 2c / (1 + c). `probe_reference_snr_*` and `probe_reference_norm_*` go with it. A number that is not defined, as a
-cosine with a gradient of 0, is NaN.
+is REINFORCE, up to its mean over tokens. So there is one g* for each aggregation (`AGGREGATIONS`), and an objective is
+compared with the g* of its own: the cosine then shows the objective's weights and clips alone. g* is an estimate too.
+`probe_reference_cosine_*` is the cosine c between its two halves; an objective without noise or bias would reach about
+sqrt(2c / (1 + c)), and the gradient of another on-policy rollout of the same size about 2c / (1 + c).
+`probe_reference_snr_*` and `probe_reference_norm_*` are its other figures. Undefined numbers, such as a cosine with a
+gradient of 0, are NaN.
 
-What it cannot say. Advantages are those of the run, for all objectives alike: the estimators of RLOO, Dr. GRPO or
-REINFORCE++ are not compared, unless the run uses them. So are temperature, layer aggregation, routing and the
-correction for the sampler; a frozen router has no part in any gradient. Penalties, router losses and the scale of an
-adaptive router shift are left out. Parts share groups, and the baseline of a group makes the errors of its responses
-sum to about 0: variance is a little too large, and c a little too small. θ has learned from the old responses and not
-from the fresh ones, which makes old gradients smaller than those of new responses of the old policy would be. One
-probe is a sample of one: look at many steps. Under dynamic sampling the prompts are those of the step's last rollout.
+Limits. All objectives share the advantages of the run, so the estimators of RLOO, Dr. GRPO or REINFORCE++ are not
+compared unless the run uses them. They also share temperature, layer aggregation, routing and the correction for the
+sampler; a frozen router takes part in no gradient. Penalties, router losses and the scale of an adaptive router shift
+are left out. Parts share groups, and a group's baseline makes the errors of its responses sum to about 0, so variance
+comes out a little too large, and c a little too small. θ has learned from the old responses and not from the fresh
+ones, which makes the old gradients smaller than those of new responses of the old policy would be. One probe is a
+sample of one: look at many steps. Under dynamic sampling the prompts are those of the step's last rollout.
 
-Costs, for a probed step only: one rollout with its judging and scoring, one forward pass over the old responses, and a
-forward and a backward pass over a batch for each of the objectives and references. Beside the gradient of a part there
-are two float32 copies of the parameters. What is compiled is one backward pass of the model for all of them: an
-objective depends on parameters through log-probabilities only, as γ has no gradient in any default config, and what it
-makes of those is arrays. This file must never know an optimizer, or where rewards come from.
+Costs, in a probed step only: one rollout with its judging and scoring, one forward pass over the old responses, and a
+forward and a backward pass over a batch for each objective and reference. Beside the gradient of a part there are two
+float32 copies of the parameters. Only one backward pass of the model is compiled for all of them: γ has no gradient in
+any default config, so an objective depends on parameters through log-probabilities alone, and its derivative by those
+is an array.
 """
 
 import functools
@@ -56,13 +56,24 @@ from rspo_jax.objectives import (
 from rspo_jax.rollouts import unpack
 from rspo_jax.routing import drift_reader, freeze, gamma_of, update_route
 from rspo_jax.sharding import MeshConfig
-from rspo_jax.training.loss import LearnerConfig, score_rows
-from rspo_jax.training.update import keep_like_params, to_device
+from rspo_jax.training.config import LearnerConfig
+from rspo_jax.training.loss import score_rows
+from rspo_jax.training.stages import (
+    Setup,
+    choose,
+    draw,
+    judge_drawing,
+    pack_mini_batches,
+    score_mini_batches,
+    with_advantages,
+)
+from rspo_jax.training.state import RunState
+from rspo_jax.training.update import keep_like_params, route_to_device
 from rspo_jax.types import Array, Params, Policy, ScoredBatch
 
 
 class Variant(NamedTuple):
-    """An objective with a config."""
+    """An objective with one of its configs."""
 
     objective: str
     config: Any
@@ -73,14 +84,16 @@ PROBED: Mapping[str, Variant] = {
     "grpo_rs": Variant("grpo", GRPOConfig(gamma_min=0.8)),
     "gspo_rs": Variant("gspo", GSPOConfig(gamma_min=0.8)),
 }
-"""What is probed, by the name that its metrics end with: all objectives, and two with a router shift."""
+"""Suffix of the metrics -> what is probed: all objectives, and two more with a router shift."""
 
+_PROBE = 0x70726F62
+"""Folded into the key of a probe; far from the small numbers by which other keys are derived from the same one."""
 # At a ratio of 1, GRPO's gradient is that of REINFORCE.
 _REFERENCES = {way: Variant("grpo", GRPOConfig(aggregation=way)) for way in AGGREGATIONS}
 
 
 class GradientSums(NamedTuple):
-    """What is kept of the gradients of parts, none of which is divided yet."""
+    """Sums over the gradients G_p of parts, before the division by the weight."""
 
     total: Params
     """float32, Σ_p G_p."""
@@ -89,38 +102,62 @@ class GradientSums(NamedTuple):
 
 
 class _Weighed(NamedTuple):
-    """A mini-batch, and what each variant makes of it."""
+    """A mini-batch with the derivatives of every variant's loss by its log-probabilities."""
 
     batch: ScoredBatch
     cotangents: dict[str, Array]
-    """float32 [parts, B, T]: the derivative of a part's undivided loss by its log-probabilities."""
+    """Variant -> float32 [parts, B, T]: the derivative of a part's undivided loss."""
     weights: dict[str, Array]
-    """float32 scalars: the mini-batch's share of the division."""
+    """Variant -> float32 scalar: the mini-batch's share of the denominator."""
 
 
 class _Gradient(NamedTuple):
-    """Of a whole batch."""
+    """The gradient of a whole batch."""
 
     total: Params
-    """float32, before its division."""
+    """float32, before the division."""
     square: float
     """|total|²."""
     weight: float
-    """What it is to be divided by."""
+    """The denominator."""
 
     @property
     def norm(self) -> float:
-        """Once it is divided."""
+        """Norm of the gradient after the division."""
         return math.sqrt(self.square) / self.weight
 
 
 class _Model(NamedTuple):
-    """Where gradients are taken."""
+    """The model that gradients are taken of, and how it is scored."""
 
     policy: Policy
     params: Params
     config: LearnerConfig
     mesh: MeshConfig
+
+
+def probe_gradients(setup: Setup, state: RunState, scored: list[ScoredBatch]) -> dict[str, float]:
+    """Probe the gradients of all objectives at the end of a step; the state does not change.
+
+    Draws a rollout for the step's prompts from the present parameters, with a key of its own.
+
+    Args:
+      setup: policy, problems and settings of the run.
+      state: the state after the step.
+      scored: the mini-batches that the step learned from.
+
+    Returns:
+      The metrics, by name.
+    """
+    config = setup.config
+    key, cut_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), _PROBE))
+    again = state._replace(key=jax.random.key_data(key), cursor=state.cursor - config.prompts)
+    drawing, _ = draw(setup, again)
+    judged = judge_drawing(setup, drawing)
+    rollout = choose([judged], [with_advantages(setup, judged)], config)
+    mini_batches, _ = pack_mini_batches(setup, rollout, cut_key)
+    fresh, _ = score_mini_batches(setup, state, mini_batches)
+    return probe(setup.policy, state.train.params, scored, fresh, setup.learner, config.mesh)
 
 
 def probe(
@@ -131,18 +168,18 @@ def probe(
     config: LearnerConfig,
     mesh: MeshConfig = MeshConfig(),
 ) -> dict[str, float]:
-    """Measures all objectives; see the top of this file.
+    """Measure the gradients of all objectives, as the module's docstring defines them.
 
     Args:
       policy: the model.
       params: θ.
-      scored: mini-batches of a step, [parts, ...] each, as the policy that drew them scores them.
-      fresh: mini-batches of a rollout drawn by θ and scored by it.
-      config: the run's. Its objective, penalties and router losses are not used.
+      scored: mini-batches of a step, [parts, ...] each, scored by the policy that drew them.
+      fresh: mini-batches of a rollout drawn and scored by θ.
+      config: settings of the learner; its objective, penalties and router losses are not used.
       mesh: its rules say where gradients lie, if a mesh is in use (`jax.set_mesh`).
 
     Returns:
-      The metrics.
+      The metrics, by name.
 
     Raises:
       ValueError: if there are fewer than two parts.
@@ -168,7 +205,7 @@ def _number_of_parts(batches: Sequence[ScoredBatch]) -> int:
 
 def _weigh(model: _Model, mini_batch: ScoredBatch) -> _Weighed:
     config = model.config
-    on_device = to_device(mini_batch) if config.route_on_host else mini_batch
+    on_device = route_to_device(mini_batch) if config.route_on_host else mini_batch
     log_probs, gamma = _forward(model.policy, model.params, on_device, config)
     variants = tuple(PROBED.items())
     return _Weighed(mini_batch, *_cotangents(log_probs, gamma, _without_route(mini_batch), config.correction, variants))
@@ -188,7 +225,7 @@ def _without_route(mini_batch: ScoredBatch) -> ScoredBatch:
 def _forward(
     policy: Policy, params: Params, mini_batch: ScoredBatch, config: LearnerConfig
 ) -> tuple[Array, Array | None]:
-    """log π_θ and raw γ of each part, [parts, B, T]."""
+    """Return log π_θ and raw γ of each part, [parts, B, T]."""
 
     def of_part(part: ScoredBatch) -> tuple[Array, Array | None]:
         route, places = part.old_route, part.batch.places
@@ -211,7 +248,7 @@ def _cotangents(
     correction_config: CorrectionConfig,
     variants: tuple[tuple[str, Variant], ...],
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What each variant makes of the log-probabilities, [parts, B, T], and the weight that it divides by."""
+    """Return the derivative of every variant's loss by the log-probabilities, [parts, B, T], and its denominator."""
 
     def of_part(log_probs: Array, gamma: Array | None, part: ScoredBatch) -> tuple[dict[str, Array], dict[str, Array]]:
         batch = part.batch
@@ -231,7 +268,7 @@ def _cotangents(
 
 
 def _reference(model: _Model, fresh: list[_Weighed], way: str) -> tuple[_Gradient, dict[str, float]]:
-    """The on-policy gradient, and what is known of it."""
+    """Return the on-policy gradient and its figures."""
     parts = _parts_of(fresh)
     first, second = _sums(model, fresh, way, 0, parts // 2), _sums(model, fresh, way, parts // 2, parts)
     cosine = _cosine(_inner(first.total, second.total), _square(first.total), _square(second.total))
@@ -264,7 +301,7 @@ def _gradient(total: Params, batches: list[_Weighed], name: str) -> _Gradient:
 
 
 def _spread(gradient: _Gradient, squares: float, parts: int) -> tuple[float, float]:
-    """Variance of the parts' gradients, and the signal-to-noise ratio of their mean; `squares` is Σ_p |G_p|²."""
+    """Return the variance of the parts' gradients and the signal-to-noise ratio of their mean, given Σ_p |G_p|²."""
     excess = parts * squares - gradient.square
     excess = 0.0 if excess < 0 else excess  # by rounding
     return (
@@ -278,12 +315,12 @@ def _cosine(inner: float, square: float, other_square: float) -> float:
 
 
 def _divided(over: float, under: float) -> float:
-    """NaN where the divisor is 0."""
+    """Divide, or return NaN if the divisor is 0."""
     return over / under if under else math.nan
 
 
 def _sums(model: _Model, batches: list[_Weighed], name: str, start: int, stop: int) -> GradientSums:
-    """Over the parts from `start` to before `stop`, counted through all mini-batches."""
+    """Sum the gradients of the parts in [start, stop), counted through all mini-batches."""
     policy, params, config, mesh = model
     sums, before = _no_gradient(policy, params, mesh), 0
     for mini_batch, cotangents, _ in batches:
@@ -292,7 +329,7 @@ def _sums(model: _Model, batches: list[_Weighed], name: str, start: int, stop: i
         if config.routing == "free":
             mini_batch = _without_route(mini_batch)
         elif wanted and config.route_on_host:
-            mini_batch = to_device(mini_batch)
+            mini_batch = route_to_device(mini_batch)
         for index in wanted:
             sums = _add(policy, params, sums, mini_batch, cotangents[name], np.int32(index), config, mesh)
         before += size
@@ -316,7 +353,7 @@ def _add(
     config: LearnerConfig,
     mesh: MeshConfig,
 ) -> GradientSums:
-    """The sums with one part more. The only program with a backward pass of the model."""
+    """Add the gradient of one more part to the sums. This is the only program with a backward pass of the model."""
     part, cotangent = jax.tree.map(lambda leaf: leaf[index], (mini_batch, cotangents))
 
     def linear(params: Params) -> Array:

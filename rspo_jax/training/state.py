@@ -1,7 +1,4 @@
-"""The state of a run, where on the mesh it lies, and how it begins: all that a later process needs to go on exactly.
-
-This file must never know what happens in a step.
-"""
+"""The state of a run, its place on the mesh, and its beginning: all that a later process needs to go on bit for bit."""
 
 import functools
 from collections.abc import Callable
@@ -20,49 +17,18 @@ from rspo_jax.types import Array, Params, Policy
 
 
 class TrainState(NamedTuple):
-    """What an update changes."""
+    """The arrays that an update changes."""
 
     params: Params
     opt_state: optax.OptState
     updates: Array
     """int32 scalar: updates made."""
     skipped: Array
-    """int32 scalar: updates skipped because something was not finite."""
-
-
-def init_train_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
-    """A state before its first update."""
-    return TrainState(params, optimizer.build().init(params), jnp.int32(0), jnp.int32(0))
-
-
-def train_state_shardings(
-    policy: Policy, optimizer: OptimizerConfig, state: TrainState, mesh: Mesh, rules: Rules = RULES
-) -> Any:
-    """Where everything of a state lies: parameters by the table, the optimizer's copies of them beside them.
-
-    Args:
-      policy: knows the logical axes of its parameters.
-      optimizer: that of the state.
-      state: of arrays or `jax.ShapeDtypeStruct`s.
-      mesh: from `rspo_jax.sharding.make_mesh`.
-      rules: the table.
-
-    Returns:
-      A `TrainState` of `jax.sharding.NamedSharding`s.
-
-    Raises:
-      ValueError: if the mesh does not divide a parameter, or splits two axes of one, with its name.
-    """
-    params = shardings_of(mesh, state.params, policy.param_axes(), rules)
-    whole = NamedSharding(mesh, PartitionSpec())
-    opt_state = optax.tree.map_params(
-        optimizer.build(), lambda _, sharding: sharding, state.opt_state, params, transform_non_params=lambda _: whole
-    )
-    return TrainState(params, opt_state, whole, whole)  # pyright: ignore[reportArgumentType]
+    """int32 scalar: updates skipped because their loss or gradient was not finite."""
 
 
 class RunState(NamedTuple):
-    """All that a run needs to go on exactly; a checkpoint holds nothing else but its metadata."""
+    """The whole state of a run; a checkpoint holds nothing else but its metadata."""
 
     train: TrainState
     key: Array
@@ -74,17 +40,22 @@ class RunState(NamedTuple):
     step: Array
     """int32 scalar: steps of reinforcement learning made."""
     lengths: ResponseLengths
-    """Of the last rollout: they decide how the next is drawn."""
+    """Response lengths of the last rollout, which decide whether the next one refills its slots."""
     shift_log_scale: Array
-    """float32 scalar, of an adaptive router shift (`rspo_jax.routing.adaptive`); 0 elsewhere."""
+    """float32 scalar: log scale of an adaptive router shift (`rspo_jax.routing.adaptive`); 0 without one."""
     reference: Params | None = None
-    """Parameters that reinforcement learning began with, where a KL penalty holds on to them."""
+    """The parameters that reinforcement learning began with, if a KL penalty needs them."""
+
+
+def init_train_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
+    """Return the state before the first update."""
+    return TrainState(params, optimizer.build().init(params), jnp.int32(0), jnp.int32(0))
 
 
 def fresh_state(
     init_params: Callable[[Array], Params], config: TrainerConfig, with_reference: bool = False
 ) -> RunState:
-    """The state before the first step; `with_reference` it keeps a copy of the parameters."""
+    """Return the state before the first step; `with_reference` adds a copy of the parameters."""
     key, params_key = jax.random.split(jax.random.key(config.seed))
     zero = jnp.int32(0)
     params = init_params(params_key)
@@ -95,20 +66,20 @@ def fresh_state(
 
 
 def copy_params(params: Params) -> Params:
-    """Parameters in memory of their own: an update takes that of those it changes."""
+    """Copy parameters into memory of their own, because an update donates the memory of those it changes."""
     return jax.tree.map(jnp.copy, params)
 
 
 def first_state(
     init_params: Callable[[Array], Params], params: Params | None, config: TrainerConfig, template: RunState
 ) -> RunState:
-    """The state before the first step, where the template of `state_on_mesh` has it.
+    """Return the state before the first step, placed on the mesh as the template says.
 
     Args:
-      init_params: makes fresh parameters, if there are none.
-      params: those to begin with, which are donated.
-      config: of the run.
-      template: shapes and shardings.
+      init_params: makes fresh parameters, used if `params` is None.
+      params: parameters to begin with, which are donated.
+      config: the trainer's configuration.
+      template: shapes and shardings from `state_on_mesh`.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
     fresh = functools.partial(fresh_state, config=config, with_reference=template.reference is not None)
@@ -126,10 +97,10 @@ def state_on_mesh(
     mesh: Mesh,
     with_reference: bool = False,
 ) -> RunState:
-    """The shapes of a run's state, each with its sharding: parameters and optimizer by the table, the rest whole.
+    """Return the shapes of a run's state with their shardings: parameters and optimizer by the table, the rest whole.
 
     Raises:
-      ValueError: if the mesh does not divide a parameter, with its name.
+      ValueError: naming the parameter that the mesh does not divide.
     """
     state = jax.eval_shape(functools.partial(fresh_state, init_params, config, with_reference))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -141,9 +112,37 @@ def state_on_mesh(
     )
 
 
+def train_state_shardings(
+    policy: Policy, optimizer: OptimizerConfig, state: TrainState, mesh: Mesh, rules: Rules = RULES
+) -> Any:
+    """Return the sharding of every array: parameters by the table, the optimizer's moments beside their parameters.
+
+    Args:
+      policy: knows the logical axes of its parameters.
+      optimizer: the configuration that the state was made with.
+      state: of arrays or `jax.ShapeDtypeStruct`s.
+      mesh: from `rspo_jax.sharding.make_mesh`.
+      rules: logical axis -> mesh axes.
+
+    Returns:
+      A `TrainState` of `jax.sharding.NamedSharding`s.
+
+    Raises:
+      ValueError: naming the parameter that the mesh does not divide, or of which it would split two axes by one.
+    """
+    params = shardings_of(mesh, state.params, policy.param_axes(), rules)
+    whole = NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.tree.map_params(
+        optimizer.build(), lambda _, sharding: sharding, state.opt_state, params, transform_non_params=lambda _: whole
+    )
+    return TrainState(params, opt_state, whole, whole)  # pyright: ignore[reportArgumentType]
+
+
 def sampling_params(policy: Policy, params: Params, config: TrainerConfig) -> Params:
-    """Parameters as the sampler wants them on the mesh in use: in the dtypes that it reads, and gathered once, not
-    layer by layer for every token."""
+    """Return the parameters as the sampler reads them: cast, and gathered once on the mesh in use.
+
+    Left where training has them, they would be gathered layer by layer for every token.
+    """
     params = policy.cast_params(params)
     rules = config.mesh.sampling_rules
     return jax.device_put(params, shardings_of(jax.sharding.get_mesh(), params, policy.param_axes(), rules))

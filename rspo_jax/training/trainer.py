@@ -1,107 +1,70 @@
 """The training loop: warm start, then reinforcement learning, from a fresh start or from a checkpoint.
 
-Reads top to bottom as the data flows: prompts → rollout → rewards → advantages → objective → update → metrics and
-checkpoint. Every step is a function of the run state, which holds all that a later process needs to go on bit for bit:
-parameters, optimizer, PRNG key, data cursor and step counts. This file must never know a concrete model or task.
+Data flows one way: prompts → rollout → rewards → advantages → objective → update → metrics and checkpoint. Every step
+is a function of the run state, which holds all that a later process needs to go on bit for bit: parameters, optimizer,
+PRNG key, data cursor and step counts.
 """
 
-import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rspo_jax.hosts import Preemption, is_primary
-from rspo_jax.records import Alarm, FilePath, MetricsLog, Progress, as_path, read_metrics, wilson_interval
+from rspo_jax.hosts import Preemption, is_primary, say
+from rspo_jax.records.alarm import Alarm
 from rspo_jax.records.checkpoint import Checkpoints
-from rspo_jax.rollouts import (
-    Packing,
-    SamplerConfig,
-    check_solutions,
-    encode_solutions,
-    pack,
-    solve,
-    take,
-    usable_problems,
-)
-from rspo_jax.routing import finish
+from rspo_jax.records.files import FilePath, as_path
+from rspo_jax.records.metrics import MetricsLog, read_metrics
+from rspo_jax.rollouts import Packing, Problems, ResponseLengths, check_solutions, encode_solutions, pack, take
 from rspo_jax.sharding import make_mesh
-from rspo_jax.statistics import Statistic, reduce
-from rspo_jax.training.config import (
-    LearnerConfig,
-    TrainerConfig,
-    check_learner,
-    check_mesh,
+from rspo_jax.training.config import LearnerConfig, TrainerConfig, check_learner, check_mesh
+from rspo_jax.training.evaluation import evaluate
+from rspo_jax.training.metrics import StepMetrics, read_statistics, rollout_metrics, speed
+from rspo_jax.training.probe import probe_gradients
+from rspo_jax.training.recorder import Recorder, Stopped
+from rspo_jax.training.stages import (
+    Setup,
+    adapt_shift,
+    choose,
+    draw,
+    judge_drawing,
+    pack_mini_batches,
+    score_mini_batches,
+    wants_more,
+    with_advantages,
 )
-from rspo_jax.training.reinforcement import Run, StepRecord, learn, learning_rate_at, probe_gradients, start_rollout
-from rspo_jax.training.state import (
-    RunState,
-    copy_params,
-    first_state,
-    fresh_state,
-    init_train_state,
-    sampling_params,
-    state_on_mesh,
-)
-from rspo_jax.training.update import supervised_update
-from rspo_jax.types import Array, Params, Policy, Task
+from rspo_jax.training.state import RunState, copy_params, first_state, init_train_state, state_on_mesh
+from rspo_jax.training.update import route_to_device, supervised_update, update
+from rspo_jax.types import Array, Params, Policy
 
-Batch = TypeVar("Batch")
-
-
-@dataclass
-class Recorder:
-    """What a run leaves behind: metrics, checkpoints, and word that it was asked to stop."""
-
-    log: MetricsLog
-    checkpoints: Checkpoints
-    preemption: Preemption
-    alarm: Alarm
-    elapsed_before: float
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds, those of interrupted processes up to their last checkpoint included."""
-        return self.elapsed_before + time.monotonic() - self.started
-
-    def save(self, state: RunState) -> None:
-        index = int(state.warm_start_step) + int(state.step)
-        self.log.flush()  # the rows up to a checkpoint must outlive a kill, as it does
-        self.checkpoints.save(index, state, {"elapsed_seconds": self.elapsed})
-
-
-class Stopped(Exception):
-    """The run was asked to stop by the signal that it names; its state has been saved."""
+__all__ = ["Stopped", "train"]
 
 
 def train(
     policy: Policy,
     init_params: Callable[[Array], Params],
-    task: Task,
+    problems: Problems,
     learner: LearnerConfig,
     config: TrainerConfig,
     run_dir: FilePath,
     resume: bool = False,
     load_params: Callable[[], Params | None] = lambda: None,
 ) -> tuple[Params, float]:
-    """Runs both phases to their end.
+    """Run both phases to their end.
 
     Args:
       policy: the model.
       init_params: makes its parameters from a PRNG key.
-      task: problems and judge.
-      learner: the objective.
+      problems: the task and its problems, from `rspo_jax.rollouts.load_problems(task, config.max_prompt_tokens)`.
+      learner: objective, penalties and routing.
       config: everything else.
       run_dir: a folder, or an address of `rspo_jax.records.files.as_path`; gets `metrics.jsonl`, `tensorboard/` and
         `checkpoints/`.
-      resume: go on from the newest checkpoint in `run_dir`, or start where there is none.
-      load_params: gives the parameters that a run begins with, of the shapes of `init_params`, on the mesh in use; None
-        for fresh ones. A run that goes on does not call it.
+      resume: if True, go on from the newest checkpoint in `run_dir`, or start if there is none.
+      load_params: returns the parameters to begin with, of the shapes of `init_params`, on the mesh in use; None for
+        fresh ones. A run that goes on does not call it.
 
     Returns:
       The final parameters, and the seconds that the run took.
@@ -111,97 +74,37 @@ def train(
       ValueError: if configs do not fit together, or a checkpoint does not fit the model.
     """
     check_learner(config, learner)
-    run = _prepare(policy, task, learner, config)
+    setup = Setup(policy, problems, learner, config)
+    for name, split in problems.splits.items():
+        if split.dropped:
+            say(
+                f"{name}: {split.dropped} of {split.dropped + len(split.problems)} problems are left out, because "
+                f"their prompts have more than {config.max_prompt_tokens} tokens (max_prompt_tokens)"
+            )
     mesh = make_mesh(config.mesh)
-    check_mesh(config, learner, mesh, run.width + config.sampler.max_new_tokens - 1)
+    check_mesh(config, learner, mesh, problems.width + config.sampler.max_new_tokens - 1)
     with (
         jax.set_mesh(mesh),
         Preemption() as preemption,
         Checkpoints(as_path(run_dir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     ):
+        # The state: from the newest sound checkpoint, or from the beginning.
         template = state_on_mesh(policy, init_params, config, mesh, learner.regularizers.needs_reference)
-        restored = checkpoints.restore_newest(template, say=_say) if resume else None
+        restored = checkpoints.restore_newest(template, say=say) if resume else None
         state = first_state(init_params, load_params(), config, template) if restored is None else restored.state
         elapsed = 0.0 if restored is None else float(restored.metadata["elapsed_seconds"])
         if resume:
-            _say(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")
-        with MetricsLog(run_dir, resume_after=_position(state) if resume else None) as log:
+            say(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")
+        last_row = ("rl", int(state.step)) if int(state.step) else ("warm_start", int(state.warm_start_step))
+        with MetricsLog(run_dir, resume_after=last_row if resume else None) as log:
             recorder = Recorder(log, checkpoints, preemption, _alarm_after(run_dir, resume), elapsed)
-            state = _warm_start(run, state, recorder)
-            state = _reinforce(run, state, recorder)
+            state = _warm_start(setup, state, recorder)
+            state = _reinforce(setup, state, recorder)
             return state.train.params, recorder.elapsed
 
 
-def _prepare(policy: Policy, task: Task, learner: LearnerConfig, config: TrainerConfig) -> Run:
-    """Chooses the problems of the run, and says which are left out."""
-    names = ("train", "validation", "test")
-    splits = [usable_problems(task, task.problems(name), config.max_prompt_tokens) for name in names]
-    train_problems, validation_problems, test_problems = (split.problems for split in splits)
-    for name, split in zip(names, splits, strict=True):
-        if split.dropped:
-            _say(
-                f"{name}: {split.dropped} of {split.dropped + len(split.problems)} problems are left out, because "
-                f"their prompts have more than {config.max_prompt_tokens} tokens (max_prompt_tokens)"
-            )
-    dropped = {f"dropped_{name}_problems": float(split.dropped) for name, split in zip(names, splits, strict=True)}
-    return Run(
-        policy,
-        task,
-        learner,
-        config,
-        train_problems,
-        validation_problems[: config.evaluation.problems],
-        test_problems,
-        width=max(split.width for split in splits),
-        dropped={} if config.max_prompt_tokens is None else dropped,
-    )
-
-
-def _say(text: str) -> None:
-    """Prints, on one of the processes that share a run."""
-    if jax.process_index() == 0:
-        print(text)
-
-
-class RestoredParams(NamedTuple):
-    """Parameters from a run's folder."""
-
-    params: Params
-    step: int
-    """Steps of reinforcement learning that they have seen."""
-    index: int
-    """Of the checkpoint."""
-
-
-def restore_params(
-    policy: Policy,
-    init_params: Callable[[Array], Params],
-    config: TrainerConfig,
-    run_dir: FilePath,
-    with_reference: bool = False,
-) -> RestoredParams:
-    """The parameters of the newest sound checkpoint in `run_dir`, read straight to where the mesh in use has them.
-
-    `with_reference` says whether the run keeps those of a reference (`RegularizerConfig.needs_reference`).
-
-    Raises:
-      ValueError: if there is no checkpoint, or it does not fit the model or the mesh.
-      CheckpointError: if all checkpoints are damaged.
-    """
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        template = jax.eval_shape(functools.partial(fresh_state, init_params, config, with_reference))
-    else:
-        template = state_on_mesh(policy, init_params, config, mesh, with_reference)
-    with Checkpoints(as_path(run_dir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore_newest(template, say=_say)
-    if restored is None:
-        raise ValueError(f"{run_dir} has no checkpoint yet")
-    return RestoredParams(restored.state.train.params, int(restored.state.step), restored.index)
-
-
 def _alarm_after(run_dir: FilePath, resume: bool) -> Alarm:
-    """An alarm that has seen the rows before a resumption, and does not ring again for them."""
+    """Return an alarm that has seen the rows before a resumption, so that it does not ring for them again."""
     alarm = Alarm()
     if resume and is_primary() and (as_path(run_dir) / "metrics.jsonl").exists():
         for row in read_metrics(run_dir):
@@ -209,121 +112,103 @@ def _alarm_after(run_dir: FilePath, resume: bool) -> Alarm:
     return alarm
 
 
-def _position(state: RunState) -> tuple[str, int]:
-    return ("rl", int(state.step)) if int(state.step) else ("warm_start", int(state.warm_start_step))
-
-
-def _warm_start(run: Run, state: RunState, recorder: Recorder) -> RunState:
-    """Imitates worked solutions, then hands over to reinforcement learning with a fresh optimizer."""
-    config, done = run.config.warm_start, int(state.warm_start_step)
-    optimizer = config.decaying_optimizer
-    if done >= config.steps or int(state.step):
+def _warm_start(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
+    """Imitate worked solutions, then hand over to reinforcement learning with a fresh optimizer."""
+    config, warm_start, task = setup.config, setup.config.warm_start, setup.problems.task
+    done, problems = int(state.warm_start_step), setup.problems.splits["train"].problems
+    if done >= warm_start.steps or int(state.step):
         return state
-    response_width = run.config.sampler.max_new_tokens
-    check_solutions(run.task, run.train_problems, response_width)
-    with Progress("warm_start", config.steps, completed=done) as progress:
-        for step in range(done + 1, config.steps + 1):
+    response_width, packing = config.sampler.max_new_tokens, Packing(row_length=setup.learner.row_length)
+    check_solutions(task, problems, response_width)
+    with recorder.phase("warm_start", warm_start.steps, completed=done):
+        for step in range(done + 1, warm_start.steps + 1):
+            # Prompts and worked solutions, packed into rows.
             started = time.monotonic()
-            rows = take(len(run.train_problems), (run.config.seed, 0), int(state.cursor), config.batch_size)
-            problems = [run.train_problems[row] for row in rows]
-            solutions = encode_solutions(run.task, problems, run.width, response_width)
-            packing = Packing(row_length=run.learner.row_length)
-            batch, packing_metrics = pack(solutions, response_width, np.arange(len(rows)), packing)
-            train_state, statistics = supervised_update(run.policy, optimizer, state.train, batch, run.config.mesh)
-            cursor = state.cursor + config.batch_size
+            rows = take(len(problems), (config.seed, 0), int(state.cursor), warm_start.batch_size)
+            chosen = [problems[row] for row in rows]
+            solutions = encode_solutions(task, chosen, setup.problems.width, response_width)
+            batch, padding = pack(solutions, response_width, np.arange(len(rows)), packing)
+            # Update.
+            optimizer = warm_start.decaying_optimizer
+            train_state, statistics = supervised_update(setup.policy, optimizer, state.train, batch, config.mesh)
+            cursor = state.cursor + warm_start.batch_size
             state = state._replace(train=train_state, cursor=cursor, warm_start_step=jnp.int32(step))
-            numbers, _ = _to_host([statistics])
-            metrics = numbers | packing_metrics | {"learning_rate": learning_rate_at(optimizer, step - 1)}
-            metrics |= _speed(started, int(jnp.sum(solutions.mask)))
-            recorder.log.write("warm_start", step, metrics)
-            progress.update(step, metrics)
-            if step == config.steps:
-                train_state = init_train_state(state.train.params, run.config.decaying_optimizer)
+            # End of the step: metrics, hand-over after the last one, checkpoint, stop.
+            numbers, _ = read_statistics([statistics])
+            metrics = numbers | padding | {"learning_rate": optimizer.learning_rate_at(step - 1)}
+            recorder.write("warm_start", step, metrics | speed(started, int(jnp.sum(solutions.mask))))
+            if step == warm_start.steps:
+                train_state = init_train_state(state.train.params, config.decaying_optimizer)
                 reference = None if state.reference is None else copy_params(train_state.params)
                 state = state._replace(train=train_state, cursor=jnp.int32(0), reference=reference)
-            stop = recorder.preemption.agreed()
-            if stop or step == config.steps or step % run.config.checkpoint.every == 0:
+            stop = recorder.should_stop()
+            if stop or step == warm_start.steps or step % config.checkpoint.every == 0:
                 recorder.save(state)
             if stop:
                 raise Stopped(stop)
     return state
 
 
-def _reinforce(run: Run, state: RunState, recorder: Recorder) -> RunState:
-    """Learns from its own responses, `config.steps` rollouts of them."""
-    config, done = run.config, int(state.step)
+def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
+    """Learn from the policy's own responses, one rollout a step."""
+    config, learner, optimizer, done = setup.config, setup.learner, setup.config.decaying_optimizer, int(state.step)
     if done and done >= config.steps:
         return state
-    with Progress("rl", max(config.steps, 1), completed=done) as progress:
-
-        def write(step: int, metrics: dict[str, float], arrays: dict[str, np.ndarray]) -> None:
-            recorder.log.write("rl", step, metrics, arrays)
-            progress.update(step, metrics)
-            why = recorder.alarm.update({"phase": "rl", "step": step} | metrics)
-            if why is not None:
-                progress.say(f"step {step}: signs of a collapse: {why}")
-
+    with recorder.phase("rl", max(config.steps, 1), completed=done):
         if done == 0:
-            write(0, _evaluate(run, state, final=True), {})
-        previous: StepRecord | None = None
+            recorder.write("rl", 0, evaluate(setup, state, final=True))
+        unwritten: StepMetrics | None = None
         for step in range(done + 1, config.steps + 1):
-            draws, state = start_rollout(run, state)
-            if previous is not None:  # the host has time: the device is drawing
-                write(previous.step, *_finish(previous))
-            state, previous = learn(run, state, draws)
-            last, stop = step == config.steps, recorder.preemption.agreed()
+            # Draw: the device starts on `group_size` responses to each of the next prompts.
+            drawing, state = draw(setup, state)
+            # Meanwhile the host finishes the step before.
+            if unwritten is not None:
+                recorder.write("rl", unwritten.step, *unwritten.wait())
+            # Judge the responses chunk by chunk, as they are ready; dynamic sampling may draw more of them.
+            judged = [judge_drawing(setup, drawing)]
+            while wants_more(judged, config):
+                more, state = draw(setup, state)
+                judged.append(judge_drawing(setup, more))
+            # Advantages: each response is compared with the others of its group.
+            rollouts = [with_advantages(setup, one) for one in judged]
+            # Choose the groups to learn from: those whose rewards differ first.
+            rollout = choose(judged, rollouts, config)
+            # Pack: cut the rollout into mini-batches at random, and their responses into rows.
+            key, shuffle_key = jax.random.split(jax.random.wrap_key_data(state.key))
+            mini_batches, padding = pack_mini_batches(setup, rollout, shuffle_key)
+            # Score: old log-probs and the old route, in the numerics of the loss.
+            scored, statistics = score_mini_batches(setup, state, mini_batches)
+            # Update on each mini-batch, in a new order each epoch.
+            train, learning_rate = state.train, optimizer.learning_rate_at(int(state.train.updates))
+            scale = state.shift_log_scale if learner.adaptive_shift.adapts else None
+            for epoch in range(config.epochs):
+                order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), config.mini_batches)
+                for index in np.asarray(order):
+                    mini_batch = route_to_device(scored[index]) if learner.route_on_host else scored[index]
+                    train, shown = update(setup.policy, optimizer, train, mini_batch, learner, config.mesh, scale)
+                    statistics.append(shown)
+            # Adapt the scale of the router shift to what the updates have shown.
+            state, shown = adapt_shift(state, statistics, learner)
+            # End of the step: metrics, probe, evaluation, checkpoint, stop.
+            numbers = rollout_metrics(judged, config) | padding | {"learning_rate": learning_rate}
+            lengths = ResponseLengths(jnp.float32(numbers["response_length"]), jnp.float32(numbers["longest_response"]))
+            key = jax.random.key_data(key)
+            state = state._replace(train=train, key=key, step=state.step + 1, lengths=lengths)
+            unwritten = StepMetrics(step, [*statistics, shown], numbers, drawing.started)
+            scored = scored if config.probes(step) else []
+            del drawing, judged, rollouts, rollout, mini_batches, mini_batch  # the device needs the memory
+            last, stop = step == config.steps, recorder.should_stop()
             evaluating = last or step % config.evaluation.every == 0
             saving = last or stop or step % config.checkpoint.every == 0
-            if evaluating or saving or config.probes(step):
-                metrics, arrays = _finish(previous)
-                metrics |= probe_gradients(run, state, previous.scored) if config.probes(step) else {}
-                previous = None
-                write(step, metrics | (_evaluate(run, state, final=last) if evaluating else {}), arrays)
-                stop = recorder.preemption.agreed()  # once more: an evaluation takes its time
+            if evaluating or saving or scored:
+                metrics, arrays = unwritten.wait()
+                metrics |= probe_gradients(setup, state, scored) if scored else {}
+                unwritten, scored = None, []
+                metrics |= evaluate(setup, state, final=last) if evaluating else {}
+                recorder.write("rl", step, metrics, arrays)
+                stop = recorder.should_stop()  # again, because an evaluation takes its time
             if saving or stop:
                 recorder.save(state)
             if stop and not last:
                 raise Stopped(stop)
     return state
-
-
-def _evaluate(run: Run, state: RunState, final: bool) -> dict[str, float]:
-    """Solve rates with 95 % intervals: `eval_*` on validation problems, and if final `test_*` on the test split.
-    Beside them `dropped_*_problems`, where a run leaves problems out."""
-    metrics = dict(run.dropped)
-    params = sampling_params(run.policy, state.train.params, run.config)
-    splits = {"eval": run.validation_problems} | ({"test": run.test_problems} if final else {})
-    for split, problems in splits.items():
-        for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            sampler = SamplerConfig(run.config.sampler.max_new_tokens, temperature)
-            key = jax.random.key(run.config.seed)
-            judged = solve(run.policy, params, run.task, problems, key, sampler, run.width)
-            low, high = wilson_interval(int(judged.correct.sum()), len(problems))
-            name = f"{split}_{mode}"
-            metrics |= {name: float(judged.correct.mean()), f"{name}_low": low, f"{name}_high": high}
-    return metrics
-
-
-def _finish(record: StepRecord) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Waits for a step's statistics and joins them with what the host knew: numbers and arrays."""
-    metrics, arrays = _to_host(record.statistics)
-    return metrics | record.metrics | _speed(record.started, int(record.metrics["response_tokens"])), arrays
-
-
-def _to_host(statistics: list[dict[str, Statistic]]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Finishes the statistics of a step: a name that several updates report is reduced over all of them."""
-    by_name: dict[str, list[Statistic]] = {}
-    for update_statistics in statistics:
-        for name, statistic in update_statistics.items():
-            by_name.setdefault(name, []).append(statistic)
-    return finish(jax.device_get(_reduce_stacked(by_name)))
-
-
-@jax.jit
-def _reduce_stacked(by_name: dict[str, list[Statistic]]) -> dict[str, Array]:
-    return reduce({name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) for name, parts in by_name.items()})
-
-
-def _speed(started: float, tokens: int) -> dict[str, float]:
-    seconds = time.monotonic() - started
-    return {"step_seconds": seconds, "tokens_per_second": tokens / seconds}

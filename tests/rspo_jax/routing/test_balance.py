@@ -11,7 +11,7 @@ from rspo_jax import trace_router
 from rspo_jax.objectives import RegularizerConfig
 from rspo_jax.routing import expert_fractions, join_readers, load_balance_reader, router_loss_of, z_loss_reader
 from rspo_jax.training import LearnerConfig
-from rspo_jax.training.loss import part_terms, whole_of
+from rspo_jax.training.loss import batch_context, part_terms
 from rspo_jax.types import ModelOutput, PackedBatch, PackedRows, RouterReading, ScoredBatch
 
 L, N, T, E, K = 3, 4, 5, 6, 2
@@ -219,7 +219,7 @@ def test_a_coefficient_multiplies_the_loss_and_nothing_else(name, balance_coeffi
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        whole = whole_of(Policy(), params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), config)
+        whole = batch_context(Policy(), params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), config)
         terms = [part_terms(Policy(), params, part, config, whole)[0] for part in parts]
         return (terms[0].total + terms[1].total) / (terms[0].weight + terms[1].weight)
 

@@ -14,7 +14,7 @@ from rspo_jax.objectives import AGGREGATIONS, CorrectionConfig, RegularizerConfi
 from rspo_jax.training import LearnerConfig, TrainerConfig, check_learner, score
 from rspo_jax.training.loss import part_terms
 from rspo_jax.training.probe import PROBED, probe
-from rspo_jax.training.update import split_parts, to_host
+from rspo_jax.training.update import route_to_host, split_parts
 from rspo_jax.types import ModelOutput, PackedBatch, PackedRows, RouterReading
 
 VOCABULARY, LAYERS, EXPERTS, K = 6, 2, 4, 2
@@ -208,7 +208,8 @@ def test_a_gradient_is_that_of_the_loss_with_the_settings_of_the_run():
     norm = measured["probe_norm_gspo_rs"] * measured["probe_reference_norm_sequence_mean"]
     assert norm == pytest.approx(float(jnp.linalg.norm(gradient["logits"])), rel=1e-5)
     on_host = dataclasses.replace(learner, route_on_host=True)
-    assert probe(TABLE, NOW, [to_host(one) for one in old], [to_host(one) for one in fresh], on_host) == measured
+    old, fresh = ([route_to_host(one) for one in batches] for batches in (old, fresh))
+    assert probe(TABLE, NOW, old, fresh, on_host) == measured
 
 
 def test_one_part_is_refused():

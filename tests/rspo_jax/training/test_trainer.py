@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh
 from rspo_jax.objectives import RegularizerConfig
 from rspo_jax.records import read_diagnostics, read_metrics
 from rspo_jax.records.manifest import CheckpointMismatch
-from rspo_jax.rollouts import SamplerConfig
+from rspo_jax.rollouts import SamplerConfig, load_problems
 from rspo_jax.routing import AdaptiveShiftConfig
 from rspo_jax.sharding import MESH_AXES
 from rspo_jax.training import (
@@ -31,7 +31,8 @@ from rspo_jax.training import (
     check_learner,
     check_mesh,
 )
-from rspo_jax.training.trainer import Stopped, restore_params, train
+from rspo_jax.training.restore import restore_params
+from rspo_jax.training.trainer import Stopped, train
 from rspo_jax.types import Judgement, ModelOutput, RouterReading
 
 TIMINGS = {"step_seconds", "tokens_per_second"}
@@ -158,7 +159,8 @@ def promotion_as_optax_needs_it():
 
 def run(run_dir, config=CONFIG, task=None, learner=LEARNER, resume=False, init=init_params):
     """The final parameters on the host, and the rows without timings."""
-    params, seconds = train(POLICY, init, task or TranslationTask(), learner, config, run_dir, resume)
+    problems = load_problems(task or TranslationTask(), config.max_prompt_tokens)
+    params, seconds = train(POLICY, init, problems, learner, config, run_dir, resume)
     assert seconds > 0
     return bits(params), rows_of(run_dir)
 
@@ -676,7 +678,8 @@ def test_resuming_with_another_model_is_refused(tmp_path):
 def test_the_time_of_a_stopped_process_counts(tmp_path):
     stopped_run(tmp_path, *STOPS["in the last step but one"])
     before = sum(row["step_seconds"] for row in read_metrics(tmp_path) if "step_seconds" in row)
-    _, seconds = train(POLICY, init_params, TranslationTask(), LEARNER, CONFIG, tmp_path, resume=True)
+    problems = load_problems(TranslationTask())
+    _, seconds = train(POLICY, init_params, problems, LEARNER, CONFIG, tmp_path, resume=True)
     assert seconds > before
 
 

@@ -17,7 +17,7 @@ from rspo_jax.objectives import GRPOConfig, GSPOConfig, RSPOConfig
 from rspo_jax.routing import drift_reader, finish, gamma_of, router_shift, trace_router
 from rspo_jax.statistics import reduce
 from rspo_jax.training import LearnerConfig, OptimizerConfig, init_train_state, score, score_rows, update
-from rspo_jax.training.update import split_parts, supervised_update, to_device, to_host
+from rspo_jax.training.update import route_to_device, route_to_host, split_parts, supervised_update
 from rspo_jax.types import ModelOutput, PackedBatch, PackedRows, RolloutBatch, RouterReading
 
 VOCABULARY, LAYERS, EXPERTS, K = 6, 2, 4, 2
@@ -236,13 +236,13 @@ def test_pieces_of_a_batch():
 
 def test_a_route_goes_to_the_host_and_back_unchanged():
     batch = scored(make_rollout(), table_params(0))
-    on_host = to_host(batch)
+    on_host = route_to_host(batch)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(on_host.old_route)} == {"pinned_host"}
-    back = to_device(on_host)
+    back = route_to_device(on_host)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(back.old_route)} == {"device"}
     assert bits(back) == bits(batch)
     dense = batch._replace(old_route=None)
-    assert to_device(to_host(dense)).old_route is None
+    assert route_to_device(route_to_host(dense)).old_route is None
 
 
 def test_scores_are_those_of_the_function_of_the_loss():

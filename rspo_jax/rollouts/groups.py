@@ -1,0 +1,54 @@
+"""The choice of the groups that a step learns from: those whose rewards differ come first."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from rspo_jax.sharding import constrain
+from rspo_jax.types import RolloutBatch
+
+
+def is_informative(rewards: np.ndarray) -> np.ndarray:
+    """Return which groups have rewards that differ; the others have no gradient.
+
+    Args:
+      rewards: float [prompts, group].
+
+    Returns:
+      bool [prompts].
+    """
+    return np.ptp(rewards, axis=1) > 0
+
+
+def choose_groups(
+    rollouts: list[RolloutBatch], informative: np.ndarray, wanted: int, only_informative: bool
+) -> RolloutBatch:
+    """Return the responses of `wanted` groups, informative ones first, otherwise in the order they were drawn.
+
+    Args:
+      rollouts: one or more rollouts of equal shape, whose rows are whole groups.
+      informative: bool, one entry for each group of all rollouts.
+      wanted: number of groups.
+      only_informative: if True, responses of groups that are not informative are masked out, and so count in no mean
+        (dynamic sampling; DAPO, arXiv 2503.14476).
+    """
+    group_size = sum(rollout.tokens.shape[0] for rollout in rollouts) // len(informative)
+    groups = np.argsort(~informative, kind="stable")[:wanted]
+    rows = (groups[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
+    rollout = _take_rows(rollouts, rows)
+    return _mask_rows(rollout, np.repeat(informative[groups], group_size)) if only_informative else rollout
+
+
+@jax.jit
+def _take_rows(rollouts: list[RolloutBatch], rows: ArrayLike) -> RolloutBatch:
+    def take_from(first: jax.Array, *others: jax.Array) -> jax.Array:
+        leaf = jnp.concatenate([first, *others]) if others else first
+        return constrain(leaf[rows], "rows", *(None,) * (leaf.ndim - 1))
+
+    return jax.tree.map(take_from, *rollouts)
+
+
+@jax.jit
+def _mask_rows(rollout: RolloutBatch, kept: ArrayLike) -> RolloutBatch:
+    return rollout._replace(mask=rollout.mask & jnp.asarray(kept)[:, None])

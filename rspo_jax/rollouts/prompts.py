@@ -1,0 +1,145 @@
+"""Problems as the device sees them: which ones a run uses, which ones a step gets, and their prompts as tokens.
+
+Text becomes tokens here, and only here; every process encodes the rows that lie on its own devices.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rspo_jax.rollouts.sampler import pad_prompts
+from rspo_jax.sharding import from_own, own_rows
+from rspo_jax.types import Array, Task
+
+SPLITS = ("train", "validation", "test")
+
+
+class UsableProblems(NamedTuple):
+    """The problems of a split whose prompts are short enough."""
+
+    problems: Sequence[Any]
+    """In their original order."""
+    width: int
+    """Length of the longest prompt among them, in tokens."""
+    dropped: int
+    """Number of problems left out."""
+
+
+class Problems(NamedTuple):
+    """A task with all the problems that a run uses."""
+
+    task: Task
+    splits: dict[str, UsableProblems]
+    """By the names in `SPLITS`."""
+
+    @property
+    def width(self) -> int:
+        """Tokens that every prompt is padded to: one width for a whole run, so that it compiles once."""
+        return max(split.width for split in self.splits.values())
+
+
+class Prompts(NamedTuple):
+    """Left-padded prompts on the device."""
+
+    tokens: Array
+    """int32 [B, P]."""
+    mask: Array
+    """bool [B, P]."""
+
+
+def load_problems(task: Task, max_prompt_tokens: int | None = None) -> Problems:
+    """Read every split of a task and leave out the problems whose prompts are too long.
+
+    Encodes every prompt once to know its length, which takes minutes on a large data set: load the problems once and
+    hand them on.
+
+    Args:
+      task: the source of the problems.
+      max_prompt_tokens: the limit; None for no limit.
+
+    Raises:
+      ValueError: if nothing is left of a split.
+    """
+    return Problems(task, {split: usable_problems(task, task.problems(split), max_prompt_tokens) for split in SPLITS})
+
+
+def usable_problems(task: Task, problems: Sequence[Any], max_prompt_tokens: int | None = None) -> UsableProblems:
+    """Leave out the problems whose prompts are too long. A prompt is never cut, because its end asks the question.
+
+    Raises:
+      ValueError: if nothing is left.
+    """
+    lengths = [len(task.tokenizer.encode(task.prompt(problem))) for problem in problems]
+    if not lengths:
+        raise ValueError(f"{type(task).__name__} has no problems in this split")
+    longest = max(lengths) if max_prompt_tokens is None else max_prompt_tokens
+    kept = [length for length in lengths if length <= longest]
+    if not kept:
+        raise ValueError(
+            f"none of {len(lengths)} problems has a prompt of at most max_prompt_tokens, {longest}: "
+            f"raise it to {min(lengths)} or more, the length of the shortest"
+        )
+    if len(kept) < len(lengths):
+        problems = [problem for problem, length in zip(problems, lengths, strict=True) if length <= longest]
+    return UsableProblems(problems, max(kept), len(lengths) - len(kept))
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(count: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
+    return np.random.default_rng([*seed, epoch]).permutation(count)
+
+
+def take(count: int, seed: tuple[int, ...], cursor: int, size: int) -> list[int]:
+    """Return positions cursor … cursor + size − 1 of an endless stream of shuffled epochs.
+
+    The stream is a pure function of seed and cursor, so a run that resumes goes on with the very next problem.
+
+    Args:
+      count: size of the data set; each epoch visits every index once, in an order of its own.
+      seed: names the stream.
+      cursor: number of indices taken before.
+      size: number of indices to take.
+
+    Returns:
+      `size` indices in [0, count).
+    """
+    positions = range(cursor, cursor + size)
+    return [int(_permutation(count, seed, position // count)[position % count]) for position in positions]
+
+
+def encode_prompts(task: Task, problems: Sequence[Any], width: int, repeats: int = 1) -> Prompts:
+    """Encode each problem's prompt into `repeats` consecutive rows; each process encodes its own rows.
+
+    Args:
+      task: writes the prompt of a problem.
+      problems: one for every `repeats` rows.
+      width: P, the tokens that prompts are padded to.
+      repeats: responses to be drawn for each problem.
+    """
+    count = len(problems) * repeats
+    rows = own_rows(count)
+    own, copies = np.unique(rows // repeats, return_counts=True)
+    encoded = [task.tokenizer.encode(task.prompt(problems[index])) for index in own]
+    # The global arrays, of which this process fills in the rows on its own devices.
+    arrays = []
+    for values in pad_prompts(encoded, width, task.tokenizer.pad_id):
+        whole = np.zeros((count, width), values.dtype)
+        whole[rows] = np.repeat(values, copies, axis=0)
+        arrays.append(from_own(whole, "rows", None))
+    return Prompts(*arrays)
+
+
+def check_solutions(task: Task, problems: Sequence[Any], response_width: int) -> None:
+    """Refuse worked solutions that do not fit into a response.
+
+    Raises:
+      ValueError: with the width that the longest one needs.
+    """
+    longest = max(len(task.tokenizer.encode(task.solution(problem))) for problem in problems) + 1
+    if longest > response_width:
+        raise ValueError(
+            f"the longest worked solution has {longest} tokens, but sampler.max_new_tokens is {response_width}: "
+            f"raise it to {longest} or more"
+        )

@@ -1,0 +1,43 @@
+"""Evaluation of a run on held-out problems, between its steps."""
+
+import jax
+
+from rspo_jax.records.metrics import wilson_interval
+from rspo_jax.rollouts import SamplerConfig, solve
+from rspo_jax.training.stages import Setup
+from rspo_jax.training.state import RunState, sampling_params
+
+MODES = {"greedy": 0.0, "sampled": 1.0}
+"""Name -> temperature of the sampler."""
+
+
+def evaluate(setup: Setup, state: RunState, final: bool) -> dict[str, float]:
+    """Solve held-out problems, each once greedily and once by sampling.
+
+    Args:
+      setup: of the run.
+      state: holds the parameters to evaluate.
+      final: if True, the test split is solved beside the validation problems.
+
+    Returns:
+      Solve rates `eval_greedy` and `eval_sampled` on validation problems and, if final, `test_greedy` and
+      `test_sampled`, each with the bounds of its 95 % Wilson interval (`_low`, `_high`); `dropped_*_problems`, the
+      number of problems left out of each split, if the run has a limit for prompts.
+    """
+    config, splits = setup.config, setup.problems.splits
+    metrics: dict[str, float] = {}
+    if config.max_prompt_tokens is not None:
+        metrics |= {f"dropped_{name}_problems": float(split.dropped) for name, split in splits.items()}
+    params = sampling_params(setup.policy, state.train.params, config)
+    solved = {"eval": splits["validation"].problems[: config.evaluation.problems]}
+    solved |= {"test": splits["test"].problems} if final else {}
+    for split, problems in solved.items():
+        for mode, temperature in MODES.items():
+            sampler = SamplerConfig(config.sampler.max_new_tokens, temperature)
+            key = jax.random.key(config.seed)
+            task, width = setup.problems.task, setup.problems.width
+            judged = solve(setup.policy, params, task, problems, key, sampler, width)
+            low, high = wilson_interval(int(judged.correct.sum()), len(problems))
+            name = f"{split}_{mode}"
+            metrics |= {name: float(judged.correct.mean()), f"{name}_low": low, f"{name}_high": high}
+    return metrics

@@ -1,0 +1,64 @@
+"""The record of a run while it goes on: metrics, progress, checkpoints, the alarm, and signals that stop it."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rspo_jax.hosts import Preemption
+from rspo_jax.records.alarm import Alarm
+from rspo_jax.records.checkpoint import Checkpoints
+from rspo_jax.records.metrics import MetricsLog, Progress
+from rspo_jax.training.state import RunState
+
+
+class Stopped(Exception):
+    """The run was asked to stop by the signal named here; its state has been saved."""
+
+
+@dataclass
+class Recorder:
+    """The record of a run, and the signals that stop it."""
+
+    log: MetricsLog
+    checkpoints: Checkpoints
+    preemption: Preemption
+    alarm: Alarm
+    elapsed_before: float
+    """Seconds that earlier processes of this run took, up to the checkpoint that it goes on from."""
+    started: float = field(default_factory=time.monotonic)
+    _progress: Progress | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run, those of earlier processes up to their last checkpoint included."""
+        return self.elapsed_before + time.monotonic() - self.started
+
+    @contextlib.contextmanager
+    def phase(self, name: str, steps: int, completed: int) -> Iterator[None]:
+        """Show the progress of a phase of the run, "warm_start" or "rl", as long as the context lasts."""
+        with Progress(name, steps, completed=completed) as self._progress:
+            yield
+
+    def write(
+        self, phase: str, step: int, metrics: Mapping[str, float], arrays: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Append a row of metrics, show it, and sound the alarm at signs of a collapse."""
+        assert self._progress is not None, "no phase has begun"
+        self.log.write(phase, step, metrics, arrays)
+        self._progress.update(step, metrics)
+        why = self.alarm.update({"phase": phase, "step": step, **metrics})
+        if why is not None:
+            self._progress.say(f"step {step}: signs of a collapse: {why}")
+
+    def save(self, state: RunState) -> None:
+        """Save a checkpoint; the rows up to it are safe first, because they have to outlive a kill as it does."""
+        self.log.flush()
+        index = int(state.warm_start_step) + int(state.step)
+        self.checkpoints.save(index, state, {"elapsed_seconds": self.elapsed})
+
+    def should_stop(self) -> str | None:
+        """Return the name of a signal that asked any process of the run to stop; all processes must ask together."""
+        return self.preemption.agreed()
