@@ -17,6 +17,7 @@ import tyro
 
 from experiments.bench.presets import MODELS
 from experiments.compilers import tpu
+from experiments.errors import UserError, complain
 from experiments.pod import programs, sweep
 from experiments.pod import tables as report
 from experiments.pod.advice import advise
@@ -29,10 +30,6 @@ from rspo_jax.records import write_json
 from rspo_jax.sharding import make_mesh
 
 ALL = "all"
-
-
-class UserError(Exception):
-    """Something that the user can mend, said in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         check(pod)
         return run_sweep(pod, console) if pod.sweep else run_pod(pod, console)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
 
 
 def check(pod: Pod) -> None:

@@ -15,6 +15,7 @@ import tyro
 
 import models
 from experiments.config import FolderRun, Place, load_config
+from experiments.errors import complain
 from rspo_jax.records.checkpoint import CheckpointError
 from rspo_jax.sharding import MeshConfig, make_mesh
 from rspo_jax.training.restore import restore_params
@@ -42,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         with jax.set_mesh(make_mesh(export.mesh)):
             step = write(export)
     except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     print(f"{export.folder}: the model of {export.run_dir} after {step} steps")
     return 0
 

@@ -19,6 +19,7 @@ from etils import epath
 
 import models
 from experiments.config import RUNS, Place, Run, differences, load_config, save_config
+from experiments.errors import STOPPED, UserError, complain
 from experiments.reporting.training_curves import draw_curves
 from rspo_jax.hosts import Agreement, ClusterConfig, ClusterError, is_primary, joined
 from rspo_jax.records import as_path, read_metrics, write_json
@@ -31,14 +32,6 @@ from rspo_jax.training.trainer import Stopped, train
 
 RUNS_FOLDER = epath.Path("runs")
 CACHE_FOLDER = "compiled"
-MISTAKE = 2
-"""Exit code: the user has something to mend, and another try would end the same."""
-STOPPED = 75
-"""Exit code: the run was asked to stop, has saved its state, and is to be resumed (EX_TEMPFAIL of sysexits.h)."""
-
-
-class UserError(Exception):
-    """Something that the user can mend, said in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
                 return membership.give_up(str(error), complain(error))
     except (UserError, ClusterError) as error:
         return complain(error)
-
-
-def complain(error: Exception) -> int:
-    """Says what to mend; returns the exit code."""
-    print(f"error: {error}", file=sys.stderr)
-    return MISTAKE
 
 
 def parse(arguments: list[str]) -> tuple[str, Run, Folder]:

@@ -15,6 +15,7 @@ import jax
 import tyro
 
 import models
+from experiments.errors import complain
 from models.upcycling import UpcyclingConfig, upcycle, upcycled_config
 
 
@@ -50,8 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(tyro.cli(Upcycling, args=arguments, prog="python -m experiments.upcycle"))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 0
 
 

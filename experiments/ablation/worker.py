@@ -33,12 +33,13 @@ def main() -> int:
 def _run(folder: str) -> int:
     from experiments import train
     from experiments.config import load_config
+    from experiments.errors import complain
     from rspo_jax.records import as_path
 
     try:
         name, _ = load_config(as_path(folder) / "config.json")
     except ValueError as error:
-        return train.complain(error)
+        return complain(error)
     return train.main([name, "--run-dir", folder, "--resume"])
 
 

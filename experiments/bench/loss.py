@@ -31,6 +31,7 @@ from experiments.bench import step_programs as step
 from experiments.bench.loss_programs import DIRECTIONS, LOSS, METRICS, Program, Shape
 from experiments.bench.step_programs import StepSettings
 from experiments.compilers import tpu
+from experiments.errors import UserError, complain
 from rspo_jax import OBJECTIVES
 from rspo_jax.records import write_json
 
@@ -41,10 +42,6 @@ AGREEMENT_BFLOAT16 = 1e-2
 AGREEMENT_ROUTER = 1e-3
 """At the level "router" only the losses are compared: our trace keeps log-probabilities on a grid, which moves γ by up
 to this much, and a ratio beside a clip bound then falls on either side."""
-
-
-class UserError(Exception):
-    """Something that the user can mend, said in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
             reports += run_steps(benchmark, console)
         figures = describe(benchmark) | {"cases": reports}
     except (UserError, Disagreement) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     write(benchmark, figures, console)
     return 0
 

@@ -21,6 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from experiments import train
 from experiments.config import CountdownRun, load_config, save_config
+from experiments.errors import MISTAKE
 from rspo_jax.hosts import ClusterConfig
 from rspo_jax.hosts import cluster as distributed
 from rspo_jax.records import read_metrics
@@ -63,7 +64,7 @@ def parse(*arguments):
 
 def refusal(capsys, *arguments):
     """The one sentence that a mistake gets."""
-    assert train.main(["countdown", *map(str, arguments)]) == train.MISTAKE
+    assert train.main(["countdown", *map(str, arguments)]) == MISTAKE
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     return error
@@ -94,7 +95,7 @@ def test_the_flags_of_a_cluster_are_no_part_of_the_run(tmp_path):
 def test_half_a_cluster_is_refused(capsys):
     with pytest.raises(SystemExit) as exit:  # by the parser, which draws a box around its errors
         parse("--cluster.coordinator", "host:1234")
-    assert exit.value.code == train.MISTAKE
+    assert exit.value.code == MISTAKE
     assert "cluster.num_processes is missing" in " ".join(capsys.readouterr().err.split())
 
 
@@ -299,7 +300,7 @@ def test_mistakes_of_several_processes(environment, tmp_path):
         "not one folder": "run is not one folder for all hosts: choose a --run-dir as gs://BUCKET/RUN",
     }
     for name, (codes, outputs) in ends.items():
-        assert codes == [train.MISTAKE] * 2, (name, outputs)
+        assert codes == [MISTAKE] * 2, (name, outputs)
         for output in outputs:
             assert any(words[name] in line for line in errors(output)), (name, output)
     assert not (tmp_path / "run").exists()
