@@ -1,7 +1,5 @@
-"""Advantages: how much better a response is than others, by four estimators. `ADVANTAGES` is the one table of them.
-And the soft penalty for overlong responses, a part of the reward.
-
-Pure functions of rewards and lengths. This file must never know where rewards come from.
+"""Advantages: how much better a response is than others, by the four estimators of the table `ADVANTAGES`; and the soft
+penalty for overlong responses, which is a part of the reward.
 """
 
 from collections.abc import Callable
@@ -15,17 +13,20 @@ STD_EPSILON = 1e-6
 
 
 def group_advantages(rewards: Array, scale: bool = True) -> Array:
-    """A = (R − mean) / (std + 1e-6) within each group, with the unbiased std (GRPO); without the division: Dr.GRPO.
+    """Return A = (R − mean) / (std + 1e-6) within each group, the advantages of GRPO.
+
+    Z. Shao et al., "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    https://arxiv.org/abs/2402.03300. The standard deviation is the unbiased one, as in verl and Tunix.
 
     Args:
       rewards: float [prompts, group].
-      scale: whether to divide by the group's standard deviation (ddof 1).
+      scale: if true, divide by the group's standard deviation (ddof 1); if false, only centre.
 
     Returns:
       float32 [prompts, group]; exactly 0 in groups whose rewards are all equal.
 
     Raises:
-      ValueError: if rewards do not have two axes, or scaling is asked for in groups of one.
+      ValueError: if rewards do not have two axes, or if groups of one are to be scaled.
     """
     _check_rewards(rewards)
     if scale and rewards.shape[1] < 2:
@@ -38,12 +39,19 @@ def group_advantages(rewards: Array, scale: bool = True) -> Array:
 
 
 def centred_group_advantages(rewards: Array) -> Array:
-    """A = R − mean within each group (Dr. GRPO, arXiv 2503.20783). As `group_advantages` without scale."""
+    """Return A = R − mean within each group, the advantages of Dr. GRPO: `group_advantages` without scaling.
+
+    Z. Liu et al., "Understanding R1-Zero-Like Training: A Critical Perspective", https://arxiv.org/abs/2503.20783.
+    Implements the advantage of §3.2.
+    """
     return group_advantages(rewards, scale=False)
 
 
 def leave_one_out_advantages(rewards: Array) -> Array:
-    """A = R − the mean of the group's other rewards (RLOO, arXiv 2402.14740): group/(group − 1) times the centred ones.
+    """Return A = R − the mean of the group's other rewards, the advantages of RLOO.
+
+    A. Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
+    LLMs", https://arxiv.org/abs/2402.14740. Computed as group / (group − 1) times the centred reward, which is equal.
 
     Args:
       rewards: float [prompts, group].
@@ -52,7 +60,7 @@ def leave_one_out_advantages(rewards: Array) -> Array:
       float32 [prompts, group]; exactly 0 in groups whose rewards are all equal.
 
     Raises:
-      ValueError: if rewards do not have two axes, or groups are of one.
+      ValueError: if rewards do not have two axes, or if groups are of one.
     """
     _check_rewards(rewards)
     group = rewards.shape[1]
@@ -62,10 +70,12 @@ def leave_one_out_advantages(rewards: Array) -> Array:
 
 
 def batch_advantages(rewards: Array) -> Array:
-    """A = (R − mean) / (std + 1e-6) over the whole batch, with the unbiased std (REINFORCE++, arXiv 2501.03262).
+    """Return A = (R − mean) / (std + 1e-6) over the whole batch, the advantages of REINFORCE++.
 
-    Groups do not count: the batch is the only baseline, as in the source's own form (its variant "w/ baseline" centres
-    each group first). Every response counts once, whatever its length.
+    J. Hu, J. K. Liu, H. Xu, W. Shen, "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage
+    Normalization", https://arxiv.org/abs/2501.03262. Implements the plain variant, where the batch is the only
+    baseline; the variant "w/ Baseline" centres each group first. This library's own choice: every response counts once,
+    whatever its length, and the standard deviation is the unbiased one.
 
     Args:
       rewards: float [prompts, group].
@@ -74,7 +84,7 @@ def batch_advantages(rewards: Array) -> Array:
       float32 [prompts, group]; exactly 0 if all rewards are equal.
 
     Raises:
-      ValueError: if rewards do not have two axes, or there is only one.
+      ValueError: if rewards do not have two axes, or if there is only one reward.
     """
     _check_rewards(rewards)
     if rewards.size < 2:
@@ -89,19 +99,21 @@ ADVANTAGES: dict[str, Callable[[Array], Array]] = {
     "leave_one_out": leave_one_out_advantages,
     "batch": batch_advantages,
 }
-"""Estimator by name: rewards float [prompts, group] -> advantages float32 [prompts, group]."""
+"""The estimators by name. Each maps rewards, float [prompts, group], to advantages, float32 [prompts, group]."""
 
 
 def overlong_penalty(lengths: Array, max_tokens: int, buffer: int) -> Array:
-    """DAPO's soft punishment of long responses (arXiv 2503.14476), to be added to the rewards.
+    """Return DAPO's soft penalty for overlong responses, to be added to the rewards.
 
-    0 up to max_tokens − buffer, from there down in a straight line to −1 at max_tokens, −1 beyond. In tokens: the same
-    text may be long in one vocabulary and short in another, and only tokens are what the limit counts.
+    Q. Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", https://arxiv.org/abs/2503.14476.
+    Implements Eq. 13: 0 up to max_tokens − buffer, then a straight line down to −1 at max_tokens, and −1 beyond.
+    Lengths count tokens, not characters: the limit counts tokens, and the same text has more of them in one vocabulary
+    than in another.
 
     Args:
-      lengths: int, any shape: response tokens, the stop token included.
-      max_tokens: the limit.
-      buffer: tokens before the limit over which the penalty grows.
+      lengths: int, any shape, the response tokens of each response, the stop token included.
+      max_tokens: the limit, in tokens.
+      buffer: the number of tokens before the limit over which the penalty grows.
 
     Returns:
       float32 in [−1, 0], the shape of `lengths`.
@@ -119,7 +131,8 @@ def overlong_penalty(lengths: Array, max_tokens: int, buffer: int) -> Array:
 
 
 def _centred(rewards: Array, axis: int | None) -> Array:
-    # Rounding of the mean would otherwise turn equal rewards into advantages of ±1e-8 / 1e-6.
+    """Return the rewards minus their mean along an axis (all, for None); exactly 0 where all of them are equal."""
+    # The rounding of the mean would otherwise turn equal rewards into advantages of ±1e-8 / 1e-6.
     all_equal = jnp.max(rewards, axis=axis, keepdims=True) == jnp.min(rewards, axis=axis, keepdims=True)
     return jnp.where(all_equal, 0, rewards - jnp.mean(rewards, axis=axis, keepdims=True))
 

@@ -1,62 +1,66 @@
-"""What is added to the loss of each token: a KL penalty towards a reference policy, and an entropy bonus.
+"""Penalties on each token: a KL penalty towards a reference policy, and an entropy bonus.
 
-The divergence is estimated from the log-probabilities of the sampled tokens alone. Samples do not follow the policy
-when it moves, so as losses the estimators are judged by their gradients: what these are in expectation is said for
-each, and holds while the policy is the one that drew the samples. An objective takes the sum as its `penalty`. The
-config also says how much is added of the losses of the routers (`rspo_jax.routing.balance`). Pure functions of arrays;
-this file must never know a model or an objective.
+The divergence is estimated from the log-probabilities of the sampled tokens alone. The samples do not follow the policy
+when it moves, so the estimators differ as losses by their gradients; `kl_penalty` states the expected gradient of each,
+which holds while the policy is the one that drew the samples. An objective takes the sum of the penalties as its
+`penalty`. The config also holds the coefficients of the router losses, which `rspo_jax.routing.balance` computes.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from rspo_jax.statistics import Statistic, at_least_float32, masked_mean
-from rspo_jax.types import Array
+from rspo_jax.types import Array, check_choice
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 @dataclass(frozen=True)
 class RegularizerConfig:
-    """How much is added to the loss of what; all off by default."""
+    """Coefficients of what is added to the loss; all 0, that is off, by default."""
 
     kl_coefficient: float = 0.0
-    """Of the KL penalty towards the reference; 0.001 is usual where there is one."""
-    kl_estimator: str = "k3"
-    """k1, k2 or k3; see `kl_penalty` for what their gradients are."""
+    """Coefficient of the KL penalty towards the reference; 0.001 is usual where there is one."""
+    kl_estimator: KLEstimator = "k3"
+    """Estimator of the KL penalty; `kl_penalty` compares their gradients."""
     entropy_coefficient: float = 0.0
-    """Of the entropy bonus."""
+    """Coefficient of the entropy bonus."""
     load_balance_coefficient: float = 0.0
-    """Of the load-balance loss of the routers; 0.01 is Switch's."""
+    """Coefficient of the routers' load-balance loss; 0.01 in Switch Transformer."""
     router_z_coefficient: float = 0.0
-    """Of the z-loss of the routers, which must be softmax routers; 0.001 is ST-MoE's."""
+    """Coefficient of the z-loss of softmax routers; 0.001 in ST-MoE."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "kl_coefficient",
-            "entropy_coefficient",
-            "load_balance_coefficient",
-            "router_z_coefficient",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        _check_estimator(self.kl_estimator)
+        coefficients = {
+            "kl_coefficient": self.kl_coefficient,
+            "entropy_coefficient": self.entropy_coefficient,
+            "load_balance_coefficient": self.load_balance_coefficient,
+            "router_z_coefficient": self.router_z_coefficient,
+        }
+        for name, coefficient in coefficients.items():
+            if not coefficient >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {coefficient}")
+        check_choice("kl_estimator", self.kl_estimator, KLEstimator)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether reference log-probabilities have to be computed."""
+        """True if reference log-probabilities are needed."""
         return self.kl_coefficient > 0
 
     @property
     def needs_routers(self) -> bool:
-        """Whether there is a loss of the routers."""
+        """True if there is a loss on the routers."""
         return self.load_balance_coefficient > 0 or self.router_z_coefficient > 0
 
 
-def kl_penalty(log_probs: Array, reference_log_probs: Array, mask: Array, estimator: str = "k3") -> Array:
-    """An estimate of KL(π ‖ π_ref) per token from the sampled token alone; x = log π_ref − log π, r = e^x.
+def kl_penalty(log_probs: Array, reference_log_probs: Array, mask: Array, estimator: KLEstimator = "k3") -> Array:
+    """Return an estimate of KL(π ‖ π_ref) for each token, from the sampled token alone.
+
+    J. Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html. k3 is also Eq. 4 of
+    DeepSeekMath (https://arxiv.org/abs/2402.03300). With x = log π_ref − log π and r = e^x:
 
     | estimator | value   | expected value       | gradient        | expected gradient                       |
     |-----------|---------|----------------------|-----------------|-----------------------------------------|
@@ -64,13 +68,13 @@ def kl_penalty(log_probs: Array, reference_log_probs: Array, mask: Array, estima
     | k2        | x²/2    | close to it          | −x·∇log π       | that of KL(π ‖ π_ref)                   |
     | k3        | r − x − 1 | KL(π ‖ π_ref), ≥ 0 | (1 − r)·∇log π  | that of the other one, KL(π_ref ‖ π)    |
 
-    k1's gradient as a loss is wrong in expectation: it is noise. It is here to be measured with.
+    As a loss, k1 is pure noise; it is here to measure with.
 
     Args:
-      log_probs: float [B, T] of the policy being trained; carries the gradient.
-      reference_log_probs: float [B, T] of the reference; never does.
+      log_probs: float [B, T], log π of the policy being trained; carries the gradient.
+      reference_log_probs: float [B, T], log π_ref of the reference; carries none.
       mask: bool [B, T], True on response tokens.
-      estimator: "k1", "k2" or "k3" (J. Schulman, "Approximating KL divergence").
+      estimator: one of the table's.
 
     Returns:
       float32 [B, T], 0 where the mask is False.
@@ -78,7 +82,7 @@ def kl_penalty(log_probs: Array, reference_log_probs: Array, mask: Array, estima
     Raises:
       ValueError: if the shapes differ or the estimator is unknown.
     """
-    _check_estimator(estimator)
+    check_choice("kl_estimator", estimator, KLEstimator)
     _check_shapes("log_probs", log_probs, mask=mask, reference_log_probs=reference_log_probs)
     log_probs = at_least_float32(log_probs)
     reference = jax.lax.stop_gradient(reference_log_probs.astype(log_probs.dtype))
@@ -89,7 +93,9 @@ def kl_penalty(log_probs: Array, reference_log_probs: Array, mask: Array, estima
 
 
 def entropy_penalty(entropy: Array, mask: Array) -> Array:
-    """−H of each token's distribution: what lowers the loss as entropy rises.
+    """Return −H of each token's distribution, which lowers the loss as the entropy H rises.
+
+    This is the entropy bonus of PPO's Eq. 9 (https://arxiv.org/abs/1707.06347).
 
     Args:
       entropy: float [B, T] in nats, of the policy being trained; carries the gradient.
@@ -112,21 +118,21 @@ def token_penalty(
     mask: Array,
     reference_log_probs: Array | None = None,
 ) -> tuple[Array | None, dict[str, Statistic]]:
-    """The sum that an objective takes as `penalty`, and what it is made of.
+    """Return the `penalty` of an objective, the sum of the KL penalty and the entropy bonus, and its metrics.
 
     Args:
-      config: what to add.
-      log_probs: float [B, T] of the policy being trained.
-      entropy: float [B, T] in nats, of the same; with a gradient, if there is an entropy bonus.
+      config: the coefficients and the estimator.
+      log_probs: float [B, T], log π of the policy being trained.
+      entropy: float [B, T], its entropy in nats; must carry a gradient if there is an entropy bonus.
       mask: bool [B, T], True on response tokens.
-      reference_log_probs: float [B, T]; needed for the KL penalty only.
+      reference_log_probs: float [B, T], log π_ref; needed for the KL penalty only.
 
     Returns:
-      float32 [B, T], or None where the config adds nothing; and `reference_kl`, the estimate in nats a token, where
-      there is a KL penalty.
+      float32 [B, T], or None if the config adds nothing; and, with a KL penalty, the metric `reference_kl`, the mean
+      estimate in nats a token.
 
     Raises:
-      ValueError: if the config needs reference log-probabilities and there are none, or shapes differ.
+      ValueError: if the config needs reference log-probabilities and there are none, or if shapes differ.
     """
     penalty, statistics = None, {}
     if config.needs_reference:
@@ -139,11 +145,6 @@ def token_penalty(
         bonus = config.entropy_coefficient * entropy_penalty(entropy, mask)
         penalty = bonus if penalty is None else penalty + bonus
     return penalty, statistics
-
-
-def _check_estimator(estimator: str) -> None:
-    if estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator must be one of {KL_ESTIMATORS}, got {estimator!r}")
 
 
 def _check_shapes(name: str, expected: Array, **arrays: Array) -> None:

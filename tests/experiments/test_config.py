@@ -84,8 +84,8 @@ def test_options_reach_the_objective():
         ({"gamma_min": 1.5}, r"gamma_min must lie in \(0, 1\], got 1.5"),
         ({"clip_low": -0.1}, "clip_low must be 0 or more, got -0.1"),
         ({"clip_high": -0.1}, "clip_high must be 0 or more, got -0.1"),
-        ({"position": "before"}, r"position must be one of \('pre_clip', 'post_clip', 'post_clip_literal'\)"),
-        ({"objective": "grpo", "aggregation": "sum"}, "aggregation must be one of .*, got 'sum'"),
+        ({"position": "before"}, "position must be one of pre_clip, post_clip, post_clip_literal; got 'before'"),
+        ({"objective": "grpo", "aggregation": "sum"}, "aggregation must be one of .*; got 'sum'"),
     ],
 )
 def test_objective_options_that_are_refused(arguments, message):

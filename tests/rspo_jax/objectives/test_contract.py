@@ -132,12 +132,12 @@ def test_every_config_field_reaches_the_loss(name, settings):
 def test_default_config_is_the_published_one(name):
     config = rspo_jax.OBJECTIVES[name].config_type()
     assert {key: getattr(config, key) for key in oracles.DEFAULTS[name]} == oracles.DEFAULTS[name]
-    assert rspo_jax.OBJECTIVES[name]._checked_config(None) == config
+    assert rspo_jax.OBJECTIVES[name].checked_config(None) == config
 
 
 def test_table_holds_exactly_the_named_objectives_with_one_signature():
     assert list(rspo_jax.OBJECTIVES) == NAMES
-    expected = ["log_probs", "old_log_probs", "advantages", "mask", "router_shift", "config", "entropy", "penalty"]
+    expected = ["log_probs", "old_log_probs", "advantages", "mask", "router_shift", "config", "penalty"]
     for name, objective in rspo_jax.OBJECTIVES.items():
         assert objective.name == name and objective.advantages in ADVANTAGES
         for function in (objective.loss, objective.terms):
@@ -156,7 +156,7 @@ def test_rspo_loss_is_the_table_entry():
     arrays = {key: jnp.asarray(value) for key, value in batch.arrays().items()}
     config = rspo_jax.RSPOConfig(position="post_clip")
     assert rspo_jax.OBJECTIVES["rspo"].config_type is rspo_jax.RSPOConfig
-    expected = ["log_probs", "old_log_probs", "advantages", "mask", "router_shift", "config", "entropy"]
+    expected = ["log_probs", "old_log_probs", "advantages", "mask", "router_shift", "config"]
     assert list(inspect.signature(rspo_jax.rspo_loss).parameters) == expected
     assert_same_bits(
         rspo_jax.rspo_loss(**arrays, config=config), rspo_jax.OBJECTIVES["rspo"].loss(**arrays, config=config)
@@ -336,7 +336,7 @@ GOOD = oracles.batch_from_log_ratios(np.full((2, 3), 0.1), advantages=[1.0, -1.0
         ("mask", np.ones((2, 3), np.float32)),
         ("router_shift", np.ones((2, 4), np.float32)),
         ("router_shift", np.ones((3, 2, 3), np.float32)),
-        ("entropy", np.ones(2, np.float32)),
+        ("penalty", np.ones(2, np.float32)),
         ("penalty", np.ones((2, 4), np.float32)),
         ("penalty", np.ones((2, 3), np.int32)),
     ],

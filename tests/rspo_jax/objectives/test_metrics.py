@@ -32,8 +32,8 @@ CLIP_FRACTIONS = ("clip_fraction", "clip_fraction_positive", "clip_fraction_nega
 
 
 def report(name, batch, settings=None, **overrides):
-    """The metrics as floats. All batches run in one shape and with an entropy, so that each form is compiled once."""
-    arrays = {"entropy": np.zeros(batch.mask.shape, np.float32)} | batch.arrays() | overrides
+    """The metrics as floats. All batches run in one shape, so that each form is compiled once."""
+    arrays = batch.arrays() | overrides
     arrays = {key: jnp.asarray(pad(value)) for key, value in arrays.items()}
     _, metrics = rspo_jax.OBJECTIVES[name].loss(**arrays, config=make_config(name, settings or {}))
     return {key: float(value) for key, value in metrics.items()}
@@ -63,7 +63,7 @@ def test_metrics_match_oracle_under_vmap():
 
 
 @pytest.mark.parametrize("name", rspo_jax.OBJECTIVES)
-def test_router_shift_and_entropy_are_reported_only_where_given(name):
+def test_the_router_shift_is_reported_only_where_given(name):
     array, rows = jax.ShapeDtypeStruct((6, 7), jnp.float32), jax.ShapeDtypeStruct((6,), jnp.float32)
     arrays = {"log_probs": array, "old_log_probs": array, "advantages": rows}
     arrays["mask"] = jax.ShapeDtypeStruct((6, 7), jnp.bool_)
@@ -76,7 +76,7 @@ def test_router_shift_and_entropy_are_reported_only_where_given(name):
     assert keys() == ALWAYS
     shifted = ALWAYS | WITH_ROUTER_SHIFT | ({"gamma_floor_fraction"} if name == "rspo" else set())
     assert keys(router_shift=array) == shifted
-    assert keys(router_shift=array, entropy=array, penalty=array) == shifted | {"entropy"}
+    assert keys(router_shift=array, penalty=array) == shifted
 
 
 def test_clip_fractions_are_split_by_the_sign_of_the_advantage():
@@ -185,20 +185,10 @@ def test_tenth_percentile_stays_exact_for_thousands_of_tokens():
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_padding_has_no_effect_on_metrics(name, garbage):
     batch = oracles.random_batch(seed=23, drift=0.6)
-    entropy = np.linspace(0.0, 2.0, 42, dtype=np.float32).reshape(6, 7)
-    clean = report(name, batch, entropy=entropy)
+    clean = report(name, batch)
     fields = {"log_probs", "old_log_probs", "router_shift"}
     dirty = {field: np.where(batch.mask, getattr(batch, field), np.float32(garbage)) for field in fields}
-    dirty["entropy"] = np.where(batch.mask, entropy, np.float32(garbage))
     assert report(name, batch, **dirty) == clean
-
-
-def test_entropy_is_the_mean_over_response_tokens():
-    batch = oracles.random_batch(seed=24)
-    entropy = np.random.default_rng(1).uniform(0.0, 5.0, (6, 7)).astype(np.float32)
-    for name in NAMES:
-        metrics = report(name, batch, entropy=entropy)
-        assert metrics["entropy"] == pytest.approx(entropy[batch.mask].mean(dtype=np.float64), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -226,6 +216,6 @@ def test_metrics_of_a_batch_without_response_tokens_are_finite(name):
     batch = oracles.random_batch(seed=27)
     padding = np.full_like(batch.log_probs, np.nan)
     empty = batch.replace(mask=np.zeros_like(batch.mask), log_probs=padding, router_shift=padding)
-    metrics = report(name, empty, entropy=padding)
+    metrics = report(name, empty)
     assert all(np.isfinite(value) for value in metrics.values()), metrics
     assert clip_fractions(metrics) == (0.0, 0.0, 0.0)
