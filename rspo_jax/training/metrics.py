@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rspo_jax.routing import finish
+from rspo_jax.routing import numbers_and_arrays
 from rspo_jax.sharding import fetch
 from rspo_jax.statistics import Statistic, reduce
 from rspo_jax.training.config import TrainerConfig
@@ -44,7 +44,7 @@ def read_statistics(statistics: list[dict[str, Statistic]]) -> tuple[Numbers, Ar
     for of_program in statistics:
         for name, statistic in of_program.items():
             by_name.setdefault(name, []).append(statistic)
-    return finish(jax.device_get(_reduce_stacked(by_name)))
+    return numbers_and_arrays(jax.device_get(_reduce_stacked(by_name)))
 
 
 @jax.jit

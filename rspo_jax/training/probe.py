@@ -120,6 +120,10 @@ class _Gradient(NamedTuple):
     """|total|²."""
     weight: float
     """The denominator."""
+    variance: float
+    """Variance of the parts' gradients, summed over all parameters."""
+    snr: float
+    """Signal-to-noise ratio of their mean."""
 
     @property
     def norm(self) -> float:
@@ -187,38 +191,37 @@ def probe(
     if min(map(_number_of_parts, (scored, fresh))) < 2:
         raise ValueError("a gradient has no variance over a single part: use 2 or more mini_batches or micro_batches")
     model = _Model(policy, params, config, mesh)
-    old = [_weigh(model, mini_batch) for mini_batch in scored]
-    new = [_weigh_on_policy(model, mini_batch) for mini_batch in fresh]
+    # The derivatives of every loss by the log-probabilities at θ, for the old responses and, on-policy, for fresh ones.
+    old, new = [], []
+    for mini_batch in scored:
+        on_device = route_to_device(mini_batch) if config.route_on_host else mini_batch
+        log_probs, gamma = _forward(policy, params, on_device, config)
+        bare = mini_batch._replace(old_route=None)
+        old.append(_Weighed(mini_batch, *_cotangents(log_probs, gamma, bare, config.correction, tuple(PROBED.items()))))
+    for mini_batch in fresh:
+        bare = mini_batch._replace(old_route=None)
+        arguments = (bare.old_log_probs, None, bare, config.correction, tuple(_REFERENCES.items()))
+        new.append(_Weighed(mini_batch, *_cotangents(*arguments)))
+    # Each objective beside the on-policy gradient with the same mean over tokens.
     metrics: dict[str, float] = {}
     for way in AGGREGATIONS:
-        reference, of_reference = _reference(model, new, way)
-        metrics |= {f"probe_{kind}_{way}": value for kind, value in of_reference.items()}
+        reference, halves_cosine = _reference(model, new, way)
+        metrics[f"probe_reference_cosine_{way}"] = halves_cosine
+        metrics[f"probe_reference_snr_{way}"] = reference.snr
+        metrics[f"probe_reference_norm_{way}"] = reference.norm
         for name in [name for name, variant in PROBED.items() if variant.config.aggregation == way]:
-            measured = _measure(model, old, name, reference)
-            metrics |= {f"probe_{kind}_{name}": value for kind, value in measured.items()}
+            sums = _sums(model, old, name, 0, _number_of_parts(scored))
+            gradient = _gradient(sums.total, float(np.asarray(sums.squares)), old, name)
+            inner = float(np.asarray(_dot(gradient.total, reference.total)))
+            metrics[f"probe_cosine_{name}"] = _cosine(inner, gradient.square, reference.square)
+            metrics[f"probe_snr_{name}"] = gradient.snr
+            metrics[f"probe_variance_{name}"] = gradient.variance
+            metrics[f"probe_norm_{name}"] = gradient.norm / reference.norm if reference.norm else math.nan
     return metrics
 
 
 def _number_of_parts(batches: Sequence[ScoredBatch]) -> int:
     return sum(len(mini_batch.batch.mask) for mini_batch in batches)
-
-
-def _weigh(model: _Model, mini_batch: ScoredBatch) -> _Weighed:
-    config = model.config
-    on_device = route_to_device(mini_batch) if config.route_on_host else mini_batch
-    log_probs, gamma = _forward(model.policy, model.params, on_device, config)
-    variants = tuple(PROBED.items())
-    return _Weighed(mini_batch, *_cotangents(log_probs, gamma, _without_route(mini_batch), config.correction, variants))
-
-
-def _weigh_on_policy(model: _Model, mini_batch: ScoredBatch) -> _Weighed:
-    variants = tuple(_REFERENCES.items())
-    bare = _without_route(mini_batch)
-    return _Weighed(mini_batch, *_cotangents(bare.old_log_probs, None, bare, model.config.correction, variants))
-
-
-def _without_route(mini_batch: ScoredBatch) -> ScoredBatch:
-    return mini_batch._replace(old_route=None)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "config"))
@@ -267,56 +270,30 @@ def _cotangents(
     return cotangents, {name: jnp.sum(weight) for name, weight in weights.items()}
 
 
-def _reference(model: _Model, fresh: list[_Weighed], way: str) -> tuple[_Gradient, dict[str, float]]:
-    """Return the on-policy gradient and its figures."""
-    parts = _parts_of(fresh)
+def _reference(model: _Model, fresh: list[_Weighed], way: str) -> tuple[_Gradient, float]:
+    """Return the on-policy gradient, and the cosine between those of its two halves."""
+    parts = _number_of_parts([mini_batch.batch for mini_batch in fresh])
     first, second = _sums(model, fresh, way, 0, parts // 2), _sums(model, fresh, way, parts // 2, parts)
-    cosine = _cosine(_inner(first.total, second.total), _square(first.total), _square(second.total))
-    squares = _number(first.squares) + _number(second.squares)
-    gradient = _gradient(_added(first.total, second.total), fresh, way)
-    _, ratio = _spread(gradient, squares, parts)
-    return gradient, {"reference_cosine": cosine, "reference_snr": ratio, "reference_norm": gradient.norm}
+    pairs = ((first, second), (first, first), (second, second))
+    cosine = _cosine(*(float(np.asarray(_dot(one.total, other.total))) for one, other in pairs))
+    squares = float(np.asarray(first.squares)) + float(np.asarray(second.squares))
+    return _gradient(_added(first.total, second.total), squares, fresh, way), cosine
 
 
-def _measure(model: _Model, scored: list[_Weighed], name: str, reference: _Gradient) -> dict[str, float]:
-    parts = _parts_of(scored)
-    sums = _sums(model, scored, name, 0, parts)
-    gradient = _gradient(sums.total, scored, name)
-    variance, ratio = _spread(gradient, _number(sums.squares), parts)
-    return {
-        "cosine": _cosine(_inner(gradient.total, reference.total), gradient.square, reference.square),
-        "snr": ratio,
-        "variance": variance,
-        "norm": _divided(gradient.norm, reference.norm),
-    }
-
-
-def _parts_of(batches: list[_Weighed]) -> int:
-    return _number_of_parts([mini_batch.batch for mini_batch in batches])
-
-
-def _gradient(total: Params, batches: list[_Weighed], name: str) -> _Gradient:
-    weight = sum(_number(mini_batch.weights[name]) for mini_batch in batches)
-    return _Gradient(total, _square(total), max(weight, 1.0))
-
-
-def _spread(gradient: _Gradient, squares: float, parts: int) -> tuple[float, float]:
-    """Return the variance of the parts' gradients and the signal-to-noise ratio of their mean, given Σ_p |G_p|²."""
-    excess = parts * squares - gradient.square
-    excess = 0.0 if excess < 0 else excess  # by rounding
-    return (
-        excess * parts / (parts - 1) / gradient.weight**2,
-        _divided(gradient.square * (parts - 1), excess),
-    )
+def _gradient(total: Params, squares: float, batches: list[_Weighed], name: str) -> _Gradient:
+    """Return a variant's gradient and its figures, given Σ_p G_p and Σ_p |G_p|² over all parts of the batches."""
+    parts = _number_of_parts([mini_batch.batch for mini_batch in batches])
+    weight = max(sum(float(np.asarray(mini_batch.weights[name])) for mini_batch in batches), 1.0)
+    square = float(np.asarray(_dot(total, total)))
+    excess = parts * squares - square
+    excess = 0.0 if excess < 0 else excess  # negative by rounding only
+    variance = excess * parts / (parts - 1) / weight**2
+    return _Gradient(total, square, weight, variance, square * (parts - 1) / excess if excess else math.nan)
 
 
 def _cosine(inner: float, square: float, other_square: float) -> float:
-    return _divided(inner, math.sqrt(square) * math.sqrt(other_square))
-
-
-def _divided(over: float, under: float) -> float:
-    """Divide, or return NaN if the divisor is 0."""
-    return over / under if under else math.nan
+    norms = math.sqrt(square) * math.sqrt(other_square)
+    return inner / norms if norms else math.nan
 
 
 def _sums(model: _Model, batches: list[_Weighed], name: str, start: int, stop: int) -> GradientSums:
@@ -324,10 +301,10 @@ def _sums(model: _Model, batches: list[_Weighed], name: str, start: int, stop: i
     policy, params, config, mesh = model
     sums, before = _no_gradient(policy, params, mesh), 0
     for mini_batch, cotangents, _ in batches:
-        size = _number_of_parts([mini_batch])
+        size = len(mini_batch.batch.mask)
         wanted = range(max(start - before, 0), min(stop - before, size))
         if config.routing == "free":
-            mini_batch = _without_route(mini_batch)
+            mini_batch = mini_batch._replace(old_route=None)
         elif wanted and config.route_on_host:
             mini_batch = route_to_device(mini_batch)
         for index in wanted:
@@ -368,21 +345,11 @@ def _add(
     return GradientSums(jax.tree.map(jnp.add, sums.total, gradient), sums.squares + _dot(gradient, gradient))
 
 
+@jax.jit
 def _dot(one: Params, other: Params) -> Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(lambda a, b: jnp.sum(a * b), one, other))
 
 
-_jitted_dot = jax.jit(_dot)
-_added = jax.jit(lambda one, other: jax.tree.map(jnp.add, one, other), donate_argnums=0)
-
-
-def _inner(one: Params, other: Params) -> float:
-    return _number(_jitted_dot(one, other))
-
-
-def _square(total: Params) -> float:
-    return _inner(total, total)
-
-
-def _number(scalar: Array) -> float:
-    return float(np.asarray(scalar))
+@functools.partial(jax.jit, donate_argnames="one")
+def _added(one: Params, other: Params) -> Params:
+    return jax.tree.map(jnp.add, one, other)
