@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -361,3 +362,11 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         elif before != after:
             lines.append(f"{prefix}{option.name}: {before} -> {after}")
     return lines
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by their dotted names: {"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
