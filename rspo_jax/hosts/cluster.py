@@ -1,8 +1,8 @@
-"""Starts one program on many hosts, and ends all of its processes when one of them ends.
+"""One program on many hosts: its processes join at the start, and all of them end when one does.
 
-JAX finds the cluster in the environment of Cloud TPU, GKE, SLURM and Open MPI; elsewhere three flags name it. Beside
-JAX's own heartbeats, which end a process by an abort and a stack trace, a lifeline says in one sentence who died. This
-file must never know what the processes compute.
+JAX finds the cluster in the environment of Cloud TPU, GKE, SLURM and Open MPI; elsewhere three flags describe it. JAX's
+own heartbeats end a process by an abort and a stack trace, so a lifeline beside them says in one sentence which process
+died.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-# The only door to the coordinator's address and to its key-value store; Orbax uses it as well.
+# JAX offers no public access to the coordinator's address and key-value store; Orbax takes this way as well.
 from jax._src import distributed
 
 from rspo_jax.hosts import lifeline
@@ -35,33 +35,34 @@ SIGNS = {
     "OMPI_MCA_orte_hnp_uri": "Open MPI",
     "JOB_COMPLETION_INDEX": "Kubernetes",
 }
-"""Variables of the environment in which JAX can find a cluster, and who sets them."""
+"""Environment variables in which JAX can find a cluster -> the system that sets them."""
 _MAY_BE_ALONE = {"Cloud TPU", "Cloud TPU on GKE"}
+"""Systems that set their variables for a single process, too."""
 _LIFELINE_SECONDS = 60
 _LIFELINE_KEY = "rspo_jax/lifeline"
 _SECOND_THOUGHT_SECONDS = 3
-"""How long an error waits for word that another process died, which would explain it."""
+"""Time that an error waits for news of another process's death, which would explain it."""
 _SHUTDOWN_SECONDS = 600
 
 
 class ClusterError(RuntimeError):
-    """This process cannot join the others; the message says what to change."""
+    """This process cannot join the others; the message names the way out."""
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The processes of the run. On Cloud TPU, GKE, SLURM and Open MPI the environment says it all; elsewhere give the
-    first three to every process, or none of them for a single one."""
+    """The processes of the run. On Cloud TPU, GKE, SLURM and Open MPI the environment describes them; elsewhere give
+    the first three options to every process, or none of them for a single process."""
 
     coordinator: str | None = None
     """host:port of process 0, as the others reach it; any port that is free there."""
     num_processes: int | None = None
     process_id: int | None = None
-    """Of this process: 0, 1, ... num_processes − 1."""
+    """Index of this process: 0, 1, ... num_processes − 1."""
     heartbeat_timeout_seconds: int = 45
-    """Without a sign of life a process is dead after this time; most deaths are noticed at once."""
+    """A process that gives no sign of life for this time is taken for dead; most deaths are noticed at once."""
     initialization_timeout_seconds: int = 300
-    """How long processes wait for one another at the start."""
+    """Time that processes wait for one another at the start."""
 
     def __post_init__(self) -> None:
         given = {
@@ -73,7 +74,7 @@ class ClusterConfig:
         if 0 < len(missing) < len(given):
             raise ValueError(
                 f"cluster.{missing[0]} is missing: give coordinator, num_processes and process_id together, or none of "
-                "them where the environment names the cluster"
+                "them where the environment describes the cluster"
             )
         if self.heartbeat_timeout_seconds < 1 or self.initialization_timeout_seconds < 1:
             raise ValueError(
@@ -93,7 +94,7 @@ class ClusterConfig:
 
 
 class Membership:
-    """This process's place among the others."""
+    """The tie of this process to the others, if there are any."""
 
     def __init__(self, own_lifeline: Lifeline | None) -> None:
         self._lifeline = own_lifeline
@@ -103,9 +104,9 @@ class Membership:
         return self._lifeline is not None
 
     def give_up(self, reason: str, code: int) -> int:
-        """Ends this process and, telling them why, all others. Returns `code` where there are no others.
+        """End this process and, telling them the reason, all others; without others, return `code`.
 
-        An ordinary exit would not do: it waits for the others, which wait for this one in a collective operation.
+        An ordinary exit would hang: it waits for the others, which wait for this one in a collective operation.
         """
         if self._lifeline is not None:
             self._lifeline.give_up(reason, code)
@@ -113,7 +114,7 @@ class Membership:
         return code
 
     def leave(self) -> None:
-        """Waits until all processes do so, and lets go of them."""
+        """Part from the other processes once all of them leave."""
         if self._lifeline is not None:
             jax.distributed.shutdown()
             self._lifeline.leave()
@@ -121,24 +122,24 @@ class Membership:
 
 @contextlib.contextmanager
 def joined(config: ClusterConfig, way_out: str = "start all processes again") -> Iterator[Membership]:
-    """Joins the other processes, if any, for the time of a `with` block; all of them leave it together.
+    """Join the other processes, if any, for the duration of a `with` block, which all of them leave together.
 
-    To be entered before JAX computes anything or lists its devices. Without flags and without a sign of a cluster in
-    the environment this is a single process, and nothing happens. An exception that leaves the block in one process
-    ends all, as does the death of any. Where a process dies, by a signal, with its machine, or of an error, the others
-    say on stderr which one it was, and exit with a code that is not 0:
+    Enter it before JAX computes anything or lists its devices. Without flags and without signs of a cluster in the
+    environment this is a single process, and nothing happens. An exception that leaves the block in one process ends
+    all, as does the death of any. When a process dies by a signal, with its machine, or of an error, the others name it
+    on stderr and exit with a code other than 0:
 
-    * at once if it was the process, as the kernel then closes its connection;
-    * within about 25 s if it was the machine or the network, by TCP's own probes;
-    * within `heartbeat_timeout_seconds` if it hangs as a whole (SIGSTOP). This is JAX's own heartbeat: the exit code
-      is 134 (SIGABRT), and what is on stderr is a stack trace under "Terminating process because the JAX distributed
+    * at once if the process died, as the kernel then closes its connection;
+    * within about 25 s if the machine or the network failed, by TCP's own probes;
+    * within `heartbeat_timeout_seconds` if the whole process hangs (SIGSTOP). This is JAX's own heartbeat: the exit
+      code is 134 (SIGABRT), and stderr holds a stack trace under "Terminating process because the JAX distributed
       service detected fatal errors", which names the process as "Task 1 heartbeat timeout".
 
     A process that computes for ever is not noticed.
 
     Args:
-      config: which processes.
-      way_out: what to do after a loss, as the end of a sentence.
+      config: the processes.
+      way_out: the advice after a loss, as the end of a sentence.
 
     Raises:
       ClusterError: if this process cannot join.
@@ -147,9 +148,11 @@ def joined(config: ClusterConfig, way_out: str = "start all processes again") ->
     try:
         yield membership
     except BaseException as error:
-        code = _exit_code(error)
+        code = 1
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
         if code and membership.has_others:
-            time.sleep(_SECOND_THOUGHT_SECONDS)  # where another one died, the lifeline ends this process meanwhile
+            time.sleep(_SECOND_THOUGHT_SECONDS)  # if another process died, the lifeline ends this one meanwhile
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
             membership.give_up(f"{type(error).__name__}: {error}", code)
@@ -159,14 +162,23 @@ def joined(config: ClusterConfig, way_out: str = "start all processes again") ->
 
 
 def _join(config: ClusterConfig, way_out: str) -> Lifeline | None:
-    """Joins, by flags or by the environment; the lifeline to the other processes, or None if there are none."""
+    """Join by flags or by the environment; return the lifeline to the other processes, or None without any."""
     by_flags = config.coordinator is not None
     setters = {setter for name, setter in SIGNS.items() if os.environ.get(name)}
     if not (by_flags or setters):
         return None
-    # Else JAX would take SIGTERM for itself; see rspo_jax/preemption.py.
+    # Otherwise JAX would take SIGTERM for itself; see rspo_jax/hosts/preemption.py.
     jax.config.update("jax_enable_preemption_service", False)
-    late = threading.Timer(config.initialization_timeout_seconds, _say_that_others_are_missing, (config,))
+
+    def stop_waiting() -> None:
+        _print_error(
+            f"not all processes had joined after {config.initialization_timeout_seconds} s: start all of them at about "
+            "the same time, with a coordinator that each of them can reach, or raise "
+            "--cluster.initialization-timeout-seconds."
+        )
+        _exit(1)
+
+    late = threading.Timer(config.initialization_timeout_seconds, stop_waiting)
     late.daemon = True
     late.start()
     try:
@@ -175,7 +187,7 @@ def _join(config: ClusterConfig, way_out: str) -> Lifeline | None:
             config.num_processes,
             config.process_id,
             cluster_detection_method="deactivate" if by_flags else None,
-            # JAX ends the process by an abort after this time, so it comes after our own sentence.
+            # After this time JAX aborts the process, so it has to be later than our own sentence.
             initialization_timeout=config.initialization_timeout_seconds + 30,
             heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
@@ -184,8 +196,8 @@ def _join(config: ClusterConfig, way_out: str) -> Lifeline | None:
         if setters <= _MAY_BE_ALONE and "coordinator_address" in str(error):
             return None
         raise ClusterError(
-            f"the environment has variables of {', '.join(sorted(setters))}, but JAX finds no cluster in it ({error}): "
-            "give --cluster.coordinator, --cluster.num-processes and --cluster.process-id, or unset "
+            f"the environment has variables set by {', '.join(sorted(setters))}, but JAX finds no cluster in them "
+            f"({error}): give --cluster.coordinator, --cluster.num-processes and --cluster.process-id, or unset "
             + ", ".join(name for name in SIGNS if os.environ.get(name))
         ) from error
     except RuntimeError as error:
@@ -202,29 +214,29 @@ def _open_lifeline(way_out: str) -> Lifeline | None:
         return None
 
     def stop(loss: Loss) -> None:
-        what = "died" if loss.reason is None else f"gave up ({loss.reason})"
-        _say(
-            f"process {loss.process} of {processes}, on {loss.host}, {what}, and the run cannot go on without it: "
-            f"process {process} stops too. To go on from the newest checkpoint, {way_out}."
+        event = "died" if loss.reason is None else f"gave up ({loss.reason})"
+        _print_error(
+            f"process {loss.process} of {processes}, on {loss.host}, {event}, and the run cannot go on without it: "
+            f"process {process} stops too. To continue from the newest checkpoint, {way_out}."
         )
         _exit(loss.code)
 
     try:
         peers = _meet(state)
     except OSError as error:
-        _say(
-            f"process {process} has no connection to process 0 of its own ({error}): a death is noticed by JAX's "
-            "heartbeat only. Let the processes reach all ports of one another."
+        _print_error(
+            f"process {process} could not open its own connection to process 0 ({error}), so only JAX's heartbeat "
+            "notices a death. Let the processes reach one another on all ports."
         )
         return Lifeline(process, {}, stop)
     absent = sorted(set(range(processes)) - {process} - set(peers)) if process == 0 else []
     if absent:
-        _say(f"processes {absent} have no connection to process 0 of their own: JAX's heartbeat alone watches them.")
+        _print_error(f"processes {absent} opened no connection of their own, so only JAX's heartbeat watches them.")
     return Lifeline(process, peers, stop)
 
 
 def _meet(state: Any) -> dict[int, tuple[str, socket.socket]]:
-    """The connections of the lifeline: by a port that process 0 tells the others through JAX's key-value store."""
+    """Open the connections of the lifeline, at a port that process 0 announces in JAX's key-value store."""
     if state.process_id == 0:
         listener, token = lifeline.open_listener(), secrets.token_hex()
         state.client.key_value_set(_LIFELINE_KEY, f"{listener.getsockname()[1]} {token}")
@@ -234,27 +246,13 @@ def _meet(state: Any) -> dict[int, tuple[str, socket.socket]]:
     return lifeline.connect(host, int(port), state.process_id, token, _LIFELINE_SECONDS)
 
 
-def _say_that_others_are_missing(config: ClusterConfig) -> None:
-    _say(
-        f"not all processes were there after {config.initialization_timeout_seconds} s: start all of them at about the "
-        "same time, with one coordinator that each can reach, or raise --cluster.initialization-timeout-seconds."
-    )
-    _exit(1)
-
-
-def _exit_code(error: BaseException) -> int:
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 1
-
-
-def _say(sentence: str) -> None:
-    """One write, past all buffers: the main thread may be holding their locks."""
+def _print_error(sentence: str) -> None:
+    """Print to stderr in a single write past all buffers, whose locks the main thread may hold."""
     os.write(2, f"error: {sentence}\n".encode())
 
 
 def _exit(code: int) -> None:
-    """Ends the process whatever its other threads are waiting for."""
+    """End the process, whatever its other threads are waiting for."""
     flush = threading.Thread(target=lambda: (sys.stdout.flush(), sys.stderr.flush()), daemon=True)
     flush.start()
     flush.join(1.0)

@@ -1,15 +1,15 @@
-"""Turns SIGTERM and SIGINT into a flag that the training loop reads between steps, so that it can save and leave.
+"""SIGTERM and SIGINT as a flag that a loop reads between steps, so that it can save and leave.
 
-With several processes, a signal to any one of them stops all of them at the same step. What a cloud says before it
-takes a machine away comes as SIGTERM: GKE sends it to the pods of a node that is drained, preempted or due for
+With several processes, a signal to any one of them stops all of them at the same step. A machine that is about to be
+taken away announces it by SIGTERM: GKE sends one to the pods of a node that is drained, preempted or due for
 maintenance, SLURM to the steps of a job that is preempted or (`--signal`) near its time limit, and an operating system
-that shuts down to every process. This file must never know what is being saved.
+to every process when it shuts down.
 
-Why not JAX's preemption sync point, `multihost_utils.reached_preemption_sync_point(step)`: it has no other source than
-SIGTERM either, for which it takes the place of our handler; it knows no SIGINT; a signal that comes before its first
-call is lost in a run that is resumed, as the agreed step is then counted from 0; and Orbax's CheckpointManager, which
-calls it with step numbers of its own while it writes in the background, can move the agreed step into the past.
-`rspo_jax.hosts.cluster` therefore switches JAX's service off.
+JAX's preemption sync point, `multihost_utils.reached_preemption_sync_point(step)`, would not do: SIGTERM is its only
+source too, and it takes our handler's place there; it ignores SIGINT; in a resumed run it loses a signal that comes
+before its first call, as it then counts the agreed step from 0; and Orbax's CheckpointManager, which calls it with step
+numbers of its own while it writes in the background, can move the agreed step into the past. `rspo_jax.hosts.cluster`
+therefore switches JAX's service off.
 """
 
 import signal
@@ -20,9 +20,9 @@ from rspo_jax.hosts.agreement import Agreement
 
 
 class StopSignal:
-    """A context manager; `requested` becomes the name of the signal that asked this process to stop.
+    """A context manager that catches SIGTERM and SIGINT; `requested` becomes the name of the signal.
 
-    A second SIGINT interrupts at once, as usual.
+    A SIGINT after that interrupts at once, as usual.
     """
 
     def __init__(self) -> None:
@@ -45,17 +45,17 @@ class StopSignal:
 
 
 class Preemption(StopSignal):
-    """A `StopSignal` of which all processes hear."""
+    """A `StopSignal` that all processes of a run agree on."""
 
     def __init__(self) -> None:
         super().__init__()
         self._agreement = Agreement("preemption")
 
     def agreed(self) -> str | None:
-        """The name of a signal that asked any of the processes to stop; the same in all of them.
+        """Return the name of a signal that any process has received, the same in all of them, or None.
 
-        To be called by every process at the same points of the program, and nowhere else. It waits for the other
-        hosts to get there, but not for any device.
+        Every process must call this at the same points of the program, and nowhere else. It waits for the other hosts
+        to get there, but not for any device.
         """
         requests = self._agreement.gather(self.requested)
         return requests[min(requests)] if requests else None

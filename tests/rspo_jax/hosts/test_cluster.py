@@ -1,23 +1,18 @@
-"""Clusters of real processes on this machine: how they join, and how all of them end when one does. Every scenario is
-started once, all of them at the same time; each process then does what its scenario says."""
+"""Clusters of real processes on this machine: they join, and all of them end when one does. Every scenario is started
+once, all of them at the same time, and each process then plays its part in it."""
 
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import pytest
+from support.processes import SECONDS, Member, free_port
 
 from rspo_jax.hosts import ClusterConfig, ClusterError, joined
-from rspo_jax.hosts import cluster as distributed
+from rspo_jax.hosts.cluster import SIGNS
 
-ROOT = Path(__file__).resolve().parents[3]
-SECONDS = 240  # after which a process is taken to hang
 WAY_OUT = "press the button again"
 
 MEMBER = f"""
@@ -73,60 +68,41 @@ PROCESSES = {
 }
 
 
-def free_port():
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
-
-
-def environment():
-    return {name: value for name, value in os.environ.items() if name not in distributed.SIGNS} | {
-        "JAX_PLATFORMS": "cpu"
-    }
-
-
-class Member:
-    def __init__(self, log, *arguments):
-        self.log = log
-        with open(log, "w") as file:
-            command = [sys.executable, "-c", MEMBER, *map(str, arguments)]
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
-
-    @property
-    def output(self):
-        return self.log.read_text()
+def environment(**signs):
+    return {name: value for name, value in os.environ.items() if name not in SIGNS} | signs
 
 
 @pytest.fixture(scope="module")
 def scenarios(tmp_path_factory):
-    """The processes of each scenario, when all but those that were stopped have ended."""
-    folder = tmp_path_factory.mktemp("logs")
-    started = {}
-    for scenario, processes in PROCESSES.items():
-        port = free_port()
-        present = range(1) if scenario == "others are missing" else range(processes)
-        started[scenario] = [
-            Member(folder / f"{scenario}-{process}", scenario, process, processes, port) for process in present
-        ]
-    deadline = time.monotonic() + SECONDS
+    """The processes of each scenario, once all but a stopped one have ended."""
+    logs = tmp_path_factory.mktemp("logs")
+    started, signless = {}, environment()
     try:
+        for scenario, processes in PROCESSES.items():
+            port = free_port()
+            started[scenario] = [
+                Member(
+                    logs / f"{scenario}-{process}", MEMBER, *(scenario, process, processes, port), environment=signless
+                )
+                for process in range(1 if scenario == "others are missing" else processes)
+            ]
         for scenario, members in started.items():
             for member in members[:1] if scenario == "hangs" else members:
-                member.process.wait(max(0.1, deadline - time.monotonic()))
+                member.wait()
         yield started
     finally:
         for members in started.values():
             for member in members:
-                member.process.kill()
-                member.process.wait()
+                member.kill()
 
 
 def codes(members):
-    return [member.process.returncode for member in members]
+    return [member.code for member in members]
 
 
 def sentence(member):
-    """What a member says on stderr of the end of another."""
-    (line,) = re.findall("^error: .*$", member.output, re.MULTILINE)
+    """Return the one sentence with which a member reports the end of another."""
+    (line,) = re.findall("^error: .*$", member.errors, re.MULTILINE)
     return line
 
 
@@ -135,15 +111,15 @@ def test_processes_join_and_leave_together(scenarios):
     members = scenarios["leaves"]
     assert codes(members) == [0, 0]
     for process, member in enumerate(members):
-        assert f"process {process} of 2 False" in member.output  # SIGTERM is ours: see preemption.py
-        assert member.output.endswith("left in good order\n")
+        assert f"process {process} of 2 False" in member.printed  # SIGTERM is ours: see preemption.py
+        assert member.printed.endswith("left in good order\n")
 
 
 @pytest.mark.slow
 def test_a_cluster_of_one(scenarios):
     (member,) = scenarios["alone"]
     assert codes([member]) == [0]
-    assert "process 0 of 1" in member.output
+    assert "process 0 of 1" in member.printed
 
 
 @pytest.mark.slow
@@ -153,16 +129,16 @@ def test_the_death_of_a_process_ends_the_others_with_a_sentence(scenarios):
     for process in (0, 1):
         assert sentence(members[process]) == (
             f"error: process 2 of 3, on {socket.gethostname()}, died, and the run cannot go on without it: "
-            f"process {process} stops too. To go on from the newest checkpoint, {WAY_OUT}."
+            f"process {process} stops too. To continue from the newest checkpoint, {WAY_OUT}."
         )
 
 
 @pytest.mark.slow
 def test_the_death_of_process_0_does_so_too(scenarios):
     members = scenarios["process 0 dies"]
-    assert members[0].process.returncode == -signal.SIGKILL
+    assert members[0].code == -signal.SIGKILL
     for process in (1, 2):
-        assert members[process].process.returncode != 0
+        assert members[process].code != 0
         assert "process 0 of 3, on localhost, died" in sentence(members[process])
 
 
@@ -177,8 +153,8 @@ def test_so_does_a_death_that_a_collective_notices_first(scenarios):
 def test_a_process_that_hangs_as_a_whole_is_named_by_jax(scenarios):
     survivor, _ = scenarios["hangs"]
     assert codes([survivor]) == [-signal.SIGABRT]
-    assert "Terminating process because the JAX distributed service detected fatal errors" in survivor.output
-    assert re.search(r"unhealthy \(stopped sending heartbeats\):\n1\n", survivor.output)
+    assert "Terminating process because the JAX distributed service detected fatal errors" in survivor.errors
+    assert re.search(r"unhealthy \(stopped sending heartbeats\):\n1\n", survivor.errors)
 
 
 @pytest.mark.slow
@@ -187,8 +163,8 @@ def test_an_exception_in_one_process_ends_all_and_is_told_to_all(scenarios):
     assert codes([other, guilty]) == [1, 1]
     assert "process 1 of 2" in sentence(other)
     assert "gave up (ValueError: a bad row)" in sentence(other)
-    assert "Traceback" in guilty.output
-    assert guilty.output.endswith("ValueError: a bad row\n")
+    assert "Traceback" in guilty.errors
+    assert guilty.errors.endswith("ValueError: a bad row\n")
 
 
 @pytest.mark.slow
@@ -211,7 +187,7 @@ def test_sys_exit_in_one_process_ends_all(scenarios):
 def test_processes_that_do_not_come_are_waited_for_only_so_long(scenarios):
     (member,) = scenarios["others are missing"]
     assert codes([member]) == [1]
-    assert "not all processes were there after 3 s" in sentence(member)
+    assert "not all processes had joined after 3 s" in sentence(member)
 
 
 # --- in this process, which JAX already computes in ---
@@ -219,7 +195,7 @@ def test_processes_that_do_not_come_are_waited_for_only_so_long(scenarios):
 
 @pytest.fixture(autouse=True)
 def no_signs(monkeypatch):
-    for name in distributed.SIGNS:
+    for name in SIGNS:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -242,30 +218,22 @@ def test_joining_too_late():
         pass
 
 
-def test_signs_of_a_cluster_in_which_jax_finds_none():
-    program = "from rspo_jax.hosts.cluster import *\nwith joined(ClusterConfig()): print('joined')"
-    for name in ("SLURM_STEP_NODELIST", "JOB_COMPLETION_INDEX"):
-        result = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env=environment() | {name: "1"},
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-        assert result.returncode == 1
-        last = result.stderr.strip().splitlines()[-1]
-        assert f"the environment has variables of {distributed.SIGNS[name]}, but JAX finds no cluster in it" in last
+JOIN = "from rspo_jax.hosts import ClusterConfig, joined\nwith joined(ClusterConfig()) as m: print(m.has_others)"
+
+
+def test_signs_of_a_cluster_in_which_jax_finds_none(tmp_path):
+    names = ("SLURM_STEP_NODELIST", "JOB_COMPLETION_INDEX")
+    members = [Member(tmp_path / name, JOIN, environment=environment(**{name: "1"})) for name in names]
+    for name, member in zip(names, members, strict=True):
+        assert member.wait() == 1
+        last = member.errors.strip().splitlines()[-1]
+        assert f"the environment has variables set by {SIGNS[name]}, but JAX finds no cluster in them" in last
         assert f"give --cluster.coordinator, --cluster.num-processes and --cluster.process-id, or unset {name}" in last
 
 
-def test_one_machine_with_tpus_may_be_alone():
-    program = "from rspo_jax.hosts.cluster import *\nwith joined(ClusterConfig()) as m: print(m.has_others)"
-    environ = environment() | {"TPU_ML_PLATFORM": "JAX"}
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=SECONDS
-    )
-    assert (result.returncode, result.stdout) == (0, "False\n"), result.stderr
+def test_one_machine_with_tpus_may_be_alone(tmp_path):
+    member = Member(tmp_path / "log", JOIN, environment=environment(TPU_ML_PLATFORM="JAX"))
+    assert (member.wait(), member.printed) == (0, "False\n"), member.errors
 
 
 GIVEN = {"coordinator": "localhost:1234", "num_processes": 4, "process_id": 3}

@@ -1,21 +1,16 @@
-"""Signals to this very process: which are caught, what a second one does, and what is left afterwards. And signals to
-one of several real processes, which stop all of them at the same step."""
+"""Signals to this very process: those that are caught, the effect of a second one, and the handlers left afterwards.
+Signals to one of several real processes stop all of them at the same step."""
 
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support.processes import Member, finish, free_port
 
 from rspo_jax.hosts import Preemption
 
-ROOT = Path(__file__).resolve().parents[3]
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
-SECONDS = 120  # after which a process is taken to hang
 
 
 def send(number):
@@ -100,8 +95,7 @@ def test_a_single_process_agrees_with_itself():
 MEMBER = """
 import os, signal, sys, time
 import jax
-from rspo_jax.hosts import ClusterConfig, joined
-from rspo_jax.hosts import Preemption
+from rspo_jax.hosts import ClusterConfig, Preemption, joined
 
 process, port = map(int, sys.argv[1:])
 with joined(ClusterConfig(f"localhost:{port}", 2, process)):
@@ -122,29 +116,9 @@ with joined(ClusterConfig(f"localhost:{port}", 2, process)):
 
 
 @pytest.fixture(scope="module")
-def outputs():
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEMBER, str(process), str(port)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return outputs
+def outputs(tmp_path_factory):
+    logs, port = tmp_path_factory.mktemp("logs"), free_port()
+    return finish([Member(logs / str(process), MEMBER, process, port) for process in range(2)])
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(outputs):

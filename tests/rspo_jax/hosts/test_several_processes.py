@@ -1,16 +1,12 @@
 """A run of several processes: one answer in all of them, one record, and checkpoints that any other devices can read.
 
-Two real processes of two devices each are started once. Each prints what comes of everything that it tries, so that the
-two can be compared. Knows Orbax's two entries, to let one process fail where the other does not.
+Two real processes of two devices each are started once. Each prints the outcome of everything that it tries, so that
+the two can be compared. Two methods of Orbax are replaced, to let one process fail where the other does not.
 """
 
-import itertools
 import json
 import os
 import random
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,22 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.processes import Member, finish, free_port
 
 from rspo_jax.records import read_metrics
 from rspo_jax.records.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[3]
-
-# Gloo prints to the standard output, in pieces; here that goes to the standard error.
-OWN_OUTPUT = """
-import os, sys
-sys.stdout = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-"""
-
-# What the state holds for an index, as every program here has it.
+# The state of an index, in every program here.
 STATE = """
 import sys
 import jax, jax.numpy as jnp, ml_dtypes, numpy as np
@@ -200,6 +188,7 @@ say_outcome("words", lambda: sorted(line.gather(process or None).items()))
 agreement.PATIENCE_SECONDS = 1
 time.sleep(3 * process)
 say_outcome("no answer", lambda: line.gather("late"))
+jax.distributed.shutdown()
 print("done")
 """
 )
@@ -249,34 +238,10 @@ print("done")
 )
 
 
-def start(program: str, *arguments: object) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    command = [sys.executable, "-W", "error", "-c", OWN_OUTPUT + program, *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> list[list[str]]:
-    """The lines that each process printed."""
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    errors = "\n".join(f"--- process {number}\n{error}" for number, (_, error) in enumerate(outputs))
-    assert [process.returncode for process in processes] == [0] * len(processes), errors
-    return [output.splitlines() for output, _ in outputs]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+def start(log: Path, program: str, *arguments: object) -> Member:
+    """Start a process with two devices."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    return Member(log, program, *arguments, environment=environment)
 
 
 def content(index: int) -> dict[str, np.ndarray]:
@@ -286,7 +251,7 @@ def content(index: int) -> dict[str, np.ndarray]:
 
 
 def restore_here(folder: Path) -> tuple[int, dict[str, Any]]:
-    """On the one device of this process."""
+    """Restore the newest checkpoint on the one device of this process; return its index and metadata."""
     template = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in content(0).items()}
     with Checkpoints(folder) as checkpoints:
         restored = checkpoints.restore_newest(template)
@@ -305,15 +270,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, Any]:
-    """What came of everything that the two processes tried: the same in both."""
+    """The outcome of everything that the two processes tried, the same in both."""
     alone = folder.with_name("alone")
     with Checkpoints(alone) as checkpoints:
         checkpoints.save(7, {name: jnp.asarray(value) for name, value in content(7).items()}, {"saved": "alone"})
     port = free_port()
-    first, second = finish([start(MEMBER, process, port, folder, alone) for process in range(2)])
+    members = [start(folder.with_name(f"log-{process}"), MEMBER, process, port, folder, alone) for process in range(2)]
+    first, second = finish(members)
     assert first == second
-    assert first[-1] == "done"
-    return {what: outcome for line in first[:-1] for what, outcome in json.loads(line).items()}
+    *lines, last = first.splitlines()
+    assert last == "done"
+    return {what: outcome for line in lines for what, outcome in json.loads(line).items()}
 
 
 def test_what_one_process_saved_many_restore(outcomes: dict[str, Any]) -> None:
@@ -377,7 +344,7 @@ def test_a_process_that_does_not_answer_is_named(outcomes: dict[str, Any]) -> No
 @pytest.mark.usefixtures("outcomes")
 def test_other_devices_restore_what_two_processes_saved(folder: Path) -> None:
     assert restore_here(folder) == (4, {"saved": 4})
-    assert finish([start(READER, folder, 4)]) == [["done"]]
+    assert finish([start(folder.with_name("log"), READER, folder, 4)]) == ["done\n"]
     with Checkpoints(folder) as checkpoints:
         restored = checkpoints.restore_newest(dict(jax.eval_shape(lambda: content(0))))
     assert restored is not None and (restored.index, restored.metadata) == (5, {"saved": "by two devices"})
@@ -385,18 +352,17 @@ def test_other_devices_restore_what_two_processes_saved(folder: Path) -> None:
 
 
 def test_killed_processes_leave_the_old_or_the_new(tmp_path: Path) -> None:
-    moments, newest = random.Random(1), -1
-    for _ in range(2):
+    moments, newest, folder = random.Random(1), -1, tmp_path / "checkpoints"
+    for attempt in range(2):
         port = free_port()
-        processes = [start(WRITER, process, port, tmp_path) for process in range(2)]
+        members = [start(tmp_path / f"log-{attempt}-{process}", WRITER, process, port, folder) for process in range(2)]
         # A save begins when the one before it is complete, so the second line tells of a new checkpoint.
-        begun = list(itertools.islice(processes[0].stdout or (), moments.randint(2, 4)))
+        begun = members[0].lines(moments.randint(2, 4))
         time.sleep(moments.uniform(0, 0.1))
-        moments.shuffle(processes)
-        for process in processes:
-            process.kill()
-        errors = [process.communicate(timeout=60)[1] for process in processes]
-        assert begun == [f"{newest + 1 + number}\n" for number in range(len(begun))], errors
-        newest, metadata = restore_here(tmp_path)
+        for member in moments.sample(members, 2):
+            member.kill()
+        errors = [member.errors for member in members]
+        assert begun == [f"{newest + 1 + number}" for number in range(len(begun))], errors
+        newest, metadata = restore_here(folder)
         assert newest >= int(begun[-2]) and metadata == {"saved": newest}
-    assert not tmp_path.with_name(f"{tmp_path.name}-damaged").exists()
+    assert not (tmp_path / "checkpoints-damaged").exists()
