@@ -22,6 +22,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from models.kernels.triton_attention import MAX_HEAD_DIM, Settings, triton_attention
 from models.kernels.triton_tiles import HAS_TRITON
+from rspo_jax.sharding import platform
 
 Array = jax.Array
 
@@ -80,13 +81,13 @@ def attend(
         return _attend_in_blocks(*inputs, sinks, offset, window=window, scale=scale)
     if _is_static(window) and window >= queries.shape[1]:
         window = None
-    in_blocks = functools.partial(_attend_in_blocks, window=window, scale=scale)
-    if queries.shape[1] < KERNEL_MIN_TOKENS or not (window is None or _is_static(window)):
-        return in_blocks(*inputs, sinks)
-    kernels = {"tpu": functools.partial(_attend_with_kernel, window=window, scale=scale)}
-    if HAS_TRITON and max(queries.shape[-1], values.shape[-1]) <= MAX_HEAD_DIM:
-        kernels["cuda"] = functools.partial(_attend_with_triton, window=window, scale=scale)
-    return jax.lax.platform_dependent(*inputs, sinks, **kernels, default=in_blocks)
+    if queries.shape[1] >= KERNEL_MIN_TOKENS and (window is None or _is_static(window)):
+        found = platform()
+        if found == "tpu":
+            return _attend_with_kernel(*inputs, sinks, window=window, scale=scale)
+        if found == "cuda" and HAS_TRITON and max(queries.shape[-1], values.shape[-1]) <= MAX_HEAD_DIM:
+            return _attend_with_triton(*inputs, sinks, window=window, scale=scale)
+    return _attend_in_blocks(*inputs, sinks, window=window, scale=scale)
 
 
 def attend_newest(
@@ -166,8 +167,7 @@ def _attend_in_blocks(
 ) -> Array:
     """One block of queries at a time, each against no more keys than its queries may see.
 
-    The backward pass computes each block's attention weights again, so that no block's weights outlive it. This also
-    keeps them out of the residuals that `jax.lax.platform_dependent` carries for all of its branches.
+    The backward pass computes each block's attention weights again, so that no block's weights outlive it.
     """
     tokens = queries.shape[1]
     block = _query_block(tokens)

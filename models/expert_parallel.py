@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models.experts import Activation, Experts, add_down_bias, run_experts, run_experts_of_layer
-from rspo_jax.sharding import axes_of, check_split, constrain, free_axes, on_each_device, parts_of, split_axes
+from rspo_jax.sharding import axes_of, check_split, constrain, free_axes, on_each_device, parts_of, platform, split_axes
 
 Array = jax.Array
 
@@ -371,13 +371,7 @@ class _Exchanged(NamedTuple):
     def _swap(self, rows: Array, filled: _Filled) -> Array:
         """[P·C, …]: what place p·C + c held for device p comes to it, at the place of the device that sent it."""
         axes = self.layout.experts
-
-        def all_places(rows: Array, sent: Array, came: Array) -> Array:
-            del sent, came
-            return _swap_all(axes, rows)
-
-        tpu = functools.partial(swap_filled, axes=axes)
-        return jax.lax.platform_dependent(rows, *filled, tpu=tpu, default=all_places)
+        return swap_filled(rows, *filled, axes) if platform() == "tpu" else _swap_all(axes, rows)
 
     def _send(self, round_: _Round) -> tuple[Array, Array, Array, _Filled]:
         """The tokens, weights and ids that came, one assignment a row: [P·C, D], [P·C, 1] and [P·C, 1]; and how full

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from models.kernels.grouped_matmul import block_size_for, grouped_matmul
+from rspo_jax.sharding import platform
 
 Array = jax.Array
 
@@ -81,10 +82,8 @@ def run_experts(
       float [N, D] in the dtype of x. Differentiable (reverse mode) in x, weights and experts.
     """
     weights = jnp.where(expert_ids < experts.down.shape[0], weights, 0)
-    in_places = functools.partial(run_experts_in_places, activation=activation)
-    in_order = functools.partial(run_experts_sorted, activation=activation)
-    arguments = (x, weights, expert_ids, experts._replace(down_bias=None))
-    mixed = jax.lax.platform_dependent(*arguments, cpu=in_places, default=in_order)
+    run = run_experts_in_places if platform() == "cpu" else run_experts_sorted
+    mixed: Any = run(x, weights, expert_ids, experts._replace(down_bias=None), activation)
     return add_down_bias(mixed, weights, expert_ids, experts.down_bias)
 
 
@@ -130,10 +129,8 @@ def run_experts_of_layer(
     Returns:
       float [N, D] in the dtype of x.
     """
-    in_blocks = functools.partial(_run_blocks_of_layer, activation=activation)
-    in_order = functools.partial(_run_sorted_layer, activation=activation)
-    arguments = (x, weights, expert_ids, experts._replace(down_bias=None), layer)
-    mixed = jax.lax.platform_dependent(*arguments, cpu=in_blocks, default=in_order)
+    run = _run_blocks_of_layer if platform() == "cpu" else _run_sorted_layer
+    mixed = run(x, weights, expert_ids, experts._replace(down_bias=None), layer, activation)
     down_bias = None if experts.down_bias is None else experts.down_bias[layer].astype(x.dtype)
     return add_down_bias(mixed, weights, expert_ids, down_bias)
 

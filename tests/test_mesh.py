@@ -24,7 +24,7 @@ MESHES = {
 def report():
     flags = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
     finished = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("mesh_program.py")), json.dumps(MESHES)],
+        [sys.executable, str(Path(__file__).parent / "support" / "mesh_program.py"), json.dumps(MESHES)],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

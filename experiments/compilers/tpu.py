@@ -1,7 +1,6 @@
 """The TPU compiler on a machine without TPUs: a pod's devices by name, and programs compiled for them.
 
-The package `libtpu` holds the compiler. Nothing here opens a TPU or runs a program. This file must never know what is
-being compiled.
+The package `libtpu` holds the compiler. Nothing here opens a TPU or runs a program.
 """
 
 import importlib.util
@@ -17,6 +16,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rspo_jax.sharding import lowering_for
+
 _ENVIRONMENT = {
     # Without these, libtpu asks the cloud's metadata server which machine it is on.
     "TPU_SKIP_MDS_QUERY": "1",
@@ -28,7 +29,7 @@ _ENVIRONMENT = {
 
 
 def topology_mesh(name: str, axes: Mapping[str, int]) -> Mesh:
-    """A mesh over the devices of a TPU pod that need not exist.
+    """Return a mesh over the devices of a TPU pod that need not exist.
 
     Args:
       name: as for `topology_of`.
@@ -47,14 +48,14 @@ def topology_mesh(name: str, axes: Mapping[str, int]) -> Mesh:
 
 
 def topology_devices(name: str) -> Sequence[Any]:
-    """The devices of a TPU pod that need not exist; see `topology_of`."""
+    """Return the devices of a TPU pod that need not exist; see `topology_of`."""
     return topology_of(name).devices
 
 
 def topology_of(name: str) -> topologies.TopologyDescription:
-    """A TPU pod that need not exist.
+    """Return a TPU pod that need not exist.
 
-    Sets the environment variables of libtpu that are not set yet; they count where libtpu has not been loaded.
+    Sets the environment variables of libtpu that are not set yet; they have no effect once libtpu has been loaded.
 
     Args:
       name: generation and chips, as "v5p:2x2x1", "v5e:4x4", "v6e:16x16" or "tpu7x:4x4x4". tpu7x has two devices a
@@ -80,7 +81,7 @@ def topology_of(name: str) -> topologies.TopologyDescription:
 
 
 def fill_in(axes: Mapping[str, int], devices: int, name: str) -> dict[str, int]:
-    """Replaces the -1 among the axes' sizes.
+    """Replace the -1 among the axes' sizes.
 
     Raises:
       ValueError: if the axes do not multiply to the devices.
@@ -95,12 +96,12 @@ def fill_in(axes: Mapping[str, int], devices: int, name: str) -> dict[str, int]:
 
 
 def shape_on(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
-    """An array that need not exist, sharded over `mesh`: one mesh axis, or None, for each leading array axis."""
+    """Return an array without data, sharded over `mesh` by one mesh axis, or None, for each leading array axis."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def compile_for(function: Callable[..., Any], *arguments: Any, **jit_options: Any) -> jax.stages.Compiled:
-    """Compiles a function of arrays that need not exist, for the devices that their shardings name.
+    """Compile a function of arrays that need not exist, for the devices that their shardings name.
 
     Args:
       function: a function of pytrees of arrays.
@@ -110,31 +111,33 @@ def compile_for(function: Callable[..., Any], *arguments: Any, **jit_options: An
     Returns:
       The compiled program; `memory_analysis()`, `cost_analysis()` and `as_text()` are per device.
     """
-    return jax.jit(function, **jit_options).lower(*arguments).compile()
+    device = next(iter(jax.tree.leaves(arguments)[0].sharding.device_set))
+    with lowering_for(device.platform):
+        return jax.jit(function, **jit_options).lower(*arguments).compile()
 
 
 class Reading(NamedTuple):
-    """What the TPU compiler says of a program, in its own words."""
+    """The TPU compiler's own texts about a program."""
 
     compiled: jax.stages.Compiled | None
-    """None where the program does not fit the device."""
+    """None if the program does not fit the device."""
     text: str
     """The optimized HLO, for one device."""
     buffers: str
-    """Which buffers the program has, and where they lie."""
+    """The buffer assignment: the list of buffers and their places."""
     peak: str
-    """What is alive when most is."""
+    """The live ranges: the buffers that are alive at the peak."""
     seconds: float
-    """Of the compilation."""
+    """Duration of the compilation."""
     refusal: str
-    """Why the program does not fit; empty where it does."""
+    """The reason why the program does not fit; empty if it fits."""
 
 
 def compile_and_read(lowered: jax.stages.Lowered) -> Reading:
-    """Compiles a program for TPUs and takes what the compiler writes down of it, also where it does not fit.
+    """Compile a program for TPUs, and keep the texts that the compiler writes even if the program does not fit.
 
-    `jax.stages.Compiled.as_text` knows neither the compiler's estimates nor programs that do not fit, and fails on
-    some that do.
+    `jax.stages.Compiled.as_text` has neither the compiler's estimates nor programs that do not fit, and fails on some
+    that do.
 
     Raises:
       jax.errors.JaxRuntimeError: if the compiler fails for any reason but too little memory.

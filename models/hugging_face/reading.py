@@ -34,6 +34,7 @@ from models.hugging_face.tensors import (
     some,
     without_mesh,
 )
+from rspo_jax.sharding import platform
 
 Array = jax.Array
 
@@ -263,4 +264,4 @@ def _fill(shard: Array, content: Array, start: tuple[Any, ...], sizes: tuple[int
 
     # On a CPU, XLA takes all of a bfloat16 array through float32 to update a part of it; on a TPU it is the bits of all
     # of it that it copies.
-    return jax.lax.platform_dependent(shard, block, cpu=update_bits, default=update)
+    return (update_bits if platform() == "cpu" else update)(shard, block)

@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu import megablox
 from models.kernels.row_blocks import cut_rows
 from models.kernels.triton_matmul import triton_matmul
 from models.kernels.triton_tiles import HAS_TRITON
+from rspo_jax.sharding import platform
 
 Array = jax.Array
 
@@ -47,7 +48,7 @@ def grouped_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
     if 0 in (*rows.shape, *weights.shape):
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
     kernels = {"tpu": megablox_matmul} | ({"cuda": triton_matmul} if HAS_TRITON else {})
-    return jax.lax.platform_dependent(rows, weights, group_sizes, **kernels, default=block_matmul)
+    return kernels.get(platform(), block_matmul)(rows, weights, group_sizes)
 
 
 def _check(rows: Array, weights: Array, group_sizes: Array) -> None:

@@ -410,15 +410,13 @@ def lowered_text(platform, tokens, slots=None, **options):
         return jax.lax.scan(layer, queries, None, length=3)[0]
 
     inputs = (queries, keys, values, query_segments, key_segments, cotangent, *offset)
-    run = jax.jit(functools.partial(value_and_gradients, layers))
-    return lowered(run.trace(*inputs), platform)
+    return lowered(functools.partial(value_and_gradients, layers), platform, *inputs)
 
 
 def test_long_sequences_use_the_kernel_on_a_tpu_and_never_hold_all_pairs_of_tokens():
     text = lowered_text("tpu", 896)
     assert text.count("tpu_custom_call") >= 3  # forward, and two backward
     assert "896x896" not in text
-    # Nor may the weights of the other platforms' form be carried from the forward to the backward pass of the layers.
     block = attention._query_block(896)
     assert not [keys for keys in range(block, 897, block) if re.search(rf"tensor<3x[0-9x]*x{block}x{keys}x", text)]
 
@@ -472,8 +470,7 @@ def test_a_gpu_runs_plain_xla_where_there_is_no_triton(monkeypatch):
 def test_a_gpu_runs_plain_xla_where_heads_are_wide():
     shape = jax.ShapeDtypeStruct((1, 140, 2, attention.MAX_HEAD_DIM + 8), jnp.float32)
     segments = jax.ShapeDtypeStruct((1, 140), jnp.int32)
-    traced = jax.jit(attention.attend).trace(shape, shape, shape, segments, segments)
-    assert "xla.gpu.triton" not in lowered(traced, "cuda")
+    assert "xla.gpu.triton" not in lowered(attention.attend, "cuda", shape, shape, shape, segments, segments)
 
 
 def test_query_blocks_are_few_and_large():

@@ -34,7 +34,7 @@ CASES = {
 def report():
     flags = "--xla_force_host_platform_device_count=4 --xla_llvm_disable_expensive_passes=true"
     finished = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("expert_parallel_program.py"))],
+        [sys.executable, str(Path(__file__).parents[1] / "support" / "expert_parallel_program.py")],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

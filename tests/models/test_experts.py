@@ -16,10 +16,13 @@ import pytest
 from models import experts
 from models.experts import Experts
 from models.kernels.grouped_matmul import block_matmul
+from rspo_jax.sharding import lowering_for
 
 HIDDEN, EXPERT_SIZE = 6, 5
 FORMS = ("silu", "clamped")
 """The first without biases, the second with them."""
+WAYS = {"in places": "cpu", "sorted": "rocm"}
+"""Way to run experts -> a platform that goes this way, the second without kernels of its own."""
 
 
 def combine_matrix(weights, expert_ids, num_experts):
@@ -163,11 +166,11 @@ def test_value_and_gradients_match_the_dense_mixture(n, k, e, form):
 
 
 @pytest.mark.parametrize(("n", "k", "e", "form"), [CASES[0], CASES[1], CASES[3], CASES[4]], ids=str)
-def test_the_sorted_path_matches_the_dense_mixture(monkeypatch, n, k, e, form):
+def test_the_sorted_path_matches_the_dense_mixture(n, k, e, form):
     inputs = random_inputs(n, k, e, form=form)
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **_: default(*arrays))
-    compiled = jax.jit(lambda *inputs: value_and_gradients(*inputs, form=form))
-    assert_matches_oracle(compiled(*inputs), inputs, form=form)
+    with lowering_for(WAYS["sorted"]):
+        found = compiled_value_and_gradients(*inputs, form=form)
+    assert_matches_oracle(found, inputs, form=form)
 
 
 def test_the_inputs_of_clamped_experts_are_clamped_and_free():
@@ -213,19 +216,17 @@ def unspecified_beyond_the_groups(rows, weights, group_sizes):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("way", ["in places", "sorted"])
+@pytest.mark.parametrize("way", WAYS)
 def test_an_assignment_to_no_expert_adds_nothing_and_has_no_gradient(monkeypatch, way, form):
     """The id E stands for no expert, as for an expert on another device: like weight 0, also in the gradient."""
     x, weights, expert_ids, parameters, cotangent = random_inputs(150, 2, 5, form=form)
-    run = compiled_value_and_gradients
-    if way == "sorted":  # behind the part of `run_experts` that all ways share
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **_: default(*arrays))
-        monkeypatch.setattr(experts, "grouped_matmul", unspecified_beyond_the_groups)
-        run = jax.jit(lambda *inputs, form: value_and_gradients(*inputs, form=form), static_argnames="form")
+    monkeypatch.setattr(experts, "grouped_matmul", unspecified_beyond_the_groups)
+    run = jax.jit(lambda *inputs, form: value_and_gradients(*inputs, form=form), static_argnames="form")
     for share in (0.3, 1.0):
         nobody = np.random.default_rng(0).uniform(size=expert_ids.shape) < share
         ids = np.where(nobody, 5, expert_ids).astype(np.int32)
-        found = run(x, weights, ids, parameters, cotangent, form=form)
+        with lowering_for(WAYS[way]):
+            found = run(x, weights, ids, parameters, cotangent, form=form)
         weightless = (x, np.where(nobody, 0, weights), expert_ids, parameters, cotangent)
         expected, (of_x, of_weights, of_parameters) = dense_experts(*weightless, form=form)
         expected = (expected, (of_x, np.where(nobody, 0, of_weights), of_parameters))
@@ -380,19 +381,19 @@ def test_sharded_rows_and_replicated_experts_give_the_unsharded_result():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("way", ["cpu", "default"])
-def test_experts_of_a_layer_are_read_from_the_stack(monkeypatch, way, form):
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_of_a_layer_are_read_from_the_stack(way, form):
     """Few tokens, so that most experts have none, and one of no expert."""
     layers = [random_inputs(3, 2, 6, seed, form)[3] for seed in range(3)]
     stacks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     x, weights, *_ = random_inputs(3, 2, 6, 3)
     expert_ids = jnp.asarray([[4, 1], [4, 6], [1, 4]], jnp.int32)
     known = np.array([[4, 1], [4, 0], [1, 4]]), weights * np.array([[1, 1], [1, 0], [1, 1]])
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **ways: ways[way](*arrays))
     run = jax.jit(functools.partial(experts.run_experts_of_layer, activation=form))
-    for layer, parameters in enumerate(layers):
-        expected = dense_experts(x, known[1], known[0], parameters, form=form)
-        assert_near(run(x, weights, expert_ids, stacks, jnp.int32(layer)), expected)
-    in_bfloat16 = run(*(jnp.asarray(a, jnp.bfloat16) for a in (x, weights)), expert_ids, stacks, jnp.int32(2))
+    with lowering_for(WAYS[way]):
+        for layer, parameters in enumerate(layers):
+            expected = dense_experts(x, known[1], known[0], parameters, form=form)
+            assert_near(run(x, weights, expert_ids, stacks, jnp.int32(layer)), expected)
+        in_bfloat16 = run(*(jnp.asarray(a, jnp.bfloat16) for a in (x, weights)), expert_ids, stacks, jnp.int32(2))
     assert in_bfloat16.dtype == jnp.bfloat16
     assert_near(in_bfloat16, expected, 2**-6)

@@ -145,7 +145,6 @@ def test_lowers_for_each_platform(platform):
         return jnp.sum(grouped.grouped_matmul(rows, weights, group_sizes))
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 128), (2, 128, 128))]
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes, jax.ShapeDtypeStruct((2,), jnp.int32))
-    module = lowered(traced, platform)
+    module = lowered(jax.grad(loss, argnums=(0, 1)), platform, *shapes, jax.ShapeDtypeStruct((2,), jnp.int32))
     assert ("tpu_custom_call" in module) == (platform == "tpu")
     assert ("triton" in module) == (platform == "cuda")
