@@ -1,7 +1,7 @@
 """Router-Shift Policy Optimization for Mixture-of-Experts language models, in JAX.
 
-The names here are functions of arrays and cost one import of JAX. The trainer and its parts are modules of their own:
-`rspo_jax.rollouts.sampler`, `.rollout`, `.train_step`, `.checkpoint`, `.metrics`, `.trainer`.
+The names here are functions of arrays and their configurations; importing them costs little more than importing JAX.
+Trainer, sampler and records are packages of their own: `rspo_jax.training`, `rspo_jax.rollouts`, `rspo_jax.records`.
 """
 
 from rspo_jax.log_probs import TokenScores, head_log_probs, token_entropy, token_log_probs

@@ -1,8 +1,8 @@
-"""How work is spread over devices: one mesh, and one table that says which of its axes split which axis of an array.
+"""The division of work over devices: one mesh, and one table of which mesh axes split which axis of an array.
 
 Arrays are described by logical axes, such as ("embed", "heads", None); `RULES` maps these to mesh axes, and nothing
-else does. `jax.jit` partitions everything but what has to be written by hand, which runs on each device's own part
-inside `spread`. This file must never know a model, a loss or a number of devices.
+else does. `jax.jit` partitions all programs, except for code that has to be written by hand for each device's own part;
+that runs inside `spread`.
 """
 
 import math
@@ -19,8 +19,9 @@ from jax.extend import backend
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 LogicalAxes = tuple[str | None, ...]
-"""For each axis of an array a name of `RULES`, or None for one that is never split."""
+"""The axes of an array: for each a name of `RULES`, or None for an axis that is never split."""
 Rules = Mapping[str, tuple[str, ...]]
+"""Logical axis -> the mesh axes that split it, the slowest first."""
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 RULES: Rules = {
@@ -37,33 +38,34 @@ RULES: Rules = {
     "dense_hidden": ("tensor",),
     "vocabulary": ("tensor",),
 }
-"""Logical axis -> the mesh axes that split it, the slowest first.
+"""The table.
 
-`rows` are those of a batch: of tokens, prompts, responses or a cache; `tokens` its positions. `embed` is the hidden
-size in parameters and `expert_embed` that in the parameters of experts, which lie on `expert` already; in activations
-the hidden size is whole. Each device of the axis `expert` brings rows of its own to the experts of all. While a token
-attends, all tokens of its row are at one place, and the heads (`attended_heads`) take the axis `context` too."""
+`rows` are the rows of a batch of tokens, prompts, responses or a cache, and `tokens` are its positions. `embed` is the
+hidden size in parameters, `expert_embed` the hidden size in the parameters of experts, which the axis `expert` splits
+already; in activations the hidden size is whole. Each device of the axis `expert` brings rows of its own to the experts
+of all. While tokens attend, all tokens of a row are in one place, and the axis `context` splits the heads as well
+(`attended_heads`)."""
 
-# A part of every key in JAX's caches of traced and compiled functions, as a global of Python's would not be.
+# Unlike a global of Python's, this context is part of every key in JAX's caches of traced and compiled functions.
 _named_platform = jax.make_user_context(None)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh. At most one may be -1, for all that are left."""
+    """Number of devices along each axis of the mesh. At most one may be -1, for all devices that are left."""
 
     data: int = 1
-    """Copies of parameters and optimizer, each for rows of its own. Across slices of a pod, this is the axis."""
+    """Copies of parameters and optimizer, each for rows of its own. The one axis that crosses slices of a pod."""
     fsdp: int = -1
-    """Rows are split, and so are parameters and optimizer, which are gathered layer by layer."""
+    """Parts of rows, parameters and optimizer; parameters are gathered layer by layer."""
     expert: int = 1
-    """Experts are split, and so are rows."""
+    """Parts of experts and of rows."""
     tensor: int = 1
-    """Heads, the hidden layer of the experts and the vocabulary are split."""
+    """Parts of the heads, of the experts' hidden layer and of the vocabulary."""
     context: int = 1
-    """The tokens of a row are split, and while they attend, heads."""
+    """Parts of the tokens of a row and, while they attend, of the heads."""
     rules: tuple[str, ...] = ()
-    """Changes to where parameters and optimizer lie, as "embed=fsdp" or "vocabulary=" for whole."""
+    """Changes of the table for parameters and optimizer: "embed=fsdp" to split an axis, "vocabulary=" for none."""
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -78,10 +80,10 @@ class MeshConfig:
 
     @property
     def parameter_rules(self) -> Rules:
-        """`RULES` with the changes.
+        """`RULES` with the changes of `rules`.
 
         Raises:
-          ValueError: if a change names an axis that there is not.
+          ValueError: if a change has another form or names an unknown axis.
         """
         changed = dict(RULES)
         for rule in self.rules:
@@ -98,14 +100,14 @@ class MeshConfig:
 
     @property
     def sampling_rules(self) -> Rules:
-        """Where parameters lie while responses are drawn: what training gathers layer by layer is whole."""
+        """The rules for parameters while responses are drawn: axes that training gathers layer by layer stay whole."""
         return {**self.parameter_rules, "embed": (), "expert_embed": ()}
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, or those given, laid out along their links.
+    """Return a mesh over all devices, or the given ones, laid out along their links.
 
-    Where the devices belong to several slices, `data` crosses them (and no other axis does).
+    If the devices belong to several slices, the axis `data` crosses them, and no other does.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
@@ -124,7 +126,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if filled["data"] % slices:
         raise ValueError(
-            f"mesh.data is {filled['data']}, but must be a multiple of the {slices} slices: it crosses them"
+            f"mesh.data is {filled['data']}, but must be a multiple of the {slices} slices, because it crosses them"
         )
     if slices > 1:
         across = (slices, *(1,) * (len(shape) - 1))
@@ -136,7 +138,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
 
 
 def partition_spec(axes: LogicalAxes, mesh_axes: Sequence[str], rules: Rules = RULES) -> PartitionSpec:
-    """What the table says of an array, on those mesh axes that there are.
+    """Return the partition of an array by the table, over the given mesh axes alone.
 
     Raises:
       ValueError: on a name that the table does not have, or if one mesh axis would split two axes of the array.
@@ -145,7 +147,7 @@ def partition_spec(axes: LogicalAxes, mesh_axes: Sequence[str], rules: Rules = R
 
 
 def _parts(axes: LogicalAxes, mesh_axes: Sequence[str], rules: Rules) -> list[tuple[str, ...]]:
-    """The mesh axes that split each axis of an array."""
+    """Return the mesh axes that split each axis of an array."""
     unknown = [name for name in axes if name is not None and name not in rules]
     if unknown:
         raise ValueError(f"unknown logical axis {unknown[0]!r}; the table has {', '.join(rules)}")
@@ -162,12 +164,12 @@ def _parts(axes: LogicalAxes, mesh_axes: Sequence[str], rules: Rules) -> list[tu
 
 
 def sharding_of(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAxes, rules: Rules = RULES) -> NamedSharding:
-    """Where an array lies.
+    """Return the sharding of an array.
 
     Args:
-      mesh: from `make_mesh`.
-      name: of the array, for errors.
-      shape: of the whole array.
+      mesh: the mesh, from `make_mesh`.
+      name: the array's name, for errors.
+      shape: the shape of the whole array.
       axes: its logical axes.
       rules: the table.
 
@@ -193,7 +195,7 @@ def _check_divides(
 
 
 def shardings_of(mesh: Mesh, tree: Any, axes: Any, rules: Rules = RULES) -> Any:
-    """`sharding_of` for each array of a pytree; `axes` is a pytree like it, with logical axes in place of arrays."""
+    """Return `sharding_of` each array of a pytree; `axes` is a pytree like it, with logical axes in place of arrays."""
     paths, structure = jax.tree.flatten_with_path(tree)
     named = jax.tree.structure(tree).flatten_up_to(axes)
     return structure.unflatten(
@@ -207,10 +209,10 @@ def shardings_of(mesh: Mesh, tree: Any, axes: Any, rules: Rules = RULES) -> Any:
 def platform() -> str:
     """Return the platform that programs are traced for: "cpu", "tpu", "cuda", "rocm" or "oneapi".
 
-    It is the one that `lowering_for` names; without it that of the mesh in use, of `jax.default_device` or of JAX's
+    `lowering_for` names it. Without a name it is the platform of the mesh in use, of `jax.default_device` or of JAX's
     default backend, in this order. Functions with an implementation for each platform choose by it while they are
-    traced, so that the others cost nothing (`jax.lax.platform_dependent` traces them all). A program for devices that
-    are not the default ones has to be traced under such a mesh or name.
+    traced, so that the other implementations cost nothing (`jax.lax.platform_dependent` traces them all). A program for
+    other devices than the default ones has to be traced under such a mesh or name.
     """
     found = _named_platform.value
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device  # pyright: ignore
@@ -224,59 +226,67 @@ def platform() -> str:
 
 
 def lowering_for(platform: str) -> AbstractContextManager[None]:
-    """Name the platform of the programs that are traced in this context, for devices that are not there.
+    """Name the platform of the programs that are traced in this context, for devices that this machine lacks.
 
     Args:
-      platform: as `platform` returns it, or "gpu".
+      platform: a name that `platform` returns, or "gpu".
     """
     return _named_platform(platform)
 
 
 def free_axes() -> tuple[str, ...]:
-    """The axes of the mesh in use (`jax.set_mesh`) with more than one device, and that no `jax.shard_map` around has
-    taken."""
+    """Return the axes of the mesh in use that have several devices and that no enclosing `jax.shard_map` has taken.
+
+    The mesh in use is the one of `jax.set_mesh`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in mesh.manual_axes)
 
 
 def on_each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`jax.shard_map` over all axes of the mesh in use that none around has taken. Axes of a single device are among
-    them: a kernel must not be left to XLA to partition along any.
+    """Return `jax.shard_map` of a function over all axes of the mesh in use that no enclosing one has taken.
 
-    Args: as for `jax.shard_map`.
+    Axes of a single device are among them: XLA must not partition a kernel along any axis. The arguments are those of
+    `jax.shard_map`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = set(mesh.axis_names) - set(mesh.manual_axes)
-    # Kernels do not say over which axes their results vary, and loops start from constants: this cannot be checked.
+    # Kernels do not declare which axes their results vary over, and loops start from constants: nothing can be checked.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
 
 
 def axes_of(name: str, rules: Rules = RULES) -> tuple[str, ...]:
-    """The free axes that split a logical axis."""
+    """Return the free axes that split a logical axis."""
     free = free_axes()
     return tuple(axis for axis in rules[name] if axis in free)
 
 
 def parts_of(name: str, rules: Rules = RULES) -> int:
-    """Into how many parts the mesh in use splits a logical axis."""
+    """Return the number of parts that the mesh in use splits a logical axis into."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[axis] for axis in axes_of(name, rules))
 
 
 def check_split(name: str, shape: Sequence[int], axes: LogicalAxes) -> None:
-    """Raises ValueError, in which the array is called `name`, if the mesh in use does not divide an axis of it."""
+    """Refuse an array with an axis that the mesh in use does not divide.
+
+    Raises:
+      ValueError: naming the array `name`.
+    """
     free = free_axes()
     _check_divides(name, shape, axes, _parts(axes, free, RULES), jax.sharding.get_abstract_mesh().shape)
 
 
 def split_axes(name: str, size: int, rules: Rules = RULES) -> tuple[str, ...]:
-    """The free axes that split a logical axis of that size, or none if they do not divide it."""
+    """Return the free axes that split a logical axis of size `size`, or none if they do not divide it."""
     return axes_of(name, rules) if size % parts_of(name, rules) == 0 else ()
 
 
 def constrain(array: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
-    """Asks for an array to lie as the table says; an axis that does not divide stays whole. The array itself where no
-    mesh is in use."""
+    """Constrain an array to the sharding of the table, and return it.
+
+    An axis that the mesh does not divide stays whole. Without a mesh the array is returned as it is.
+    """
     if not free_axes():
         return array
     fitting = tuple(
@@ -289,16 +299,16 @@ def constrain(array: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.
 def spread(
     function: Callable[..., Any], inputs: Sequence[LogicalAxes], outputs: LogicalAxes, names: Sequence[str]
 ) -> Callable[..., Any]:
-    """`function` on each device's own parts; `function` itself where no mesh is in use.
+    """Return `function` applied to each device's own parts, or `function` itself without a mesh in use.
 
     Args:
-      function: of as many arrays as `inputs` has entries.
+      function: a function of as many arrays as `inputs` has entries, which returns one array.
       inputs: logical axes of each argument.
-      outputs: logical axes of what it returns.
-      names: of the arguments, for errors.
+      outputs: logical axes of its result.
+      names: names of the arguments, for errors.
 
     Returns:
-      A function of whole arrays. It raises ValueError for a size that does not divide.
+      A function of whole arrays. It raises ValueError for a size that the mesh does not divide.
     """
     free = free_axes()
     if not free:
@@ -315,7 +325,7 @@ def spread(
 
 
 def own_rows(count: int) -> np.ndarray:
-    """Which of `count` rows lie on devices of this process, under the mesh in use: int [n], ascending."""
+    """Return which of `count` rows lie on devices of this process, under the mesh in use: int [n], ascending."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return np.arange(count)
@@ -327,11 +337,11 @@ def own_rows(count: int) -> np.ndarray:
 
 
 def from_own(values: Any, *axes: str | None) -> jax.Array:
-    """A global array of which each process gives the parts on its own devices, under the mesh in use.
+    """Make a global array from the parts that each process has for its own devices, under the mesh in use.
 
     Args:
-      values: of the shape of the whole array; what is on other processes' devices is not read.
-      axes: logical axes.
+      values: an array of the shape of the whole; entries for other processes' devices are not read.
+      axes: its logical axes.
     """
     values, mesh = np.asarray(values), jax.sharding.get_mesh()
     if mesh.empty:
@@ -341,7 +351,7 @@ def from_own(values: Any, *axes: str | None) -> jax.Array:
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """A global array, whole, on the host of every process. All processes must call it."""
+    """Copy a global array, whole, to the host of every process. All processes must call it."""
     if not array.is_fully_addressable and not array.is_fully_replicated:
         array = jax.jit(lambda array: array, out_shardings=NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))(
             array
@@ -350,7 +360,7 @@ def fetch(array: jax.Array) -> np.ndarray:
 
 
 def fetch_own(array: jax.Array) -> np.ndarray:
-    """A global array [B, …] on the host: the rows of `own_rows(B)`; others hold 0."""
+    """Copy the rows `own_rows(B)` of a global array [B, …] to the host; other rows hold 0."""
     if array.is_fully_addressable:
         return np.asarray(array)
     spec = partition_spec(("rows", *(None,) * (array.ndim - 1)), MESH_AXES)

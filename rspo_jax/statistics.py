@@ -1,9 +1,9 @@
 """Statistics that stay exact when a batch is cut into micro-batches or sharded.
 
-A statistic holds enough to be finished later: sums with their weights, extremes, samples for a quantile.
-Its arrays may have any leading axes (of a `lax.scan` over micro-batches, say), and `reduce` reads over all of
-them at once, so that stacking is all the merging there is. Most finish as one number; those that finish as an array
-(`Means`, `Sums`, `Quantiles`) know how many axes are their own. This file must never know what is being measured.
+A statistic holds enough to be reduced later: sums with their weights, extremes, samples for a quantile. Its arrays may
+have any leading axes, for example of a `lax.scan` over micro-batches. `reduce` reads over all of them at once, so
+statistics are merged by stacking their arrays. Most reduce to one number; `Means`, `Sums` and `Quantiles` reduce to an
+array, and hold how many axes are its own.
 """
 
 import functools
@@ -18,10 +18,12 @@ from rspo_jax.types import Array
 
 
 class Mean(NamedTuple):
-    """A weighted mean that has not been divided yet; 0 where the weight is 0."""
+    """A weighted mean before its division; 0 where the weight is 0."""
 
     total: Array
+    """Σ weight · value."""
     weight: Array
+    """Σ weight."""
 
     def reduce(self) -> Array:
         weight = jnp.sum(self.weight)
@@ -56,23 +58,25 @@ class Minimum(NamedTuple):
 
 
 class Quantile(NamedTuple):
-    """A percentile of the float32 values under a mask, with linear interpolation; 0 where it is empty."""
+    """A percentile of the float32 values under a mask, with linear interpolation; 0 if the mask holds nowhere."""
 
     values: Array
     mask: Array
+    """bool, of the shape of `values`."""
     percent: Array
+    """int32, the same in all entries."""
 
     def reduce(self) -> Array:
         return masked_quantile(self.values, self.mask, jnp.max(self.percent))
 
 
 class Quantiles(NamedTuple):
-    """Several percentiles of the same values, a vector [n]."""
+    """Several percentiles of the same values, a vector [n]; see `Quantile`."""
 
     values: Array
     mask: Array
     percents: Array
-    """int32 [..., n]."""
+    """int32 [..., n], the same along all leading axes."""
 
     def reduce(self) -> Array:
         percents = jnp.max(self.percents.reshape(-1, self.percents.shape[-1]), axis=0)
@@ -82,13 +86,13 @@ class Quantiles(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Means:
-    """Weighted means side by side, of each layer, say; 0 where the weight is 0."""
+    """Weighted means side by side, for example one for each layer; 0 where the weight is 0."""
 
     total: Array
     weight: Array
-    """Of the shape of `total`."""
+    """Weights, in the shape of `total`."""
     axes: int = field(default=1, metadata={"static": True})
-    """How many of the last axes are kept."""
+    """Number of last axes that are kept."""
 
     def reduce(self) -> Array:
         total, weight = _sum_leading(self.total, self.axes), _sum_leading(self.weight, self.axes)
@@ -98,21 +102,22 @@ class Means:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sums:
-    """Counts or plain sums side by side, of the bins of a histogram, say."""
+    """Counts or plain sums side by side, for example of the bins of a histogram."""
 
     total: Array
     axes: int = field(default=1, metadata={"static": True})
-    """How many of the last axes are kept."""
+    """Number of last axes that are kept."""
 
     def reduce(self) -> Array:
         return _sum_leading(self.total, self.axes)
 
 
 class EffectiveSampleSize(NamedTuple):
-    """(Σ w)² / (n Σ w²): the share of n samples that is left of them when they are weighted by w; 0 where n is 0.
+    """Kish's effective sample size as a share of the n samples, (Σ w)² / (n Σ w²) of their weights w; 0 where n is 0.
 
-    Source: L. Kish, "Survey Sampling", 1965. The weights are kept over the largest of them, which changes nothing and
-    lets log-weights be as large as they are before a collapse.
+    Source: L. Kish, "Survey Sampling", Wiley 1965; the division by n, which makes it a share, is this library's own.
+    The weights are kept relative to the largest one, which changes nothing and allows for log-weights as large as they
+    get before a collapse.
     """
 
     peak: Array
@@ -131,7 +136,7 @@ class EffectiveSampleSize(NamedTuple):
 
 
 def at_least_float32(array: Array) -> Array:
-    """Cast to float32, but leave float64 as it is: the one rule of precision of losses, softmaxes and routing."""
+    """Cast to float32, and leave float64 as it is: the one rule of precision, for losses, softmaxes and routing."""
     return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
 
 
@@ -140,12 +145,12 @@ Statistics = Mapping[str, Statistic]
 
 
 def masked_mean(values: Array, mask: Array) -> Mean:
-    """The mean of `values` where `mask` holds; what the rest holds (NaN included) has no effect."""
+    """Return the mean of `values` where `mask` holds. Other values, NaN included, have no effect."""
     return Mean(jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask, dtype=values.dtype))
 
 
 def effective_sample_size(log_weights: Array, mask: Array) -> EffectiveSampleSize:
-    """Of the weights exp(`log_weights`) where `mask` holds."""
+    """Return Kish's effective sample size of the weights exp(`log_weights`) where `mask` holds."""
     dtype = log_weights.dtype
     peak = jnp.max(jnp.where(mask, log_weights, -jnp.inf))
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, log_weights - peak, 0)), 0)
@@ -153,17 +158,18 @@ def effective_sample_size(log_weights: Array, mask: Array) -> EffectiveSampleSiz
 
 
 def histogram(values: Array, mask: Array, edges: Sequence[float]) -> Sums:
-    """Counts the values under a mask by bins: n edges make n + 1 of them, the first and the last without an end.
+    """Count the values under a mask in bins: n edges make n + 1 bins, of which the first and the last are unbounded.
 
-    A bin holds its lower edge and not its upper one. NaN is in none.
+    A bin holds its lower edge and not its upper one. NaN is in no bin. Values are compared with each edge, which fuses;
+    a scatter would be slow on a TPU.
 
     Args:
       values: float, any shape.
       mask: bool, the same shape.
-      edges: in rising order.
+      edges: n edges, in rising order.
 
     Returns:
-      int32 [n + 1]. Each bin is counted by comparing, which fuses; a scatter would be slow on a TPU.
+      Counts, int32 [n + 1] once reduced.
     """
     mask = mask & ~jnp.isnan(values)
     parts = _split_last_axis(jnp.where(mask, values, -jnp.inf), jnp.asarray(-jnp.inf, values.dtype))
@@ -172,20 +178,21 @@ def histogram(values: Array, mask: Array, edges: Sequence[float]) -> Sums:
 
 
 def reduce(statistics: Statistics) -> dict[str, Array]:
-    """Finishes every statistic: a dict of scalars and arrays under the same names."""
+    """Reduce every statistic to a scalar or an array, under the same name."""
     return {name: statistic.reduce() for name, statistic in statistics.items()}
 
 
 def _sum_leading(array: Array, axes: int) -> Array:
-    """The sum over all axes but the last `axes`."""
+    """Return the sum over all axes but the last `axes`."""
     return jnp.sum(array, axis=tuple(range(array.ndim - axes)))
 
 
 def masked_quantile(values: Array, mask: Array, percent: Array) -> Array:
-    """The exact quantile of the masked values, as `numpy.quantile` with linear interpolation defines it.
+    """Return the exact quantile of the masked values, as `numpy.quantile` with linear interpolation defines it.
 
-    Sorting is the slowest thing that one can ask of an accelerator here. Bit patterns of floats can be ordered as the
-    floats are, so the order statistic is found by bisecting its 32 bits with 32 counts instead.
+    The search is this library's own, because `jnp.quantile` and `jnp.nanquantile` sort, and sorting is the slowest
+    thing that one can ask of an accelerator here. Bit patterns of floats can be ordered as the floats are, so the order
+    statistic is found by bisecting its 32 bits, with 32 counts.
 
     Args:
       values: float32, any shape. NaN counts as infinity.
@@ -219,12 +226,13 @@ def masked_quantile(values: Array, mask: Array, percent: Array) -> Array:
 
 
 def _to_key(values: Array) -> Array:
-    """float32 -> int32 in the same order: of negative numbers, all bits but the sign are turned round."""
+    """Map float32 to int32 in the same order: all bits of negative numbers but the sign are inverted."""
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
 def _from_key(key: Array) -> Array:
+    """Invert `_to_key`."""
     return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ jnp.int32(0x7FFFFFFF), key), jnp.float32)
 
 
@@ -232,10 +240,10 @@ _PART = 32
 
 
 def _split_last_axis(array: Array, fill: Array) -> Array:
-    """[..., T] -> [..., 32, T / 32], padded; a scalar counts as one value.
+    """Reshape [..., T] to [..., 32, T / 32], padded; a scalar counts as one value.
 
-    XLA on the CPU takes a reduction over more than 32 entries apart into windows, and writes down what it reduces.
-    Over 32 it compares and adds in one vectorised loop.
+    XLA on the CPU splits a reduction over more than 32 entries into windows, and stores the array that it reduces. Over
+    32 entries it compares and adds in one vectorized loop.
     """
     array = jnp.atleast_1d(array)
     length = -(-array.shape[-1] // _PART)
@@ -244,7 +252,7 @@ def _split_last_axis(array: Array, fill: Array) -> Array:
 
 
 def _reduce_parts(reduction: Callable[..., Array], parts: Array) -> Array:
-    """Over 32 entries, then over the rest. Without the barrier XLA would make one reduction of the two."""
+    """Reduce over 32 entries, then over the rest. Without the barrier XLA would merge the two reductions."""
     return reduction(jax.lax.optimization_barrier(reduction(parts, axis=-2)))
 
 

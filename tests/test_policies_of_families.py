@@ -9,7 +9,7 @@ import pytest
 from models import LatentAttention, Transformer, TransformerConfig, init_params
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.rollouts.packing import pack_rollout, plan_packing
-from rspo_jax.routing import finish
+from rspo_jax.routing import numbers_and_arrays
 from rspo_jax.statistics import reduce
 from rspo_jax.training import LearnerConfig, OptimizerConfig, init_train_state, score, update
 from rspo_jax.types import RolloutBatch
@@ -56,7 +56,7 @@ def learn(config, objective):
         scored, _ = score(policy, state.params, batch(), learner)
         for _ in range(2):
             state, statistics = update(policy, optimizer, state, scored, learner)
-            rows.append(finish(reduce(statistics))[0])
+            rows.append(numbers_and_arrays(reduce(statistics))[0])
     return rows, scored.old_route
 
 

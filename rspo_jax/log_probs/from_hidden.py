@@ -1,9 +1,12 @@
-"""Token log-probabilities and entropies straight from hidden states: no array of logits [B, T, V] ever exists.
+"""Token log-probabilities and entropies straight from hidden states, without an array of logits [B, T, V].
 
 The vocabulary is visited in blocks of columns, forward and backward. Each block's logits are computed, folded into a
 few numbers a token and dropped; the backward pass computes them again and writes each column of the head's gradient
-once. On a mesh every device visits its own columns for its own rows, and what it found is summed over the mesh once.
-This file must never know a model, a loss or a policy.
+once. On a mesh every device visits its own columns for its own rows, and the results are summed over the mesh once.
+
+Sources: the running maximum and sum over blocks are those of Milakov and Gimelshein, "Online normalizer calculation for
+softmax", arXiv 1805.02867. A cross-entropy without stored logits is also in Wijmans et al., "Cut Your Losses in
+Large-Vocabulary Language Models", arXiv 2411.09009. The entropy and its optional gradient are this library's own.
 """
 
 import functools
@@ -19,20 +22,23 @@ from rspo_jax.sharding import axes_of, check_split, free_axes, on_each_device, s
 from rspo_jax.types import Array
 
 BLOCK_BYTES = 8 * 2**20
+"""Largest size of a block's float32 logits, unless `MIN_COLUMNS` asks for more."""
 MIN_COLUMNS = 2048
+"""Least number of columns of a block: about the hidden size of a large model, so that the logits of a block are never
+much larger than the hidden states."""
 
 
 class TokenScores(NamedTuple):
-    """What a policy says of the tokens of a batch."""
+    """Log-probability and entropy of each target token of a batch."""
 
     log_probs: Array
     """float32 [B, T]."""
     entropy: Array
-    """float32 [B, T], in nats; it carries no gradient unless asked to."""
+    """float32 [B, T], in nats; without a gradient unless it was asked for."""
 
 
 class _Mesh(NamedTuple):
-    """The axes that split the work; all empty without a mesh."""
+    """The mesh axes that split the work; all empty without a mesh."""
 
     rows: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
@@ -40,17 +46,17 @@ class _Mesh(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What is fixed when tracing."""
+    """Values that are fixed while tracing."""
 
     temperature: float
     columns: int | None
-    """Columns of a block; None chooses."""
+    """Columns of a block; None: chosen from the shapes."""
     entropy_gradient: bool
     mesh: _Mesh = _Mesh()
 
 
 class _RowSums(NamedTuple):
-    """What one pass over the logits x of a token keeps, each [B, T]."""
+    """Sums over the logits x of a token that one pass keeps, each [B, T]."""
 
     maximum: Array
     sum_exp: Array
@@ -58,7 +64,7 @@ class _RowSums(NamedTuple):
     weighted: Array
     """Σ exp(x − maximum) · (x − maximum)."""
     target: Array
-    """The logit of the target; 0 as long as it was not met."""
+    """The logit of the target; 0 until its column has been visited."""
 
 
 def head_log_probs(
@@ -70,7 +76,7 @@ def head_log_probs(
     entropy_gradient: bool = False,
     block_columns: int | None = None,
 ) -> TokenScores:
-    """Scores each target under softmax(hidden · head / temperature), without the logits.
+    """Score each target under softmax(hidden · head / temperature), without the logits.
 
     Equal to `token_log_probs` and `token_entropy` of
     `einsum("btd,dv->btv", hidden, head, preferred_element_type=float32)`. Memory beyond arguments and gradients is a
@@ -78,8 +84,8 @@ def head_log_probs(
     accumulate in float32, and everything elementwise is float32; float64 stays float64. The backward pass rounds the
     gradient of a block's logits to the dtype of hidden before it enters the two products.
 
-    The entropy is a statistic: its gradient is zero by definition, as if behind `jax.lax.stop_gradient`. A loss that
-    has the entropy in it asks for its gradient, which costs a few more operations a logit and no memory.
+    The entropy is a statistic: its gradient is zero, as if behind `jax.lax.stop_gradient`. A loss with an entropy term
+    asks for its gradient, which costs a few more operations a logit and no memory.
 
     Under a mesh set by `jax.set_mesh`, rows, tokens and vocabulary are split as `rspo_jax.sharding.RULES` says, the
     latter two where the mesh divides them; the head is gathered along D only. Without a set mesh the result is right
@@ -89,9 +95,9 @@ def head_log_probs(
       hidden: float [B, T, D], float32 or bfloat16 (or float64); position t scores `targets[b, t]`.
       head: float [D, V], in the dtype of hidden.
       targets: int [B, T] in [0, V). Out of range the log-probability is NaN.
-      temperature: positive; the one that the responses were sampled with.
-      entropy_gradient: whether the entropy is differentiable.
-      block_columns: columns of a block, for tests. Chosen from the shapes when absent.
+      temperature: the temperature that the responses were sampled with; positive.
+      entropy_gradient: if true, the entropy is differentiable.
+      block_columns: columns of a block, for tests. By default chosen from the shapes.
 
     Returns:
       `TokenScores`; differentiable (reverse mode) in hidden and head.
@@ -157,9 +163,9 @@ _scores.defvjp(_forward, _backward)
 def _spread(
     function: Callable[..., Any], inputs: str, outputs: str, hidden: Array, head: Array, settings: _Settings
 ) -> Callable[..., Any]:
-    """`function` on each device's own rows and columns of the mesh in use; as it is where there is none.
+    """Return `function` on each device's own rows and columns of the mesh in use, or `function` itself without a mesh.
 
-    A letter an array: h is split like hidden, w like the head, t like the targets.
+    `inputs` and `outputs` have a letter for each array: h is split like hidden, w like the head, t like the targets.
     """
     rows = axes_of("rows")
     tokens, vocabulary = split_axes("tokens", hidden.shape[1]), split_axes("vocabulary", head.shape[1])
@@ -180,8 +186,10 @@ def _spread(
 
 
 class _Blocks(NamedTuple):
-    """Blocks of `columns` columns, `number` of them. The last one is moved left until it fits: it meets again the last
-    columns of the block before it."""
+    """A division of this device's vocabulary into `number` blocks of `columns` columns.
+
+    The last block is moved left until it fits, so it meets the last columns of the block before it again.
+    """
 
     columns: int
     number: int
@@ -190,21 +198,21 @@ class _Blocks(NamedTuple):
     """The id of this device's first column."""
 
     def start(self, block: Array | int) -> Array | int:
-        """Where a block's columns begin."""
+        """Return the first column of a block."""
         return 0 if self.number == 1 else jnp.minimum(block * self.columns, self.vocab_size - self.columns)
 
     def ids(self, block: Array | int) -> Array:
-        """Token ids of a block's columns, [1, 1, columns]; −1 for columns that belong to the block before."""
+        """Return the token ids of a block's columns, [1, 1, columns]; −1 for columns of the block before."""
         own = self.start(block) + jnp.arange(self.columns, dtype=jnp.int32)
         return jnp.where(own >= block * self.columns, own + self.offset, -1)[None, None]
 
     def logits(self, block: Array | int, hidden: Array, head: Array, temperature: float) -> tuple[Array, Array]:
-        """The block's columns of the head, and its logits [B, T, columns]."""
+        """Return the block's columns of the head, and its logits [B, T, columns]."""
         part = head
         if self.number > 1:
-            # A change of dtype inside the einsum must not be done for the whole head, ahead of the loop: that copy
-            # would stay in memory. The barrier keeps it here on the CPU (bfloat16); on TPUs (float32) the product
-            # does, with numbers of this turn of the loop, where a selection would not.
+            # XLA must not move a change of dtype inside the einsum out of the loop, to the whole head: that copy would
+            # stay in memory. The barrier keeps it here on the CPU (bfloat16). On TPUs (float32) the product keeps it,
+            # as it depends on this turn of the loop; a selection would not.
             head, start = jax.lax.optimization_barrier((head, self.start(block)))
             part = jax.lax.dynamic_slice_in_dim(head, start, self.columns, axis=1)
             part = part * (self.ids(block)[0] >= 0).astype(part.dtype)
@@ -221,10 +229,7 @@ def _blocks(hidden: Array, head: Array, settings: _Settings) -> _Blocks:
 
 
 def columns_for(num_tokens: int, vocab_size: int) -> int:
-    """Columns of a block: a small block stays in the cache, but a narrow one wastes the matrix unit.
-
-    `MIN_COLUMNS` is about the hidden size of a large model, so that a block is never much larger than hidden.
-    """
+    """Return the columns of a block: a small block stays in the cache, but a narrow one wastes the matrix unit."""
     columns = max(MIN_COLUMNS, BLOCK_BYTES // (4 * max(1, num_tokens)) // 128 * 128)
     return min(columns, vocab_size)
 
@@ -234,7 +239,7 @@ def _accumulator(hidden: Array) -> jnp.dtype:
 
 
 def _row_sums(hidden: Array, head: Array, targets: Array, *, settings: _Settings) -> tuple[Array, ...]:
-    """`_RowSums` over the whole vocabulary, in one pass."""
+    """Return the `_RowSums` over the whole vocabulary, in one pass."""
     dtype = _accumulator(hidden)
     blocks = _blocks(hidden, head, settings)
 
@@ -248,8 +253,12 @@ def _row_sums(hidden: Array, head: Array, targets: Array, *, settings: _Settings
         terms = [exp, exp * shifted]
         if blocks.number == 1:
             sum_exp, weighted = _sum_columns(terms)
-            return _RowSums(maximum, sum_exp, weighted, _pick(logits, targets - blocks.offset))
-        # A gather in every turn of a loop would cost more than a sum that rides along.
+            # The target's logit, and 0 where this device has no such column.
+            columns = targets - blocks.offset
+            inside = (columns >= 0) & (columns < logits.shape[-1])
+            picked = jnp.take_along_axis(logits, jnp.where(inside, columns, 0)[..., None], axis=-1)
+            return _RowSums(maximum, sum_exp, weighted, jnp.where(inside, picked[..., 0], 0))
+        # A gather in every turn of the loop would cost more than one sum more in the same reduction.
         terms.append(jnp.where(blocks.ids(block) == targets[..., None], logits, 0))
         return _RowSums(maximum, *_sum_columns(terms))
 
@@ -273,7 +282,7 @@ def _row_sums(hidden: Array, head: Array, targets: Array, *, settings: _Settings
 
 
 def _sum_columns(terms: list[Array]) -> tuple[Array, ...]:
-    """Sums over the last axis, in one reduction: several reductions take four times as long on the CPU."""
+    """Sum each term over the last axis, in one reduction: several reductions take four times as long on the CPU."""
     return jax.lax.reduce(
         tuple(terms),
         (jnp.zeros((), terms[0].dtype),) * len(terms),
@@ -282,15 +291,8 @@ def _sum_columns(terms: list[Array]) -> tuple[Array, ...]:
     )
 
 
-def _pick(logits: Array, columns: Array) -> Array:
-    """logits[b, t, columns[b, t]], and 0 where there is no such column."""
-    inside = (columns >= 0) & (columns < logits.shape[-1])
-    picked = jnp.take_along_axis(logits, jnp.where(inside, columns, 0)[..., None], axis=-1)
-    return jnp.where(inside, picked[..., 0], 0)
-
-
 def _rescaled(sums: _RowSums, maximum: Array) -> _RowSums:
-    """The same sums about another maximum, no smaller than their own."""
+    """Return the same sums relative to another maximum, no smaller than their own."""
     change = sums.maximum - maximum
     factor = jnp.exp(change)
     weighted = factor * (sums.weighted + change * sums.sum_exp)
@@ -306,8 +308,11 @@ def _gradients(
     *gradients_and_entropy: Array,
     settings: _Settings,
 ) -> tuple[Array, Array]:
-    """Gradients of hidden, in the accumulator's dtype, and of the head: ∂ log p / ∂ x_v = 1[v = target] − p_v, and
-    where the entropy H has one, ∂H / ∂x_v = −p_v (log p_v + H)."""
+    """Return the gradients of hidden, in the accumulator's dtype, and of the head.
+
+    With x the logits over the temperature, ∂ log p / ∂ x_v = 1[v = target] − p_v, and for the entropy H, where it has a
+    gradient, ∂H / ∂x_v = −p_v (log p_v + H).
+    """
     dtype = _accumulator(hidden)
     blocks = _blocks(hidden, head, settings)
     gradient, *for_entropy = (array[..., None] for array in gradients_and_entropy)
@@ -315,7 +320,7 @@ def _gradients(
 
     def visit(index: Array | int, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden_gradient, head_gradient = gradients
-        # From the last block to the first: columns that two blocks meet are written last by the one that owns them.
+        # From the last block to the first: columns that two blocks meet are last written by the one that owns them.
         block = blocks.number - 1 - index
         part, logits = blocks.logits(block, hidden, head, settings.temperature)
         log_probs = logits - maximum[..., None] - log_sum[..., None]

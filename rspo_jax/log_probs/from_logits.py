@@ -1,7 +1,4 @@
-"""Token log-probabilities and entropies from logits.
-
-Pure functions of arrays, always computed in at least float32. This file must never know where logits come from.
-"""
+"""Token log-probabilities and entropies from logits, always computed in at least float32."""
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +8,19 @@ from rspo_jax.types import Array
 
 
 def token_log_probs(logits: Array, targets: Array, temperature: float = 1.0) -> Array:
-    """Log-probability of each target under softmax(logits / temperature).
+    """Return the log-probability of each target under softmax(logits / temperature).
 
     Args:
       logits: float [B, T, V].
       targets: int [B, T] in [0, V); `logits[b, t]` scores `targets[b, t]`.
-      temperature: positive; the one that the responses were sampled with.
+      temperature: the temperature that the responses were sampled with; positive.
 
     Returns:
       float32 [B, T].
 
     Raises:
       ValueError: on shapes that do not fit, or a temperature that is not positive.
+      TypeError: on targets that are not integers.
     """
     log_probs = _log_softmax(logits, temperature)
     check_targets(targets, "logits", logits)
@@ -30,10 +28,10 @@ def token_log_probs(logits: Array, targets: Array, temperature: float = 1.0) -> 
 
 
 def token_entropy(logits: Array, temperature: float = 1.0) -> Array:
-    """Entropy, in nats, of softmax(logits / temperature).
+    """Return the entropy −Σ p log p, in nats, of p = softmax(logits / temperature).
 
     Args:
-      logits: float [..., V]; entries of -inf are impossible tokens.
+      logits: float [..., V]; an entry of −inf is an impossible token.
       temperature: positive.
 
     Returns:
@@ -53,7 +51,12 @@ def _log_softmax(logits: Array, temperature: float) -> Array:
 
 
 def check_targets(targets: Array, name: str, scorer: Array) -> None:
-    """Refuses targets that `scorer`, the argument `name` of shape [B, T, ...], does not score.
+    """Refuse targets that an array does not score.
+
+    Args:
+      targets: int [B, T].
+      name: the array's name, for the message.
+      scorer: the array, [B, T, ...].
 
     Raises:
       ValueError: on another shape.
@@ -69,7 +72,7 @@ def check_targets(targets: Array, name: str, scorer: Array) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuses a temperature that makes no distribution.
+    """Refuse a temperature that makes no distribution.
 
     Raises:
       ValueError: unless it is positive.

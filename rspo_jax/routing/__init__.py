@@ -1,11 +1,11 @@
-"""What routers do while a policy learns: how far they move, how they are balanced, held and reported."""
+"""The routers while a policy learns: how far they move, how they are balanced, held and reported."""
 
-from rspo_jax.routing.adaptive import AdaptiveShiftConfig, next_log_scale, scaled
+from rspo_jax.routing.adaptive import AdaptiveRule, AdaptiveShiftConfig, next_log_scale, scaled
 from rspo_jax.routing.balance import expert_fractions, load_balance_reader, router_loss_of, z_loss_reader
 from rspo_jax.routing.diagnostics import (
     drift_reading,
-    finish,
     mismatch_statistics,
+    numbers_and_arrays,
     ratio_statistics,
     response_inputs,
     routing_reader,
@@ -32,6 +32,7 @@ __all__ = [
     "LAYER_AGGREGATIONS",
     "ROUTE_AXES",
     "ROUTINGS",
+    "AdaptiveRule",
     "AdaptiveShiftConfig",
     "LayerAggregation",
     "Routing",
@@ -39,13 +40,13 @@ __all__ = [
     "drift_reader",
     "drift_reading",
     "expert_fractions",
-    "finish",
     "freeze",
     "gamma_of",
     "join_readers",
     "load_balance_reader",
     "mismatch_statistics",
     "next_log_scale",
+    "numbers_and_arrays",
     "ratio_statistics",
     "records_route",
     "response_inputs",

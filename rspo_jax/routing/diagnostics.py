@@ -1,9 +1,9 @@
-"""What an update shows of itself beside its loss: how routes moved and experts are used, and how the ratios spread.
+"""Diagnostics of an update beside its loss: how routes moved, how experts are used, and how the ratios spread.
 
-Two kinds of pure functions. `routing_reader` goes along with the model's scan over its layers, as the drift reader that
-it takes in does, and keeps sums over tokens and nothing as large as the router logits. The others turn arrays of the
-loss into statistics. All of them are finished, and divided into numbers and arrays, by `finish`. Nothing here has a
-gradient of its own, sorts, or ranks experts a second time. This file must never know a model, a loss or a file.
+`routing_reader` goes along with the model's scan over its layers, as the drift reader inside it does, and keeps sums
+over tokens, nothing as large as the router logits. The other functions turn arrays of the loss into statistics.
+`numbers_and_arrays` takes the reduced statistics of a step apart for the record. Nothing here has a gradient of its
+own, sorts, or ranks experts a second time.
 """
 
 import functools
@@ -24,69 +24,72 @@ from rspo_jax.statistics import (
     histogram,
     masked_mean,
 )
-from rspo_jax.types import Array, RouterReader, RouterReading
+from rspo_jax.types import Array, RouterReader, RouterReading, RouterScore
 
 PERCENTS = (1, 10, 50, 90, 99)
-"""Of the quantiles."""
+"""Percents of the quantiles of ratios and drifts."""
 DRIFT_EDGES = tuple(float(f"{10 ** (quarter / 4):.4g}") for quarter in range(-16, 5))
-"""Edges of the bins for −log γ, in nats: four a decade from 0.0001 to 10, with a bin below (no move) and one above."""
+"""Edges of the bins of −log γ, in nats: four a decade from 0.0001 to 10, with a bin below (no move) and one above."""
 LOG_RATIO_EDGES = (*(-edge for edge in reversed(DRIFT_EDGES)), *DRIFT_EDGES)
-"""The same to both sides, for log-ratios; the bin in the middle holds what did not move."""
+"""Edges of the bins of log-ratios: the same to both sides of 0. The bin in the middle holds what did not move."""
 
 
 class LayerSums(NamedTuple):
-    """What is kept of one layer: sums over the response tokens of each row, so that rows may lie on several devices
-    without a word between them."""
+    """Sums over the response tokens of each row, of one layer. Rows may lie on different devices without any exchange.
+
+    A reading of all layers leads with L.
+    """
 
     drift: Array
-    """float32 [N]: of d_l, in nats."""
+    """float32 [N], sum of d_l, in nats."""
     overlap: Array
-    """float32 [N]: of |old ∩ new| / K."""
+    """float32 [N], sum of |old ∩ new| / K."""
     stays: Array
-    """float32 [N]: tokens whose old experts are all active still."""
+    """float32 [N], number of tokens whose old experts are all active still."""
     entropy: Array
-    """float32 [N]: of the router's distribution over all experts, in nats."""
+    """float32 [N], sum of the entropy of the router's distribution over all experts, in nats."""
     load: Array
-    """int32 [N, E]: how often each expert is active."""
+    """int32 [N, E], number of tokens that each expert is active for."""
 
 
 class RoutingCarry(NamedTuple):
-    """What goes from layer to layer."""
+    """The carry of `routing_reader` from layer to layer."""
 
     drift: Array
-    """float32 [N, T], as of the drift reader."""
+    """float32 [N, T], the carry of the drift reader."""
     stays: Array
-    """bool [N, T]: whether the old experts have all stayed in every layer so far."""
+    """bool [N, T], True where the old experts have all stayed in every layer so far."""
     mask: Array
-    """bool [N, T]: inputs that score a response token."""
+    """bool [N, T], True on inputs that score a response token."""
 
 
 def response_inputs(places: Array, mask: Array, rows: tuple[int, ...]) -> Array:
-    """Which inputs of packed rows score a response token.
+    """Mark the inputs of packed rows that score a response token, the inverse of `rspo_jax.rollouts.packing.unpack`.
 
     Args:
       places: int32 [B, T] of a `PackedBatch`.
-      mask: bool [B, T] of the same.
+      mask: bool [B, T] of the same batch.
       rows: (N, T), the shape of the rows.
 
     Returns:
-      bool of the shape of the rows; the inverse of `rspo_jax.rollouts.packing.unpack`.
+      bool of the shape of the rows.
     """
     size = rows[0] * rows[1]
     flat = jnp.zeros(size, bool).at[jnp.where(mask, places, size)].set(True, mode="drop")
     return flat.reshape(rows)
 
 
-def routing_reader(drift: RouterReader, old_experts: Array, mask: Array, score: str = "softmax") -> RouterReader:
-    """Reads all that `drift` does, and how the routes differ from the old ones; see `routing_statistics`.
+def routing_reader(
+    drift: RouterReader, old_experts: Array, mask: Array, score: RouterScore = "softmax"
+) -> RouterReader:
+    """Return a reader of how the routes differ from the old ones, with a drift reader inside; see `routing_statistics`.
 
     Args:
-      drift: a `drift_reader`. Used through this reader, it is computed once for both purposes; its
-        reading is `drift_reading`, bit for bit what it would be alone.
-      old_experts: uint8 or uint16 [N, L, K, T], the old policy's, `expert_ids` of its `RouterTrace`.
+      drift: a `drift_reader`. Through this reader it is computed once for both purposes; its reading is
+        `drift_reading`, bit for bit what it would be alone.
+      old_experts: uint8 or uint16 [N, L, K, T], `expert_ids` of the old policy's `RouterTrace`.
       mask: bool [N, T] from `response_inputs`. Other tokens count for the drift reader only.
-      score: what turns router logits into scores, "softmax" or "sigmoid"; the entropy is that of the scores over their
-        sum.
+      score: function that turns router logits into scores; the entropy is that of the scores over their sum.
 
     Returns:
       A reader whose readings have no gradient, except through `drift` where that has one.
@@ -97,13 +100,13 @@ def routing_reader(drift: RouterReader, old_experts: Array, mask: Array, score: 
 
 
 def drift_reading(reading: RouterReading) -> RouterReading:
-    """What the drift reader inside of `routing_reader` read: for `rspo_jax.routing.shift.gamma_of`."""
+    """Return the reading of the drift reader inside `routing_reader`, for `rspo_jax.routing.shift.gamma_of`."""
     return RouterReading(reading.carry.drift, None)
 
 
 # Cached, because a reader is compared by the identity of its function.
 @functools.cache
-def _routing_reads(score: str) -> Callable[..., Any]:
+def _routing_reads(score: RouterScore) -> Callable[..., Any]:
     def read(
         bound: tuple[Callable[..., Any], Array], carry: RoutingCarry, router_logits: Array, expert_ids: Array
     ) -> tuple[RoutingCarry, LayerSums]:
@@ -111,31 +114,30 @@ def _routing_reads(score: str) -> Callable[..., Any]:
         moved, _ = read_drift(jnp.zeros_like(carry.drift), router_logits, expert_ids)
         logits = jax.lax.stop_gradient(router_logits)
         new = jnp.swapaxes(expert_ids.astype(jnp.int32), -1, -2)  # tokens last, as on a TPU the last axis is padded
-        common = _common(old, new.astype(old.dtype))
-        stays = common == old.shape[-2]
-        overlap = common.astype(jnp.float32) / old.shape[-2]
-        sums = LayerSums(
-            *(
-                jnp.sum(jnp.where(carry.mask, values.astype(jnp.float32), 0), axis=-1)
-                for values in (jax.lax.stop_gradient(moved), overlap, stays, _entropy(score, logits))
-            ),
-            load=_load(jnp.where(carry.mask[:, None, :], new, -1), logits.shape[-1]),
+
+        # Number of experts that the two routes share, [N, T].
+        new_ids, k = new.astype(old.dtype), old.shape[-2]
+        common = sum(
+            (jnp.any(old[:, slot, None, :] == new_ids, axis=1).astype(jnp.int32) for slot in range(k)),
+            start=jnp.int32(0),
         )
-        return carry._replace(drift=carry.drift + moved, stays=carry.stays & stays), sums
+        stays = common == k
+        overlap = common.astype(jnp.float32) / k
+        per_token = (jax.lax.stop_gradient(moved), overlap, stays, _entropy(score, logits))
+
+        # Tokens of each expert, [N, E], by comparing: a scatter is slow on a TPU.
+        chosen = jnp.where(carry.mask[:, None, :], new, -1)
+        experts = jnp.arange(logits.shape[-1], dtype=chosen.dtype)[None, :, None, None]
+        load = jnp.sum(chosen[:, None] == experts, axis=(-2, -1), dtype=jnp.int32)
+
+        sums = [jnp.sum(jnp.where(carry.mask, values.astype(jnp.float32), 0), axis=-1) for values in per_token]
+        return carry._replace(drift=carry.drift + moved, stays=carry.stays & stays), LayerSums(*sums, load=load)
 
     return read
 
 
-def _common(old: Array, new: Array) -> Array:
-    """How many experts two routes share: [N, K, T] twice -> int32 [N, T]."""
-    return sum(
-        (jnp.any(old[:, slot, None, :] == new, axis=1).astype(jnp.int32) for slot in range(old.shape[1])),
-        start=jnp.int32(0),
-    )
-
-
-def _entropy(score: str, router_logits: Array) -> Array:
-    """−Σ p log p of the scores over their sum: [N, T, E] -> [N, T]."""
+def _entropy(score: RouterScore, router_logits: Array) -> Array:
+    """Return −Σ p log p of the scores over their sum: [N, T, E] -> [N, T]."""
     logits = at_least_float32(router_logits)
     log_scores = jax.nn.log_sigmoid(logits) if score == "sigmoid" else logits
     below = log_scores - jnp.max(log_scores, axis=-1, keepdims=True)
@@ -144,24 +146,18 @@ def _entropy(score: str, router_logits: Array) -> Array:
     return jnp.log(total) - jnp.sum(jnp.where(scores > 0, scores * below, 0), axis=-1) / total
 
 
-def _load(expert_ids: Array, num_experts: int) -> Array:
-    """How often each expert stands in [N, K, T]: int32 [N, E], by comparing, as a scatter is slow on a TPU."""
-    experts = jnp.arange(num_experts, dtype=expert_ids.dtype)[None, :, None, None]
-    return jnp.sum(expert_ids[:, None] == experts, axis=(-2, -1), dtype=jnp.int32)
-
-
 def routing_statistics(reading: RouterReading) -> dict[str, Statistic]:
-    """What a reading of `routing_reader` says of the response tokens.
+    """Return the statistics of a reading of `routing_reader`, over the response tokens.
 
     Args:
-      reading: of one batch of rows.
+      reading: the reading of one batch of rows.
 
     Returns:
-      * `layer_drift` [L]: mean d_l in nats (`rspo_jax.routing.shift`).
+      * `layer_drift` [L]: mean d_l in nats (RSPO, arXiv 2510.23027; `rspo_jax.routing.shift`).
       * `layer_overlap` [L]: mean |old ∩ new| / K of the active experts.
-      * `layer_stays` [L]: share of the tokens whose old experts are all active still, and `route_stays`, the share of
-        those for which this is so in all layers.
-      * `layer_router_entropy` [L]: mean entropy of the router in nats; log E where it knows no preference.
+      * `layer_stays` [L]: share of the tokens whose old experts are all active still; and `route_stays`: share of the
+        tokens for which this holds in every layer.
+      * `layer_router_entropy` [L]: mean entropy of the router in nats; log E without any preference.
       * `expert_load` [L, E]: share of the assignments of each expert; each layer's sum is 1.
     """
     sums, (_, stays, mask) = reading.layers, reading.carry
@@ -179,15 +175,16 @@ def routing_statistics(reading: RouterReading) -> dict[str, Statistic]:
 
 
 def max_violation(load: Any) -> np.ndarray:
-    """How far the busiest expert of each layer lies above the mean: max_e load / mean load − 1, 0 where all are equal.
+    """Return max_e load / mean load − 1 of each layer: how far its busiest expert lies above the mean.
 
-    Source: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024 (MaxVio).
+    Source: MaxVio, Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv 2408.15664,
+    section 4.1, eq. 4.
 
     Args:
-      load: [L, E] finished shares or counts of assignments.
+      load: [L, E], reduced shares or counts of assignments.
 
     Returns:
-      float64 [L]; NaN in a layer without assignments.
+      float64 [L]; 0 where all experts are used alike, NaN in a layer without assignments.
     """
     load = np.asarray(load, np.float64)
     mean = load.mean(axis=-1)
@@ -197,17 +194,17 @@ def max_violation(load: Any) -> np.ndarray:
 def ratio_statistics(
     log_ratio: Array, mask: Array, gamma: Array | None = None, gamma_min: float | None = None
 ) -> dict[str, Statistic]:
-    """How the importance ratios of an update spread, and with them the router shift.
+    """Return the statistics of an update's importance ratios and of its router shift.
 
     Args:
       log_ratio: float32 [B, T], log π_θ − log π_old.
       mask: bool [B, T], True on response tokens.
       gamma: float32 [B, T], raw γ of `rspo_jax.router_shift`; None for a dense model.
-      gamma_min: the floor, where the objective weighs tokens by γ.
+      gamma_min: the floor; None where the objective does not weigh tokens by γ.
 
     Returns:
       * `log_ratio_quantiles` [5], at `PERCENTS`, and `log_ratio_histogram` over `LOG_RATIO_EDGES`.
-      * `effective_sample_size`: of the ratios w as weights of tokens, a share in (0, 1].
+      * `effective_sample_size`: Kish's, of the ratios w as weights of tokens; a share in (0, 1].
       * with γ, `drift_quantiles` and `drift_histogram` of −log γ in nats, over `DRIFT_EDGES`.
       * with a floor, `shifted_sample_size`: the effective sample size of w·max(γ, floor).
     """
@@ -233,7 +230,7 @@ def _quantiles(values: Array, mask: Array) -> Quantiles:
 
 
 def mismatch_statistics(log_probs: Array, sampler_log_probs: Array, mask: Array) -> dict[str, Statistic]:
-    """How far the trainer's log-probabilities are from the sampler's, under the same parameters.
+    """Return the statistics of the trainer's log-probabilities less the sampler's, under the same parameters.
 
     Args:
       log_probs: float32 [B, T], the trainer's.
@@ -252,16 +249,16 @@ def mismatch_statistics(log_probs: Array, sampler_log_probs: Array, mask: Array)
     }
 
 
-def finish(reduced: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Divides the finished statistics of a step into numbers and arrays, and adds what follows from them.
+def numbers_and_arrays(reduced: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Take the reduced statistics of a step apart into numbers and arrays, and add the ones that follow from them.
 
     Args:
-      reduced: of `rspo_jax.statistics.reduce`, on the host.
+      reduced: what `rspo_jax.statistics.reduce` returns, on the host.
 
     Returns:
-      The numbers, with the means over the layers `drift`, `overlap`, `router_entropy` and `max_violation`; and the
-      arrays, with `layer_max_violation` [L] and the edges of all histograms there are, `log_ratio_edges` and
-      `drift_edges`. No arrays from statistics that have none.
+      The numbers, with the means over layers `drift`, `overlap`, `router_entropy` and `max_violation`; and the arrays,
+      with `layer_max_violation` [L] and the edges of the histograms, `log_ratio_edges` and `drift_edges`. Only what
+      follows from the statistics at hand is added: those of a dense model without diagnostics give no arrays.
     """
     numbers = {name: float(value) for name, value in reduced.items() if not np.ndim(value)}
     arrays = {name: np.asarray(value) for name, value in reduced.items() if np.ndim(value)}

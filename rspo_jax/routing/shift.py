@@ -1,22 +1,25 @@
-"""How far the router moved between two policies: RSPO's router-shift ratio γ, per token.
+"""The router-shift ratio γ of RSPO: how far the router moved between two policies, per token.
 
     d_l = (1/K) Σ_k | log r(e_k) − log r_old(e_k) |      e_1..e_K: the experts that the old policy activated in layer l
     Δ   = (1/L) Σ_l d_l                                  γ = exp(−Δ) ∈ (0, 1]
 
-(Router-Shift Policy Optimization, arXiv 2510.23027). r is the softmax over all experts in float32, also where the
-model renormalises over the chosen ones. Both means are inside the exponential. The paper says nothing of routers that
-score each expert by a sigmoid (DeepSeek-V3): there r is that sigmoid, without the bias that corrects the choice. Shared
-experts and layers without experts do not count.
+Source: Router-Shift Policy Optimization (RSPO), Zhang et al., "Towards Stable and Effective Reinforcement Learning for
+Mixture-of-Experts", arXiv 2510.23027. Both means are inside the exponential. r is the softmax over all experts in
+float32, also where the model renormalizes over the chosen ones. Shared experts and layers without experts do not count.
 
-The old policy is remembered by the ids of its experts and by their log-probabilities on a grid of 1/1024 nat, and the
-current log-probabilities are rounded to the same grid before the two are compared. Rounding both keeps a policy's shift
-against itself at exactly 0 and leaves the mean of many differences right, however small they are (to 1e-5 nat, the
-tolerance below). A slot is off by at most one step of the grid, hence γ by less than 1e-3.
+This library's own choices, which the paper does not make:
+
+* For routers that score each expert by a sigmoid (DeepSeek-V3, arXiv 2412.19437), r is that sigmoid, without the bias
+  that corrects the choice.
+* The old policy is remembered by the ids of its experts and by their log-probabilities on a grid of 1/1024 nat, and the
+  current log-probabilities are rounded to the same grid before the two are compared. Rounding both keeps a policy's
+  shift against itself at exactly 0 and leaves the mean of many differences right, however small they are (to 1e-5 nat,
+  the tolerance below). A slot is off by at most one step of the grid, hence γ by less than 1e-3.
 
 Both directions exist twice: on router logits of all layers together (`trace_router`, `router_shift`), and as readers
 that go along with the model's scan over its layers (`trace_reader`, `drift_reader`). Routes can also be used again:
-`forced_route_of` makes of a trace what a model takes, and `route_reader` notes which experts were used and no more.
-This file alone knows what a `RouterTrace` holds; it must never know a model or a loss.
+`forced_route_of` turns a trace into a `ForcedRoute`, and `route_reader` records the experts alone. No other file knows
+what the arrays of a `RouterTrace` mean.
 """
 
 import functools
@@ -29,30 +32,35 @@ import jax.numpy as jnp
 
 from rspo_jax.sharding import platform
 from rspo_jax.statistics import at_least_float32
-from rspo_jax.types import Array, ForcedRoute, RouterReader, RouterReading, RouterTrace
+from rspo_jax.types import Array, ForcedRoute, RouterReader, RouterReading, RouterScore, RouterTrace, check_choice
 
 LayerAggregation = Literal["mean", "sum"]
+"""Aggregation of the drifts over layers: their mean (the paper's), or their sum (a plain product of the ratios)."""
 LAYER_AGGREGATIONS = get_args(LayerAggregation)
-SCORES = ("softmax", "sigmoid")
 ROUTE_AXES = ("rows", "layers", None, "tokens")
 """Logical axes of both arrays of a `RouterTrace`, and of a recorded route."""
 STEPS_PER_NAT = 1024
-"""Of the grid. 16 bits reach down to −64 nats; what is less likely is kept as that."""
+"""Steps of the grid in a nat. 16 bits reach down to −64 nats; less likely experts are kept as that."""
 ROUNDING_TOLERANCE = 0.01
-"""In steps. Programs that are compiled apart differ in the last bits, and a log-probability beside the middle between
-two grid points must not jump to the next for that."""
+"""Distance, in steps, that does not count. Programs that are compiled apart differ in the last bits, and a
+log-probability close to the middle between two grid points must not jump to the next because of that."""
 
 
-def trace_router(router_logits: Array, k: int, score: str = "softmax", expert_ids: Array | None = None) -> RouterTrace:
-    """Keeps, of the old policy's router logits, what `router_shift` needs later.
+# On the router logits of all layers together
+
+
+def trace_router(
+    router_logits: Array, k: int, score: RouterScore = "softmax", expert_ids: Array | None = None
+) -> RouterTrace:
+    """Keep what `router_shift` needs of the old policy's router logits.
 
     Args:
       router_logits: float [L, B, T, E] of the policy that gives `old_log_probs`, at the input positions whose logits
         score the targets.
       k: experts that a token activates, 1 ≤ k ≤ E.
-      score: what turns router logits into r, "softmax" or "sigmoid".
-      expert_ids: int [L, B, T, K], those that the old policy activated; the K with the largest logits when absent,
-        which is wrong for routers that rank by something else too.
+      score: function that turns router logits into r.
+      expert_ids: int [L, B, T, K], the experts that the old policy activated; by default the K with the largest logits,
+        which is wrong for routers that do not rank by their logits alone.
 
     Returns:
       The trace; on-policy it makes γ exactly 1.
@@ -61,7 +69,7 @@ def trace_router(router_logits: Array, k: int, score: str = "softmax", expert_id
       ValueError: if the logits do not have four axes, k is out of range, or the score is unknown.
     """
     num_experts = _check_router_logits(router_logits)
-    _check_choice("score", score, SCORES)
+    check_choice("score", score, RouterScore)
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must be between 1 and the number of experts, {num_experts}; got {k}")
     if expert_ids is None:
@@ -70,71 +78,30 @@ def trace_router(router_logits: Array, k: int, score: str = "softmax", expert_id
     return _swap_rows_and_layers(jax.vmap(functools.partial(_trace_layer, score))(router_logits, expert_ids))
 
 
-def trace_reader(score: str = "softmax") -> RouterReader:
-    """Reads what `trace_router` keeps, from the experts that the model itself chose; see `trace_of`.
-
-    Raises:
-      ValueError: if the score is unknown.
-    """
-    _check_choice("score", score, SCORES)
-    return RouterReader(jax.tree_util.Partial(_trace_reads(score)))
-
-
-def trace_of(reading: RouterReading) -> RouterTrace:
-    """The trace from a reading of `trace_reader`."""
-    return _swap_rows_and_layers(reading.layers)
-
-
-def route_reader() -> RouterReader:
-    """Reads the experts that each token goes through; see `route_of`."""
-    return RouterReader(jax.tree_util.Partial(_read_route))
-
-
-def route_of(reading: RouterReading) -> Array:
-    """The experts of each token, uint8 or uint16 [B, L, K, T], from a reading of `route_reader`."""
-    return jnp.swapaxes(reading.layers, 0, 1)
-
-
-def forced_route_of(trace: RouterTrace, with_weights: bool = False) -> ForcedRoute:
-    """What makes a model send each token through the experts of the old policy.
-
-    Args:
-      trace: of the same tokens.
-      with_weights: take the old policy's scores of these experts as well, rounded as the trace has them: a score is
-        off by a factor of at most exp(1/2048), 0.05 %, and a combine weight that the model divides by the sum of all
-        by at most exp(1/1024), 0.1 %. So under the old parameters a forced pass is only nearly the free one. Scores
-        below exp(-64) count as that.
-
-    Returns:
-      Expert ids as small as the trace keeps them, and float32 weights or None.
-    """
-    expert_ids, steps = (jnp.transpose(leaf, (1, 0, 3, 2)) for leaf in trace)
-    if not with_weights:
-        return ForcedRoute(expert_ids)
-    return ForcedRoute(expert_ids, jnp.exp(-steps.astype(jnp.float32) / STEPS_PER_NAT))
-
-
 def router_shift(
-    router_logits: Array, trace: RouterTrace, layer_aggregation: str = "mean", score: str = "softmax"
+    router_logits: Array,
+    trace: RouterTrace,
+    layer_aggregation: LayerAggregation = "mean",
+    score: RouterScore = "softmax",
 ) -> Array:
-    """The raw router-shift ratio γ of each token, before the floor.
+    """Return the raw router-shift ratio γ of each token, before the floor (RSPO, arXiv 2510.23027; see above).
 
     Args:
       router_logits: float [L, B, T, E] of the current policy, from the same positions as the trace.
-      trace: `trace_router` of the old policy.
-      layer_aggregation: "mean" over the layers (the paper's geometric mean) or "sum" (a plain product).
-      score: as for the trace.
+      trace: the old policy's, from `trace_router`.
+      layer_aggregation: "mean" over the layers, as in the paper, or "sum".
+      score: function that turns router logits into r, the same as for the trace.
 
     Returns:
-      float32 [B, T] in [0, 1]; exactly 1 where the router did not move. It is differentiable, the rounding to the grid
-      counting as none: the losses stop the gradient themselves.
+      float32 [B, T] in [0, 1]; exactly 1 where the router did not move. It is differentiable as if nothing had been
+      rounded to the grid: the losses stop the gradient themselves.
 
     Raises:
       ValueError: if the shapes do not fit, or the aggregation or the score is unknown.
     """
     _check_router_logits(router_logits)
-    _check_choice("layer_aggregation", layer_aggregation, LAYER_AGGREGATIONS)
-    _check_choice("score", score, SCORES)
+    check_choice("layer_aggregation", layer_aggregation, LayerAggregation)
+    check_choice("score", score, RouterScore)
     expert_ids, log_probs = layers = _swap_rows_and_layers(trace)
     chex.assert_equal_shape([expert_ids, log_probs])
     num_layers, rows, k, tokens = expert_ids.shape
@@ -153,7 +120,7 @@ def router_shift(
 
 
 def check_covers(trace: RouterTrace, rows: tuple[int, ...]) -> None:
-    """Refuses the trace of another batch.
+    """Refuse the trace of another batch.
 
     Raises:
       ValueError: unless the trace covers tokens of shape `rows`, [N, T].
@@ -163,37 +130,94 @@ def check_covers(trace: RouterTrace, rows: tuple[int, ...]) -> None:
         raise ValueError(f"the old route covers [N, T] = {covered}, the rows {rows}: score the same batch")
 
 
-def drift_reader(trace: RouterTrace, score: str = "softmax", differentiable: bool = False) -> RouterReader:
-    """Adds up the drift Σ_l d_l of the current policy against `trace`; see `gamma_of`.
+def forced_route_of(trace: RouterTrace, with_weights: bool = False) -> ForcedRoute:
+    """Return the route that makes a model send each token through the experts of the old policy.
 
     Args:
-      trace: of the same tokens.
-      score: as for the trace.
-      differentiable: whether γ passes a gradient on to the routers. RSPO's has none (the paper's run without the
+      trace: the old policy's, of the same tokens.
+      with_weights: take the old policy's scores of these experts as well. The trace has rounded them: a score is off by
+        a factor of at most exp(1/2048), 0.05 %, and a combine weight that the model divides by the sum of all by at
+        most exp(1/1024), 0.1 %. So under the old parameters a forced pass is only nearly the free one. Scores below
+        exp(−64) count as exp(−64).
+
+    Returns:
+      Expert ids in the dtype of the trace, and float32 weights or None.
+    """
+    expert_ids, steps = (jnp.transpose(leaf, (1, 0, 3, 2)) for leaf in trace)
+    if not with_weights:
+        return ForcedRoute(expert_ids)
+    return ForcedRoute(expert_ids, jnp.exp(-steps.astype(jnp.float32) / STEPS_PER_NAT))
+
+
+# As readers, layer by layer. The functions that make them are cached, because a reader is compared by the identity of
+# its function.
+
+
+def trace_reader(score: RouterScore = "softmax") -> RouterReader:
+    """Return a reader that keeps what `trace_router` keeps, of the experts that the model itself chose.
+
+    `trace_of` makes the trace of its reading.
+
+    Raises:
+      ValueError: if the score is unknown.
+    """
+    check_choice("score", score, RouterScore)
+    return RouterReader(jax.tree_util.Partial(_trace_reads(score)))
+
+
+def trace_of(reading: RouterReading) -> RouterTrace:
+    """Return the trace from a reading of `trace_reader`."""
+    return _swap_rows_and_layers(reading.layers)
+
+
+def drift_reader(trace: RouterTrace, score: RouterScore = "softmax", differentiable: bool = False) -> RouterReader:
+    """Return a reader that adds up the drift Σ_l d_l of the current policy against a trace.
+
+    `gamma_of` makes γ of its reading.
+
+    Args:
+      trace: the old policy's, of the same tokens.
+      score: function that turns router logits into r, the same as for the trace.
+      differentiable: if true, γ passes a gradient on to the routers. RSPO's has none (the paper's run without the
         stop-gradient collapses); this is for that ablation.
 
     Raises:
       ValueError: if the score is unknown.
     """
-    _check_choice("score", score, SCORES)
+    check_choice("score", score, RouterScore)
     rows, _, _, tokens = trace.expert_ids.shape
     start = jnp.zeros((rows, tokens), jnp.float32)
     return RouterReader(jax.tree_util.Partial(_drift_reads(score, differentiable), _swap_rows_and_layers(trace)), start)
 
 
-def gamma_of(reading: RouterReading, trace: RouterTrace, layer_aggregation: str = "mean") -> Array:
-    """γ, float32 [B, T], from a reading of `drift_reader(trace)`; the value of `router_shift`.
+def gamma_of(reading: RouterReading, trace: RouterTrace, layer_aggregation: LayerAggregation = "mean") -> Array:
+    """Return γ, float32 [B, T], from a reading of `drift_reader(trace)`: the value of `router_shift`.
 
     Raises:
       ValueError: if the aggregation is unknown.
     """
-    _check_choice("layer_aggregation", layer_aggregation, LAYER_AGGREGATIONS)
+    check_choice("layer_aggregation", layer_aggregation, LayerAggregation)
     return _gamma(reading.carry, trace.expert_ids.shape[1], layer_aggregation)
 
 
-# Cached, because a reader is compared by the identity of its function.
+def route_reader() -> RouterReader:
+    """Return a reader that records the experts that each token goes through; `route_of` makes them one array."""
+    return RouterReader(jax.tree_util.Partial(_read_route))
+
+
+def route_of(reading: RouterReading) -> Array:
+    """Return the experts of each token, uint8 or uint16 [B, L, K, T], from a reading of `route_reader`."""
+    return jnp.swapaxes(reading.layers, 0, 1)
+
+
+def join_readers(*readers: RouterReader) -> RouterReader:
+    """Return one reader in place of several; its carry and its reading are tuples in their order."""
+    reads = tuple(reader.read for reader in readers)
+    return RouterReader(jax.tree_util.Partial(_read_all, reads), tuple(reader.carry for reader in readers))
+
+
 @functools.cache
-def _trace_reads(score: str) -> Callable[..., Any]:
+def _trace_reads(score: RouterScore) -> Callable[..., Any]:
     def read(carry: None, router_logits: Array, expert_ids: Array) -> tuple[None, RouterTrace]:
         return carry, _trace_layer(score, router_logits, expert_ids)
 
@@ -201,9 +225,9 @@ def _trace_reads(score: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _drift_reads(score: str, differentiable: bool) -> Callable[..., Any]:
+def _drift_reads(score: RouterScore, differentiable: bool) -> Callable[..., Any]:
     def read(layer: RouterTrace, drift: Array, router_logits: Array, expert_ids: Array) -> tuple[Array, None]:
-        del expert_ids  # those that the old policy activated count
+        del expert_ids  # the experts that the old policy activated count
         logits = router_logits if differentiable else jax.lax.stop_gradient(router_logits)
         return drift + _layer_drift(score, logits, layer).astype(drift.dtype), None
 
@@ -214,21 +238,25 @@ def _read_route(carry: None, router_logits: Array, expert_ids: Array) -> tuple[N
     return carry, _small_ids(router_logits, expert_ids)
 
 
-def _small_ids(router_logits: Array, expert_ids: Array) -> Array:
-    """[B, T, K] -> [B, K, T], in as few bytes as all experts need."""
-    id_dtype = jnp.uint8 if router_logits.shape[-1] <= 256 else jnp.uint16
-    return jnp.swapaxes(expert_ids.astype(id_dtype), -1, -2)
+def _read_all(
+    reads: tuple[Any, ...], carries: tuple[Any, ...], router_logits: Array, expert_ids: Array
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    results = [read(carry, router_logits, expert_ids) for read, carry in zip(reads, carries, strict=True)]
+    return tuple(carry for carry, _ in results), tuple(reading for _, reading in results)
 
 
-def _trace_layer(score: str, router_logits: Array, expert_ids: Array) -> RouterTrace:
-    """[B, T, E], [B, T, K] -> the trace of one layer, [B, K, T]."""
+# Of one layer
+
+
+def _trace_layer(score: RouterScore, router_logits: Array, expert_ids: Array) -> RouterTrace:
+    """Return the trace of one layer: [B, T, E], [B, T, K] -> [B, K, T]."""
     log_probs = _log_scores_at(score, router_logits, expert_ids)
     steps = jnp.clip(jnp.round(-log_probs * STEPS_PER_NAT), 0, jnp.iinfo(jnp.uint16).max)
     return RouterTrace(_small_ids(router_logits, expert_ids), jnp.swapaxes(steps.astype(jnp.uint16), -1, -2))
 
 
-def _layer_drift(score: str, router_logits: Array, trace: RouterTrace) -> Array:
-    """d_l of one layer: [B, T, E], [B, K, T] -> [B, T]."""
+def _layer_drift(score: RouterScore, router_logits: Array, trace: RouterTrace) -> Array:
+    """Return d_l of one layer: [B, T, E], [B, K, T] -> [B, T]."""
     expert_ids = jnp.swapaxes(trace.expert_ids, -1, -2).astype(jnp.int32)
     current = _log_scores_at(score, router_logits, expert_ids)  # [B, T, K]
     old_steps = jnp.swapaxes(trace.log_probs, -1, -2).astype(current.dtype)
@@ -240,56 +268,39 @@ def _layer_drift(score: str, router_logits: Array, trace: RouterTrace) -> Array:
     return jnp.mean(jnp.abs(moved) / STEPS_PER_NAT + straight_through, axis=-1)
 
 
-def _gamma(drift: Array, num_layers: int, layer_aggregation: str) -> Array:
-    return jnp.exp(-(drift / num_layers if layer_aggregation == "mean" else drift))
-
-
-def _swap_rows_and_layers(trace: RouterTrace) -> RouterTrace:
-    """[L, B, K, T] <-> [B, L, K, T]."""
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), trace)
-
-
-def _log_scores_at(score: str, router_logits: Array, expert_ids: Array) -> Array:
-    """log r at K of E entries: [..., E], [..., K] -> [..., K]; those of all E are never written down."""
+def _log_scores_at(score: RouterScore, router_logits: Array, expert_ids: Array) -> Array:
+    """Return log r at K of E entries, [..., E], [..., K] -> [..., K], without an array of all E."""
     logits = at_least_float32(router_logits)
-    pick = _pick_by_comparing if platform() == "tpu" else _pick_by_gathering
-    chosen = pick(logits, expert_ids)
+    if platform() == "tpu":
+        # A gather along the last axis is slow there. One sum over E a slot fuses, which it would not on a CPU.
+        shape = (*expert_ids.shape, logits.shape[-1])
+        is_chosen = expert_ids[..., None] == jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+        chosen = jnp.sum(jnp.where(is_chosen, logits[..., None, :], 0), axis=-1)
+    else:
+        chosen = jnp.take_along_axis(logits, expert_ids, axis=-1, mode="promise_in_bounds")
     if score == "sigmoid":
         return jax.nn.log_sigmoid(chosen)
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     return (chosen - peak) - jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True))
 
 
-def _pick_by_gathering(logits: Array, expert_ids: Array) -> Array:
-    return jnp.take_along_axis(logits, expert_ids, axis=-1, mode="promise_in_bounds")
+def _small_ids(router_logits: Array, expert_ids: Array) -> Array:
+    """Return the ids in the smallest dtype that holds all experts: [B, T, K] -> [B, K, T]."""
+    id_dtype = jnp.uint8 if router_logits.shape[-1] <= 256 else jnp.uint16
+    return jnp.swapaxes(expert_ids.astype(id_dtype), -1, -2)
 
 
-def _pick_by_comparing(logits: Array, expert_ids: Array) -> Array:
-    """One sum over E a slot: a gather along the last axis is slow on a TPU, and this fuses. It does not on the CPU."""
-    shape = (*expert_ids.shape, logits.shape[-1])
-    chosen = expert_ids[..., None] == jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    return jnp.sum(jnp.where(chosen, logits[..., None, :], 0), axis=-1)
+def _gamma(drift: Array, num_layers: int, layer_aggregation: LayerAggregation) -> Array:
+    return jnp.exp(-(drift / num_layers if layer_aggregation == "mean" else drift))
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+def _swap_rows_and_layers(trace: RouterTrace) -> RouterTrace:
+    """Turn [L, B, K, T] into [B, L, K, T], or back."""
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), trace)
 
 
 def _check_router_logits(router_logits: Array) -> int:
+    """Return E of router logits [L, B, T, E]."""
     if router_logits.ndim != 4:
         raise ValueError(f"router_logits must have axes [L, B, T, E], got shape {router_logits.shape}")
     return router_logits.shape[-1]
-
-
-def join_readers(*readers: RouterReader) -> RouterReader:
-    """One reader that reads what all of them do; its carry and its reading are tuples in their order."""
-    reads = tuple(reader.read for reader in readers)
-    return RouterReader(jax.tree_util.Partial(_read_all, reads), tuple(reader.carry for reader in readers))
-
-
-def _read_all(
-    reads: tuple[Any, ...], carries: tuple[Any, ...], router_logits: Array, expert_ids: Array
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    results = [read(carry, router_logits, expert_ids) for read, carry in zip(reads, carries, strict=True)]
-    return tuple(carry for carry, _ in results), tuple(reading for _, reading in results)

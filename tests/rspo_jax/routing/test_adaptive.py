@@ -71,7 +71,7 @@ def test_the_scale_is_bounded():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rule": "entropy"}, "rule of the adaptive shift must be one of"),
+        ({"rule": "entropy"}, "adaptive_shift.rule must be one of fixed, quantile, sample_size; got 'entropy'"),
         ({"percent": 95}, "percent must be one of"),
         ({"sample_size": 0.0}, "sample_size is a share"),
         ({"rate": 0.0}, "rate must be positive"),

@@ -268,11 +268,11 @@ def test_a_step_is_divided_into_numbers_and_arrays():
         "layer_router_entropy": np.float32([1.0, 1.5]),
         "drift_histogram": np.arange(22),
     }
-    numbers, arrays = diagnostics.finish(reduced)
+    numbers, arrays = diagnostics.numbers_and_arrays(reduced)
     assert {name: type(value) for name, value in numbers.items()} == dict.fromkeys(numbers, float)
     expected = {"loss": 0.5, "drift": 0.2, "overlap": 0.75, "router_entropy": 1.25, "max_violation": 0.5}
     assert numbers == pytest.approx(expected, rel=1e-6)
     assert arrays.keys() == reduced.keys() - {"loss"} | {"layer_max_violation", "drift_edges"}
     np.testing.assert_allclose(arrays["layer_max_violation"], [1, 0], rtol=0, atol=1e-6)
-    assert "log_ratio_edges" in diagnostics.finish({"mismatch_histogram": np.zeros(43)})[1]
-    assert diagnostics.finish({"loss": np.float32(1)}) == ({"loss": 1.0}, {})
+    assert "log_ratio_edges" in diagnostics.numbers_and_arrays({"mismatch_histogram": np.zeros(43)})[1]
+    assert diagnostics.numbers_and_arrays({"loss": np.float32(1)}) == ({"loss": 1.0}, {})

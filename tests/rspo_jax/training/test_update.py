@@ -14,7 +14,7 @@ from support import oracles
 
 import models
 from rspo_jax.objectives import GRPOConfig, GSPOConfig, RSPOConfig
-from rspo_jax.routing import drift_reader, finish, gamma_of, router_shift, trace_router
+from rspo_jax.routing import drift_reader, gamma_of, numbers_and_arrays, router_shift, trace_router
 from rspo_jax.statistics import reduce
 from rspo_jax.training import LearnerConfig, OptimizerConfig, init_train_state, score, score_rows, update
 from rspo_jax.training.update import route_to_device, route_to_host, split_parts, supervised_update
@@ -176,7 +176,7 @@ def run_update(batch, params, learner, optimizer=BARE):
 
 def as_floats(statistics):
     """Those that are numbers."""
-    return finish(reduce(statistics))[0]
+    return numbers_and_arrays(reduce(statistics))[0]
 
 
 def bits(tree):
