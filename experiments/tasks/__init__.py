@@ -1,1 +1,1 @@
-"""Tasks: each package holds a data set of problems and the verifier that rewards answers."""
+"""Tasks: each package holds a data set of problems and the judge that rewards answers."""

@@ -1,17 +1,20 @@
 """A pool of processes that run one function on untrusted items, each item under a limit of time and memory.
 
-An item can cost its time limit at most: the process that works on it is killed and replaced, the item gets a failure,
-and no other item notices. The caller may hold JAX and its threads, so it is never forked. A server process is started
-from scratch, imports the module of the function alone, and forks the workers, which makes a new worker a matter of
-milliseconds. What workers send back is JSON, which can do nothing to the process that reads it. This file must never
-know what the function computes, and nothing of JAX.
+The pools of the standard library have neither limit: a `concurrent.futures` pool breaks as a whole when one worker
+dies and cannot end a running call, a `multiprocessing` pool waits forever for the item of a dead worker, and both
+unpickle what workers send.
+
+Here an item costs at most its time limit: the process that works on it is killed and replaced, the item gets a
+failure, and no other item is affected. The caller may hold JAX and its threads, so it is never forked. A server
+process is started from scratch, imports only the module of the function, and forks the workers, so that a new worker
+takes milliseconds. Workers reply in JSON, which cannot harm the process that reads it.
 
     caller -> server    fork a worker, with the worker's end of a channel; or end one
     caller -> worker    one line of JSON: the item
     worker -> caller    one line of JSON: the value, or the error that the function raised
 
-A server leaves, and takes its workers along, when the caller's end of its channel closes, which the caller's death
-does too. Should it be gone, a worker deep inside C code is ended by an alarm of the kernel.
+The server ends itself and its workers when the caller's end of its channel closes, as it also does when the caller
+dies. If the server is gone as well, an alarm of the kernel ends a worker that is deep inside C code.
 """
 
 import collections
@@ -35,24 +38,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 FAILURES = ("time limit", "died", "error")
-"""Why an item can have no value: it took too long; its process ended; the function raised."""
+"""The reasons why an item has no value: it took too long; its process ended; the function raised."""
 
 _START_SECONDS = 120.0
 _END_SECONDS = 10.0
 _LONGEST_REPLY = 2**20
 _ALARM_SECONDS = 1.0
-"""How long after its time limit the kernel ends a worker that nobody else has ended."""
+"""Seconds after its time limit at which the kernel ends a worker that nobody else has ended."""
 _OUT_OF_MEMORY = 99
-"""Exit status of a worker that met its limit of memory."""
+"""Exit status of a worker that reached its memory limit."""
 _CHUNK = 2**16
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from experiments.tasks import pool; pool._serve()"
 
 
 class Outcome(NamedTuple):
-    """What became of one item.
+    """The result of one item.
 
     Attributes:
-        value: what the function returned, as JSON keeps it; None after a failure.
+        value: the return value of the function after a round trip through JSON; None after a failure.
         failure: one of `FAILURES`, or "" if the function returned.
         detail: a few words on the failure.
     """
@@ -63,24 +66,24 @@ class Outcome(NamedTuple):
 
 
 class WorkerPool:
-    """Runs a function on items in several processes, which start at the first call and stay for later ones.
+    """Several processes that run a function on items; they start at the first call and stay for later ones.
 
-    A pool may be shared between threads: their calls take turns.
+    Threads may share a pool: their calls take turns.
 
     Attributes:
-        workers: how many items are worked on at a time.
+        workers: number of items that are worked on at a time.
         time_limit: seconds that one item may take, from being handed out to being answered.
     """
 
     def __init__(self, function: str, workers: int, time_limit: float, memory_limit: int | None = None) -> None:
-        """Starts nothing yet.
+        """Check the arguments; nothing is started yet.
 
         Args:
-            function: "package.module:name" of a function that takes and returns what JSON can hold. Importing its
-                module may start no thread.
-            workers: how many processes work.
-            time_limit: seconds an item.
-            memory_limit: bytes of address space of a process, all that it imports included. None: no limit.
+            function: "package.module:name" of a function that takes and returns JSON values. Importing its module must
+                not start a thread.
+            workers: number of worker processes.
+            time_limit: seconds per item.
+            memory_limit: bytes of address space of a process, including everything that it imports. None: no limit.
 
         Raises:
             ValueError: if an argument is wrong.
@@ -103,39 +106,39 @@ class WorkerPool:
         self._finalizer = weakref.finalize(self, _end_all, self._workers, self._servers, os.getpid())
 
     def map(self, items: Sequence[Any]) -> list[Outcome]:
-        """Runs the function on every item.
+        """Run the function on every item.
 
         Args:
-            items: what JSON can hold.
+            items: JSON values.
 
         Returns:
-            One `Outcome` for each item, in their order.
+            One `Outcome` for each item, in the order of the items.
 
         Raises:
             RuntimeError: if the function cannot be imported.
-            TypeError: if an item is not JSON.
+            TypeError: if an item is not a JSON value.
         """
         results: list[Outcome | None] = [None] * len(items)
         with self._lock:
             waiting = collections.deque(range(len(items)))
             try:
                 while waiting or self._busy():
-                    self._listen(0.0, results)  # who died in idleness is not handed an item
+                    self._listen(0.0, results)  # a worker that died while idle is not handed an item
                     self._start_workers(len(waiting), results)
                     self._hand_out(items, waiting)
                     self._listen(self._seconds_to_wait(len(waiting)), results)
                     self._end_overdue(results)
             finally:
                 for worker in [worker for worker in self._workers if worker.item is not None]:
-                    self._remove(worker)  # the call was interrupted; its answer would come to the next one
+                    self._remove(worker)  # the call was interrupted; the next call would receive its answer
         return [outcome for outcome in results if outcome is not None]
 
     def counts(self) -> dict[str, int]:
-        """How many items there have been, how many met each of `FAILURES`, and how many workers were started."""
+        """Return the numbers of items so far, of items that met each of `FAILURES`, and of workers started."""
         return {name: self._counts[name] for name in ("items", *FAILURES, "starts")}
 
     def close(self) -> None:
-        """Ends all processes. A later call of `map` starts new ones."""
+        """End all processes. A later call of `map` starts new ones."""
         with self._lock:
             _end_all(self._workers, self._servers, os.getpid())
 
@@ -158,7 +161,7 @@ class WorkerPool:
             try:
                 self._workers.append(_Worker(self._servers[0]))
                 self._counts["starts"] += 1
-            except OSError:  # the server was killed from outside; nobody could end its workers any more
+            except OSError:  # the server was killed from outside, and nobody else can end its workers
                 for worker in list(self._workers):
                     self._settle(worker, "died", "its server was killed", results)
                 self._servers.pop().end()
@@ -171,12 +174,12 @@ class WorkerPool:
                 self._remove(worker)
 
     def _seconds_to_wait(self, waiting: int) -> float:
-        if self._missing(waiting) or not self._busy():  # who is missing was found dead when it was handed an item
+        if self._missing(waiting) or not self._busy():  # the missing one was found dead when it was handed an item
             return 0.0
         return max(0.0, min(worker.deadline for worker in self._workers) - time.monotonic())
 
     def _listen(self, seconds: float, results: list[Outcome | None]) -> None:
-        """Takes in what workers send, and notes those that ended; waits up to `seconds` for the first."""
+        """Receive what workers send and note those that ended; wait up to `seconds` for the first event."""
         poll = select.poll()
         for worker in self._workers:
             poll.register(worker.channel, select.POLLIN | (select.POLLOUT if worker.outgoing else 0))
@@ -189,7 +192,7 @@ class WorkerPool:
                 self._settle(worker, "died", "", results)
 
     def _take(self, worker: "_Worker", reply: bytes, results: list[Outcome | None]) -> bool:
-        """Notes one line of a worker. Returns whether it was one that was waited for."""
+        """Note one line of a worker. Return whether it was the expected answer."""
         try:
             ((kind, content),) = json.loads(reply).items()
         except (ValueError, AttributeError):
@@ -206,7 +209,7 @@ class WorkerPool:
             self._settle(worker, "time limit", f"no answer within {self.time_limit:g} s", results)
 
     def _settle(self, worker: "_Worker", failure: str, detail: str, results: list[Outcome | None]) -> None:
-        """Ends a worker; what it worked on fails. Without a detail, how the worker ended is told."""
+        """End a worker; the item that it worked on fails. Without a detail, the outcome says how the worker ended."""
         how_it_ended = self._remove(worker)
         if worker.item is not None:
             self._finish(worker, Outcome(None, failure, detail or how_it_ended), results)
@@ -258,12 +261,12 @@ class _Server:
             raise RuntimeError(f"{function} cannot be imported by a worker process:\n{broken}")
 
     def ask(self, request: dict[str, Any], descriptor: int | None = None) -> Any:
-        """Sends a request, perhaps with a descriptor, and returns the reply; OSError if the server is gone."""
+        """Send a request, with a descriptor if one is given, and return the reply; OSError if the server is gone."""
         try:
             line = json.dumps(request).encode() + b"\n"
             socket.send_fds(self.channel, [line], [] if descriptor is None else [descriptor])
             return self.receive()
-        except BaseException:  # an interruption too: the reply would be taken for that of the next request
+        except BaseException:  # after an interruption as well: the reply would be taken for that of the next request
             self.channel.close()
             raise
 
@@ -277,7 +280,7 @@ class _Server:
         return json.loads(line)
 
     def end(self) -> None:
-        """Lets the server end its workers and leave."""
+        """Let the server end its workers and itself."""
         self.channel.close()
         try:
             self.process.wait(_END_SECONDS)
@@ -304,7 +307,7 @@ class _Worker:
         self.incoming = bytearray()
 
     def hand(self, item: int, line: bytes, time_limit: float) -> bool:
-        """Starts sending an item. Returns False, with nothing sent, if the process has ended."""
+        """Start to send an item. Return False, with nothing sent, if the process has ended."""
         try:
             sent = self.channel.send(line)
         except OSError:
@@ -314,7 +317,7 @@ class _Worker:
         return True
 
     def exchange(self) -> bool:
-        """Sends and receives what is possible at once. Returns False if the process has ended or floods the caller."""
+        """Send and receive what is possible at once. Return False if the process has ended or floods the caller."""
         try:
             if self.outgoing:
                 with contextlib.suppress(BlockingIOError):
@@ -330,14 +333,14 @@ class _Worker:
             return False
 
     def replies(self) -> list[bytes]:
-        """The whole lines received since the last call."""
+        """Return the complete lines received since the last call."""
         *lines, rest = self.incoming.split(b"\n")
         self.incoming = rest
         return [bytes(line) for line in lines]
 
 
 def _in_words(status: int) -> str:
-    """How a process ended, from its exit status; negative for a signal."""
+    """Say how a process ended, from its exit status, which is negative for a signal."""
     if status == _OUT_OF_MEMORY:
         return "out of memory"
     if status == -signal.SIGKILL:
@@ -346,7 +349,7 @@ def _in_words(status: int) -> str:
 
 
 def _end_all(workers: list[_Worker], servers: list[_Server], owner: int) -> None:
-    if os.getpid() != owner:  # a fork: the processes belong to its parent
+    if os.getpid() != owner:  # this is a fork: the processes belong to its parent
         return
     for worker in workers:
         worker.channel.close()
@@ -357,14 +360,14 @@ def _end_all(workers: list[_Worker], servers: list[_Server], owner: int) -> None
 
 
 def _serve() -> None:
-    """What the server runs; it ends with its channel."""
+    """Run the server, until its channel closes."""
     descriptor, name, time_limit, memory_limit = json.loads(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_limit is not None:
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         memory_limit = memory_limit if most == resource.RLIM_INFINITY else min(memory_limit, most)
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # of a worker: the kernel ends it, whatever it is busy with
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # lets the kernel end a worker, whatever it is busy with
     children: set[int] = set()
     with socket.socket(fileno=descriptor) as channel:
         try:
@@ -373,7 +376,7 @@ def _serve() -> None:
         except Exception:
             channel.sendall(json.dumps(traceback.format_exc(limit=-3)).encode() + b"\n")
             return
-        gc.freeze()  # so that collections in workers touch, and copy, none of it
+        gc.freeze()  # so that collections in workers touch, and thus copy, none of it
         channel.sendall(b"null\n")
         try:
             while _obey(channel, children, function, time_limit):
@@ -384,7 +387,7 @@ def _serve() -> None:
 
 
 def _obey(channel: socket.socket, children: set[int], function: Callable[[Any], Any], time_limit: float) -> bool:
-    """Does what one request asks. Returns False when there are no more."""
+    """Serve one request. Return False when there are no more."""
     line, descriptors, _, _ = socket.recv_fds(channel, _CHUNK, 1)
     if not line:
         return False
@@ -396,7 +399,7 @@ def _obey(channel: socket.socket, children: set[int], function: Callable[[Any], 
         if reply == 0:
             try:
                 channel.close()
-                os.setpgid(0, 0)  # what the function starts is ended with the worker
+                os.setpgid(0, 0)  # processes that the function starts are ended with the worker
                 _work(descriptors[0], function, time_limit)
             finally:
                 os._exit(1)
@@ -409,7 +412,7 @@ def _obey(channel: socket.socket, children: set[int], function: Callable[[Any], 
 
 
 def _end(child: int, children: set[int]) -> int:
-    """Kills a worker and all that it started. Returns its exit status, which it may have had before."""
+    """Kill a worker and everything that it started. Return its exit status; it may have ended before."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     children.discard(child)
@@ -417,7 +420,7 @@ def _end(child: int, children: set[int]) -> int:
 
 
 def _work(descriptor: int, function: Callable[[Any], Any], time_limit: float) -> None:
-    """What a worker runs; it ends with its channel."""
+    """Run a worker, until its channel closes."""
     with socket.socket(fileno=descriptor) as channel, channel.makefile("rb") as lines:
         for line in lines:
             signal.setitimer(signal.ITIMER_REAL, time_limit + _ALARM_SECONDS)
@@ -430,8 +433,8 @@ def _reply(function: Callable[[Any], Any], line: bytes) -> bytes:
     try:
         return _line("value", function(json.loads(line)))
     except MemoryError:
-        os._exit(_OUT_OF_MEMORY)  # what a process is worth after this is unknown; a fresh one takes its place
-    except BaseException as error:  # SystemExit, and the timeouts of libraries
+        os._exit(_OUT_OF_MEMORY)  # the state of the process is unknown now; a fresh one takes its place
+    except BaseException as error:  # including SystemExit and the timeouts of libraries
         return _line("error", f"{type(error).__name__}: {error}"[:500])
 
 

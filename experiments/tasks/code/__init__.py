@@ -1,7 +1,7 @@
-"""Programming problems whose reward runs a response against unit tests, in a sandbox, off unless it is asked for.
+"""Programming problems whose reward runs a response against unit tests in a sandbox; off unless switched on.
 
-The config and the loader of problems are re-exported here; the task stays in `experiments.tasks.code.task`. Nothing in
-this package may know of JAX, of a model or of the trainer. docs/code_rewards.md is for its users.
+The config and the loader of problems are re-exported here; the task is in `experiments.tasks.code.task`. Users read
+docs/code_rewards.md.
 """
 
 from experiments.tasks.code.config import CodeConfig

@@ -1,7 +1,7 @@
-"""Whether what came out of a sandbox is what a test expects. This is where a pass is decided, outside the sandbox.
+"""The comparison of a sandbox's output with what a test expects: a pass is decided here, outside the sandbox.
 
-What came out was written by untrusted code, so it is read as bytes that may be anything. This module must never run
-any of it, and never send an expected value to where it runs.
+Untrusted code wrote the output, so it is read as arbitrary bytes and never executed, and expected values are never
+sent to where that code runs.
 """
 
 import json
@@ -10,13 +10,14 @@ from typing import Any
 
 
 def same_output(output: bytes, expected: str, tolerance: float) -> bool:
-    """Whether a program printed what was expected.
+    """Return whether a program printed what was expected.
 
-    Both are split into lines and the lines at white space. Empty lines at the end do not count. Words have to be the
-    same; where the expected one is a number with a decimal point or an exponent, a number within the tolerance will do.
+    Both texts are split into lines, and lines into words at white space. Empty lines at the end do not count. Words
+    must be equal; where the expected word is a number with a decimal point or an exponent, a number within the
+    tolerance is accepted.
 
     Args:
-        output: standard output; anything but UTF-8 is wrong.
+        output: standard output; text that is not UTF-8 is wrong.
         expected: the expected text.
         tolerance: the largest difference, absolute or relative to the larger number.
     """
@@ -33,10 +34,10 @@ def same_output(output: bytes, expected: str, tolerance: float) -> bool:
 
 
 def same_result(output: bytes, expected: Any, tolerance: float) -> bool:
-    """Whether a call returned what was expected.
+    """Return whether a call returned what was expected.
 
-    Values are compared as Python's == compares them, so 1, 1.0 and True are the same. Where either of two numbers
-    has a decimal point or an exponent, a difference within the tolerance will do.
+    Values are compared with Python's ==, so 1, 1.0 and True are equal. Where either of two numbers has a decimal point
+    or an exponent, a difference within the tolerance is accepted.
 
     Args:
         output: the returned value as JSON and nothing else; anything but one JSON value is wrong.
@@ -45,7 +46,7 @@ def same_result(output: bytes, expected: Any, tolerance: float) -> bool:
     """
     try:
         found = json.loads(output.decode("utf-8"))
-    except (ValueError, RecursionError):  # all that text can make the parser raise
+    except (ValueError, RecursionError):  # everything that text can make the parser raise
         return False
     return _same_value(found, expected, tolerance)
 
@@ -66,7 +67,7 @@ def _same_word(found: str, wanted: str, tolerance: float) -> bool:
 
 
 def _same_value(found: Any, wanted: Any, tolerance: float) -> bool:
-    """Goes no deeper than the expected value does, whatever was found."""
+    """Compare two JSON values, no deeper than the expected one is nested."""
     if isinstance(wanted, list):
         return (
             isinstance(found, list)

@@ -1,8 +1,7 @@
-"""The program inside the sandbox: it locks itself down, reports that, and only then reads and runs the code.
+"""The program inside the sandbox: it locks itself down, reports how that went, and only then reads and runs the code.
 
-It is a script of its own that a bare interpreter runs for every test, so it uses little of the standard library and
-nothing else. What it needs comes as JSON in its one argument: descriptors, limits, the filter of system calls. It must
-never be given an expected result.
+A bare interpreter runs this script for every test, so it imports little of the standard library and nothing else. Its
+one argument is JSON: descriptors, limits and the system call filter. It is never given an expected result.
 """
 
 import _sitebuiltins
@@ -20,11 +19,11 @@ _SECCOMP_MODE_FILTER = 2
 _SIGKILL = 9
 _CAPABILITY_VERSION_3 = 0x20080522
 
-# The same numbers on every machine that the kernel runs on.
+# These numbers are the same on every architecture.
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_VERSION_QUERY, _LANDLOCK_RULE_PATH = 1, 1
 _WRITE_FILE, _READ_FILE, _READ_FOLDER, _MAKE_FILE, _TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 8, 1 << 14
-# All rights that the first three versions know; later ones are about devices and sockets, to which nothing leads here.
+# All rights of the first three versions; later ones concern devices and sockets, which cannot be reached from here.
 _ALL_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -51,7 +50,7 @@ def _syscall(what: str, number: int, *arguments: int | bytes | None) -> int:
 
 
 def set_limits(limits: dict[str, int]) -> None:
-    """Sets hard limits, which nothing can raise once the capabilities are gone; stricter ones stay."""
+    """Set hard limits, which nothing can raise once the capabilities are gone; stricter limits stay."""
     for name, value in limits.items():
         limit = getattr(resource, name)
         hard = resource.getrlimit(limit)[1]
@@ -60,7 +59,7 @@ def set_limits(limits: dict[str, int]) -> None:
 
 
 def drop_privileges(parent: int) -> None:
-    """Gives up all capabilities for good, and dies with the process that started this one."""
+    """Give up all capabilities for good, and arrange to die with the parent process."""
     _prctl("prctl(PR_SET_PDEATHSIG)", _PR_SET_DEATH_SIGNAL, _SIGKILL)
     if os.getppid() != parent:
         raise OSError("The process that started the sandbox is gone.")
@@ -70,7 +69,7 @@ def drop_privileges(parent: int) -> None:
 
 
 def confine_files(readable: list[str], scratch: str) -> None:
-    """Landlock: reads only below `readable`, writes and new files only in `scratch` and /dev/null."""
+    """Allow, by Landlock, reads only below `readable`, and writes and new files only in `scratch` and /dev/null."""
     create = "landlock_create_ruleset"
     version = _syscall(create, _LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_VERSION_QUERY)
     handled = _ALL_RIGHTS[min(version, 3)]
@@ -89,13 +88,13 @@ def confine_files(readable: list[str], scratch: str) -> None:
 
 
 def confine_system_calls(instructions: bytes) -> None:
-    """Seccomp: hands the filter to the kernel; it holds for this process until it ends."""
+    """Install the seccomp filter, which holds until this process ends."""
     program = _SeccompProgram(len(instructions) // 8, instructions)
     _prctl("prctl(PR_SET_SECCOMP)", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program))
 
 
 def lock_down(settings: dict) -> dict[str, str]:
-    """Takes every step that it can, and returns why each of the others failed."""
+    """Take every step that succeeds, and return the reason for each that failed."""
     failed = {}
     steps = {
         "limits": lambda: set_limits(settings["limits"]),
@@ -112,14 +111,14 @@ def lock_down(settings: dict) -> dict[str, str]:
 
 
 def run_program(code: str) -> None:
-    """Runs the code as the main program: standard input and output are what it was started with."""
+    """Run the code as the main program, with the standard input and output of this process."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     exec(compile(code, "response.py", "exec"), module.__dict__)
 
 
 def call_function(code: str, entry_point: str, arguments: list) -> None:
-    """Writes what the function, or the method of a new instance, returns to standard output, as JSON and alone."""
+    """Call the function, or the method of a new instance, and write its result alone, as JSON, to standard output."""
     output = os.dup(1)
     null = os.open("/dev/null", os.O_WRONLY)
     os.dup2(null, 1)
@@ -146,7 +145,7 @@ def main() -> None:
         sys.exit("The sandbox is not complete.")
     with open(settings["request"], encoding="utf-8") as file:
         request = json.load(file)
-    # Programs that end by exit() are common, and a bare interpreter has none.
+    # Many programs end with exit(), which a bare interpreter lacks.
     builtins.exit, builtins.quit = _sitebuiltins.Quitter("exit", ""), _sitebuiltins.Quitter("quit", "")
     if request["entry_point"] is None:
         run_program(request["code"])

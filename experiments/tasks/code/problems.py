@@ -1,7 +1,6 @@
-"""Programming problems in a JSONL file: what one is, and how a line is read and checked.
+"""Programming problems in a JSONL file, read and checked line by line.
 
 Each line is an object with "prompt", "tests" and, if the tests call a function, "entry_point"; "solution" is optional.
-This module must never know how a response is run.
 """
 
 import json
@@ -13,14 +12,14 @@ _FIELDS = {"prompt", "tests", "entry_point", "solution"}
 
 
 class Test(NamedTuple):
-    """One test: what the response is given, and what must come out of it."""
+    """One test: the input of a response and the output that it must produce."""
 
-    __test__ = False  # not one of pytest's
+    __test__ = False  # tells pytest that this is no test case
 
     given: Any
-    """The text of standard input for a program, the list of arguments for a function."""
+    """Standard input as text for a program, the list of arguments for a function."""
     expected: Any
-    """The text of standard output for a program, a JSON value for a function."""
+    """Standard output as text for a program, a JSON value for a function."""
 
 
 class Problem(NamedTuple):
@@ -31,28 +30,28 @@ class Problem(NamedTuple):
     entry_point: str | None
     """The function that the tests call, or "Class.method". None: the response is a program that reads and prints."""
     solution: str | None
-    """Python code that passes, for the warm start."""
+    """Python code that passes the tests, for the warm start."""
 
 
 def load_problems(path: str) -> list[Problem]:
-    """Reads all problems of a file; empty lines are passed over.
+    """Read all problems of a file, skipping empty lines.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming file and line, if a line is not a problem, or if there is none.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if a line is not a problem, naming file and line, or if the file holds no problem.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path} with problems; each of its lines is to be one, as JSON.")
+        raise FileNotFoundError(f"There is no file {path}; give a file with one problem per line, as JSON.")
     problems = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             problems.append(_problem(line))
-        except (ValueError, RecursionError) as error:  # all that a damaged line can raise
+        except (ValueError, RecursionError) as error:  # everything that a damaged line can raise
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not problems:
-        raise ValueError(f"{path} holds no problem; each of its lines is to be one, as JSON.")
+        raise ValueError(f"{path} holds no problem; write one per line, as JSON.")
     return problems
 
 
@@ -62,14 +61,14 @@ def _problem(line: bytes) -> Problem:
     for name in ("prompt", "entry_point", "solution"):
         value = fields.get(name)
         if not isinstance(value, str | None) or (name == "prompt" and not value):
-            raise ValueError(f"{name!r} is {_short(value)}, but it has to be text.")
+            raise ValueError(f"{name!r} is {_short(value)}, but it must be text.")
     entry_point, tests = fields.get("entry_point"), fields["tests"]
     if entry_point is not None and not _is_entry_point(entry_point):
         raise ValueError(
-            f"'entry_point' is {_short(entry_point)}; it has to name a function, or a method as 'Class.method'."
+            f"'entry_point' is {_short(entry_point)}; it must name a function, or a method as 'Class.method'."
         )
     if not isinstance(tests, list) or not tests:
-        raise ValueError(f"'tests' is {_short(tests)}, but it has to be a list of one test or more.")
+        raise ValueError(f"'tests' is {_short(tests)}, but it must be a list of one or more tests.")
     make = _program_test if entry_point is None else _call_test
     return Problem(
         prompt=fields["prompt"],
@@ -83,7 +82,7 @@ def _program_test(test: Any, name: str) -> Test:
     _check_object(test, name, required={"input", "output"})
     for field in ("input", "output"):
         if not isinstance(test[field], str):
-            raise ValueError(f"{field!r} of {name} is {_short(test[field])}, but it has to be text.")
+            raise ValueError(f"{field!r} of {name} is {_short(test[field])}, but it must be text.")
     if not test["output"].strip():
         raise ValueError(f"'output' of {name} is empty, so a program that does nothing would pass; leave the test out.")
     return Test(test["input"], test["output"])
@@ -92,24 +91,22 @@ def _program_test(test: Any, name: str) -> Test:
 def _call_test(test: Any, name: str) -> Test:
     _check_object(test, name, required={"arguments", "result"})
     if not isinstance(test["arguments"], list):
-        raise ValueError(f"'arguments' of {name} is {_short(test['arguments'])}, but it has to be a list.")
+        raise ValueError(f"'arguments' of {name} is {_short(test['arguments'])}, but it must be a list.")
     return Test(test["arguments"], test["result"])
 
 
 def _check_object(value: Any, name: str, required: set[str], allowed: set[str] | None = None) -> None:
     if isinstance(value, str):
         raise ValueError(
-            f"{name} is the text {_short(value)}, but it has to be an object with {_listed(required)}. A statement "
-            "such as an assert would run beside the response, which could change what it means."
+            f"{name} is the text {_short(value)}, but it must be an object with {_listed(required)}. A statement "
+            "such as an assert would run in the same process as the response, which could change its meaning."
         )
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is {_short(value)}, but it has to be an object with {_listed(required)}.")
+        raise ValueError(f"{name} is {_short(value)}, but it must be an object with {_listed(required)}.")
     if missing := required - set(value):
         raise ValueError(f"{name} has no {_listed(missing)}.")
     if unknown := set(value) - (allowed or required):
-        raise ValueError(
-            f"{name} has {_listed(unknown)}, which nothing reads; its fields are {_listed(allowed or required)}."
-        )
+        raise ValueError(f"{name} has the unknown {_listed(unknown)}; its fields are {_listed(allowed or required)}.")
 
 
 def _is_entry_point(name: str) -> bool:

@@ -1,8 +1,8 @@
-"""The sandbox's own trial: hostile programs that show, on this machine, which protections hold.
+"""Trials of the sandbox: hostile programs that show which protections hold on this machine.
 
-A machine may lack what a protection rests on, and a container may forbid it. So each protection is tried with real
-programs before any code of a model runs, and one that does not hold is refused by name. This module must never weaken
-a protection: what a user accepts is only that its failure is no error.
+A machine may lack what a protection needs, and a container may forbid it. So each protection is tried with real
+programs before any code of a model runs, and a protection that does not hold is an error that names it. A user can
+accept that failure, which never weakens the protection itself.
 """
 
 import functools
@@ -25,57 +25,62 @@ PROTECTIONS: dict[str, str] = {
         "that permits it"
     ),
     "network": (
-        "nothing can be reached by a socket. This needs seccomp filters, which nearly every Linux has, on x86_64 or "
+        "no socket can be opened. This needs seccomp filters, which nearly every Linux has, on x86_64 or "
         "aarch64; let the container permit them"
     ),
     "processes": (
         "no process can be started or sent a signal, and threads are counted. This needs seccomp filters, which nearly "
         "every Linux has, on x86_64 or aarch64, and a mounted /proc; let the container permit them"
     ),
-    "memory": "memory is bounded. This needs RLIMIT_AS, which some emulated kernels do not enforce; use another one",
-    "time": "code that never ends is stopped. This needs nothing but signals and a clock; use another kernel",
+    "memory": "memory is bounded. This needs RLIMIT_AS, which some emulated kernels do not enforce; use another kernel",
+    "time": "code that never ends is stopped. This needs only signals and a clock; use another kernel",
     "disk": (
         "the scratch folder cannot be filled beyond its limits. This needs seccomp filters, RLIMIT_FSIZE, and a "
         "temporary folder (TMPDIR) on a disk that counts blocks"
     ),
 }
-"""What each protection is, and what to do where it does not hold."""
+"""Each protection by its name: what it guarantees, what it needs, and what to do where it does not hold."""
 
-# Generous, so that a busy machine does not look like an unsafe one; programs that hold end long before.
+# Generous, so that a busy machine does not look unsafe; where the protections hold, the programs end much sooner.
 _LIMITS = Limits(seconds=20.0, memory_mib=256, disk_mib=4, files=32, threads=8)
 
 
+def check_names(accept_missing: Collection[str]) -> None:
+    """Raise ValueError if one of the names is not in `PROTECTIONS`."""
+    for name in accept_missing:
+        if name not in PROTECTIONS:
+            raise ValueError(f"accept_missing names {name!r}; the protections are {', '.join(PROTECTIONS)}.")
+
+
 def require_protections(accept_missing: Collection[str]) -> None:
-    """Tries every protection on this machine, once in the life of this process.
+    """Try every protection on this machine, once per process.
 
     Args:
         accept_missing: names of `PROTECTIONS` whose failure the user accepts.
 
     Raises:
-        ValueError: if a name in `accept_missing` is not one of a protection.
-        SandboxError: if a protection that is not accepted as missing does not hold, or if nothing runs at all.
+        ValueError: if a name in `accept_missing` is not that of a protection.
+        SandboxError: if a protection does not hold and its absence is not accepted, or if nothing runs at all.
     """
-    for name in accept_missing:
-        if name not in PROTECTIONS:
-            raise ValueError(f"accept_missing names {name!r}; the protections are {', '.join(PROTECTIONS)}.")
+    check_names(accept_missing)
     if missing := [name for name in missing_protections() if name not in accept_missing]:
-        reasons = " ".join(f"{name!r} does not hold: with it, {PROTECTIONS[name]}." for name in missing)
+        reasons = " ".join(f"{name!r} does not hold; it guarantees that {PROTECTIONS[name]}." for name in missing)
         raise SandboxError(
-            f"The sandbox is not safe on this machine, so no untrusted code is run. {reasons} To run without, at your "
-            f"own risk, set accept_missing={tuple(missing)!r}."
+            f"The sandbox is not safe on this machine, so no untrusted code is run. {reasons} To run without this "
+            f"protection, at your own risk, set accept_missing={tuple(missing)!r}."
         )
 
 
 @functools.cache
 def missing_protections() -> tuple[str, ...]:
-    """The names of the protections that do not hold on this machine, in the order of `PROTECTIONS`.
+    """Return the names of the protections that do not hold on this machine, in the order of `PROTECTIONS`.
 
     Raises:
         SandboxError: if the sandbox cannot run even without them.
     """
     if sys.platform != "linux":
         raise SandboxError(
-            f"The sandbox needs Linux, but this is {sys.platform}; run it in a Linux machine or container."
+            f"The sandbox needs Linux, but this is {sys.platform}; run it on a Linux machine or in a container."
         )
     if platform.machine() not in MACHINES:
         raise SandboxError(
@@ -100,7 +105,7 @@ def missing_protections() -> tuple[str, ...]:
 def _holds(attempt: Callable[[], bool]) -> bool:
     try:
         return attempt()
-    except OSError:  # the machine does not permit what shows that it holds
+    except OSError:  # the machine does not permit the trial
         return False
 
 
@@ -113,7 +118,7 @@ def _printed(code: str) -> str:
 
 
 def _all_refused(attempts: Collection[str], before: str = "pass") -> bool:
-    """Whether each attempt, a Python expression, raises an error of permission in the sandbox."""
+    """Return whether each attempt, a Python expression, raises PermissionError in the sandbox."""
     lines = ["import os, socket, sys", before]
     for attempt in attempts:
         lines += ["try:", f"    {attempt}", "    print('done')", "except PermissionError:", "    print('refused')"]
@@ -179,7 +184,7 @@ def _time_holds() -> bool:
 
 
 def _disk_holds() -> bool:
-    # A removed file, a file without a name or one in another folder would take space that nobody counts.
+    # A removed file, one without a name or one in another folder would take space that is not counted.
     hidden = ["os.remove('kept')", "os.open('.', os.O_TMPFILE | os.O_RDWR)", "os.mkdir('folder')"]
     many = "import itertools\nfor number in itertools.count(): open(str(number), 'w')"
     large = f"open('large', 'wb').write(bytes({_LIMITS.disk_mib + 1} << 20))"

@@ -1,8 +1,8 @@
-"""Runs one piece of untrusted Python in a process of its own, under limits, and brings back what it wrote.
+"""The sandbox: one piece of untrusted Python runs in a process of its own, under limits, and its output is returned.
 
-The process locks itself down with what the kernel offers any user (see `inside.py`): Landlock for files, seccomp for
-system calls, resource limits. From outside this module watches time, threads and the scratch folder. It must never
-know an expected result: whoever holds that compares, outside the sandbox.
+The process locks itself down by means that the kernel offers to every user (see `inside.py`): Landlock for files,
+seccomp for system calls, resource limits. This module watches time, threads and the scratch folder from outside. It
+is never given an expected result: the caller compares, outside the sandbox.
 """
 
 import contextlib
@@ -30,35 +30,36 @@ _STARTS = 3
 _WATCH_SECONDS = 0.02
 _MIB = 2**20
 
-# Where an interpreter finds its shared libraries and what it opens by itself, beside its own library.
+# The shared libraries of an interpreter, and the files that it opens by itself, beside its own library.
 _SYSTEM_PATHS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/dev/urandom", "/usr/share/zoneinfo")
 
 PROTECTIONS_OF_STEP = {"landlock": {"files"}, "seccomp": {"files", "network", "processes", "disk"}}
-"""What rests on a step inside the sandbox that a machine may not permit. The other steps always have to succeed."""
+"""The protections that rest on each step inside the sandbox that a machine may forbid. All other steps must succeed."""
 
 
 class SandboxError(RuntimeError):
-    """The sandbox does not hold or does not start on this machine; nothing that the code in it does raises this."""
+    """The sandbox does not hold or does not start on this machine. The code in it cannot cause this error."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run of untrusted code may use."""
+    """Resources of one run of untrusted code."""
 
     seconds: float = 5.0
-    """Of wall-clock time, once the interpreter has started; all threads together get as many seconds of CPU time."""
+    """Wall-clock time, once the interpreter has started; all threads together get as many seconds of CPU time."""
     memory_mib: int = 512
-    """Of address space; the interpreter takes about 30."""
+    """Address space; the interpreter takes about 30 MiB."""
     output_mib: int = 1
-    """Of standard output, or of the result as JSON. More counts as wrong."""
+    """Standard output, or the result as JSON. More counts as wrong."""
     disk_mib: int = 16
-    """Of all files in the scratch folder together; no single file grows beyond this."""
+    """All files in the scratch folder together; also the limit of a single file."""
     files: int = 64
-    """How many files the scratch folder may hold, and how many may be open."""
+    """Number of files in the scratch folder, and number of open files."""
     threads: int = 32
+    """Number of threads."""
 
     def check(self) -> None:
-        """Raises ValueError, naming the mistake and the way out, if nothing could run within these limits."""
+        """Raise ValueError, naming the mistake and the way out, if nothing could run within these limits."""
         if not (math.isfinite(self.seconds) and self.seconds > 0):
             raise ValueError(f"seconds is {self.seconds}; set it to a finite number above 0.")
         for name, least in {"memory_mib": 64, "output_mib": 1, "disk_mib": 1, "files": 16, "threads": 1}.items():
@@ -66,13 +67,13 @@ class Limits:
                 raise ValueError(f"{name} is {getattr(self, name)}; set it to at least {least}.")
         if self.output_mib > self.disk_mib:
             raise ValueError(
-                f"output_mib ({self.output_mib}) is above disk_mib ({self.disk_mib}), which bounds every file, the "
-                "output too; raise disk_mib or lower output_mib."
+                f"output_mib ({self.output_mib}) is above disk_mib ({self.disk_mib}), which bounds every file, "
+                "including the output; raise disk_mib or lower output_mib."
             )
 
 
 class Request(NamedTuple):
-    """What to run: a whole program, or one call of something that the code defines."""
+    """The code to run: a whole program, or one call of a function that the code defines."""
 
     code: str
     input: str = ""
@@ -80,42 +81,42 @@ class Request(NamedTuple):
     entry_point: str | None = None
     """The function to call, or "Class.method" for a method of a new instance. None: a program."""
     arguments: tuple[Any, ...] = ()
-    """Of the call; JSON values."""
+    """The arguments of the call, as JSON values."""
 
 
 Ending = Literal["finished", "failed", "time", "threads", "disk", "output"]
 
 
 class Outcome(NamedTuple):
-    """How a run ended."""
+    """The result of a run."""
 
     ending: Ending
-    """"finished": it exited with status 0. "failed": with another one, or a limit of the kernel killed it. Others: the
-    limit that it went over."""
+    """"finished": exit status 0. "failed": another exit status, or killed at a limit of the kernel. Otherwise the limit
+    that the run exceeded."""
     output: bytes
-    """Standard output of a program, or the result of a call as JSON. Empty unless it finished."""
+    """Standard output of a program, or the result of a call as JSON. Empty unless the run finished."""
 
 
 def run(request: Request, limits: Limits, accept_missing: frozenset[str] = frozenset()) -> Outcome:
-    """Runs code in a new sandbox, and returns when its process is gone and its scratch folder removed.
+    """Run code in a new sandbox, and return when its process has ended and its scratch folder is removed.
 
     Several threads may call this at once.
 
     Args:
-        request: the code and what it is given; any text at all.
-        limits: what it may use.
-        accept_missing: protections (see `protections.PROTECTIONS`) that may fail on this machine. They are applied
-            nevertheless where they can be.
+        request: the code and its input; any text is allowed.
+        limits: the resources of the run.
+        accept_missing: protections (see `protections.PROTECTIONS`) that may be missing on this machine. They are still
+            applied as far as possible.
 
     Returns:
         The outcome, whatever the code does.
 
     Raises:
-        SandboxError: if the sandbox cannot be set up; the code was not run then.
+        SandboxError: if the sandbox cannot be set up; the code has then not run.
     """
     for _ in range(_STARTS):
         with contextlib.ExitStack() as stack:
-            # Plain files in one folder can always be removed. Only a protection that was given up leaves more there.
+            # Plain files in one folder can always be removed. Only an accepted missing protection lets more be in it.
             folder = tempfile.TemporaryDirectory(prefix="sandbox_", ignore_cleanup_errors=bool(accept_missing))
             scratch = stack.enter_context(folder)
             files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
@@ -123,7 +124,7 @@ def run(request: Request, limits: Limits, accept_missing: frozenset[str] = froze
         if outcome is not None:
             return outcome
     raise SandboxError(
-        f"The interpreter of the sandbox ended {_STARTS} times before it could lock itself down; see whether "
+        f"The interpreter of the sandbox ended {_STARTS} times before it could lock itself down; check whether "
         f"{_interpreter()} runs on this machine and whether memory is short."
     )
 
@@ -131,7 +132,7 @@ def run(request: Request, limits: Limits, accept_missing: frozenset[str] = froze
 def _run_once(
     request: Request, limits: Limits, accept_missing: frozenset[str], scratch: str, files: Sequence[IO[bytes]]
 ) -> Outcome | None:
-    """None if the process died before it reported, which the code in it cannot bring about."""
+    """Run once; None if the process died before its report, which the code in it cannot cause."""
     standard_input, standard_output, request_file = files
     # A lone surrogate is text that a model can write but no file can hold.
     standard_input.write(request.input.encode("utf-8", "replace"))
@@ -199,7 +200,7 @@ def _start(
 
 @functools.cache
 def _interpreter() -> str:
-    """The interpreter itself rather than its link in a virtual environment, whose packages stay outside."""
+    """Return the interpreter itself, not its link in a virtual environment, whose packages stay outside."""
     return os.path.realpath(sys.executable)
 
 
@@ -215,7 +216,7 @@ def _encoded_filter() -> str:
 
 
 def _read_report(report: int) -> dict[str, str] | None:
-    """What failed while the sandbox was locked down; None if its process died first."""
+    """Return the steps of the lock-down that failed, with reasons; None if the process died first."""
     text = b""
     deadline = time.monotonic() + _START_SECONDS
     while True:
@@ -242,7 +243,7 @@ def _is_readable(descriptor: int, seconds: float) -> bool:
 
 
 def _watch(process: subprocess.Popen[bytes], limits: Limits, scratch: str) -> Ending | None:
-    """Waits for the end of the process, or until it goes over a limit that the kernel does not know."""
+    """Wait until the process ends, or exceeds a limit that the kernel does not enforce."""
     deadline = time.monotonic() + limits.seconds
     try:
         ended = os.pidfd_open(process.pid)
@@ -264,17 +265,17 @@ def _watch(process: subprocess.Popen[bytes], limits: Limits, scratch: str) -> En
 def _threads(process_id: int) -> int:
     try:
         text = Path(f"/proc/{process_id}/stat").read_bytes()
-    except FileNotFoundError:  # /proc is not mounted, which the trial of the protections has found out
+    except FileNotFoundError:  # /proc is not mounted, which the trials of the protections have found
         return 0
     return int(text.rpartition(b")")[2].split()[17])
 
 
 def _is_full(scratch: str, limits: Limits) -> bool:
-    """Whether the folder, in which nothing but plain files can be made, holds too many or too large ones."""
+    """Return whether the folder, in which only plain files can be made, holds too many or too large ones."""
     used = 0
     with os.scandir(scratch) as entries:
         for count, entry in enumerate(entries, start=1):
-            with contextlib.suppress(FileNotFoundError):  # none can be removed unless a protection was given up
+            with contextlib.suppress(FileNotFoundError):  # files can vanish only if a missing protection was accepted
                 used += entry.stat(follow_symlinks=False).st_blocks * 512
             if count > limits.files or used > limits.disk_mib * _MIB:
                 return True
@@ -282,7 +283,7 @@ def _is_full(scratch: str, limits: Limits) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    # The process leads a group, whose number is taken until it is waited for.
+    # The process leads a group, whose number stays taken until the process is waited for.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,8 +1,8 @@
-"""Which system calls sandboxed code may make, as a filter program for the kernel (seccomp).
+"""The system calls that sandboxed code may make, as a filter program for the kernel (seccomp).
 
-What is not in the table is refused: network, new processes, signals, tracing, mounts, changed permissions, removed
-files. So a call that a future kernel brings is refused too. Numbers are those of the kernel's own headers. This module
-only builds the program; it must never install it, and never know whose code will run under it.
+Calls that are not in the table are refused: network, new processes, signals, tracing, mounts, changed permissions,
+removed files. So calls of future kernels are refused as well. The numbers are those of the kernel's headers. This
+module only builds the program; `inside.py` installs it.
 """
 
 import platform
@@ -112,7 +112,7 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
 
 
 class _Condition(NamedTuple):
-    """Whether the low 32 bits of an argument, masked, are among `values` (or, if not `among`, are none of them)."""
+    """A condition: the low 32 bits of an argument, masked, are among `values`, or, if not `among`, are none of them."""
 
     argument: int
     mask: int
@@ -126,18 +126,18 @@ _CLONE_NAMESPACES = 0x7E020080
 _ACCESS_MODE = 0o3
 _TRUNCATE = 0o1000
 _UNNAMED_FILE = 0o20000000
-# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. Not who gets a descriptor's signals, which would send
-# one to any process of the user, and no locks, of which nothing bounds the number.
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. Not the owner of a descriptor's signals, which could be
+# any process of the user, and no locks, whose number nothing bounds.
 _DESCRIPTOR_COMMANDS = (0, 1, 2, 3, 4, 1030)
 # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX: what Python asks of a file that may be a terminal.
 _DEVICE_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 
 
 def _opening(flags: int) -> tuple[_Condition, ...]:
-    """Conditions on the flags of an open file, which are the argument at position `flags`.
+    """Return the conditions on the flags of an open file, which are the argument at position `flags`.
 
-    Landlock does not look at access mode 3, and before its third version not at truncation by a reader. A file
-    without a name would not be seen by whoever counts the files in the scratch folder.
+    Landlock does not check access mode 3, nor, before its third version, truncation by a reader. A file without a
+    name would escape the count of files in the scratch folder.
     """
     return (
         _Condition(flags, _ACCESS_MODE, [3], among=False),
@@ -152,10 +152,10 @@ _CONDITIONAL: dict[str, tuple[tuple[int, int | None], tuple[_Condition, ...]]] =
     "clone": ((56, 220), (_Condition(0, _CLONE_THREAD | _CLONE_NAMESPACES, [_CLONE_THREAD]),)),
     "fcntl": ((72, 25), (_Condition(1, _ALL_BITS, _DESCRIPTOR_COMMANDS),)),
     "ioctl": ((16, 29), (_Condition(1, _ALL_BITS, _DEVICE_COMMANDS),)),
-    # Limits of the process itself; those of another one, such as the trainer, could be lowered otherwise.
+    # Only limits of the process itself; otherwise those of another process, such as the trainer, could be lowered.
     "prlimit64": ((302, 261), (_Condition(0, _ALL_BITS, [0]),)),
 }
-# Its flags lie in memory, where a filter cannot look. This error makes the C library take `clone`.
+# Its flags lie in memory, which a filter cannot read. This error makes the C library fall back to `clone`.
 _CLONE3 = (435, 435)
 
 _EPERM, _ENOSYS = 1, 38
@@ -168,13 +168,13 @@ _NUMBER_OFFSET, _ARCHITECTURE_OFFSET, _ARGUMENTS_OFFSET = 0, 4, 16
 
 
 def filter_program(machine: str | None = None) -> bytes:
-    """Builds the filter.
+    """Build the filter.
 
     Args:
-        machine: "x86_64" or "aarch64"; this machine when absent.
+        machine: "x86_64" or "aarch64". None: this machine.
 
     Returns:
-        Classic BPF instructions of eight bytes each, `struct sock_filter` in the machine's own (little-endian) order.
+        Classic BPF instructions of eight bytes each: `struct sock_filter`, little-endian.
 
     Raises:
         ValueError: if the table has no numbers for this machine.
@@ -202,18 +202,18 @@ def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -
 
 
 def _when_called(number: int | None, then: list[bytes]) -> Iterable[bytes]:
-    """`then`, which must return, stepped over for every other call; nothing if this machine lacks the call."""
+    """Return `then`, which must end in a return, behind a jump for every other call; nothing without such a call."""
     return [] if number is None else [_instruction(_JUMP_IF_EQUAL, number, 0, len(then)), *then]
 
 
 def _allowed_if(conditions: Iterable[_Condition]) -> list[bytes]:
-    """Allows if all conditions hold, and refuses otherwise."""
+    """Return instructions that allow a call if all conditions hold, and refuse it otherwise."""
     instructions: list[bytes] = []
     for condition in conditions:
         refuse = _instruction(_RETURN, _REFUSE | _EPERM)
         instructions.append(_instruction(_LOAD, _ARGUMENTS_OFFSET + 8 * condition.argument))
         instructions.append(_instruction(_AND, condition.mask))
-        # A test that succeeds steps over the tests left and the one instruction that follows them.
+        # A test that succeeds jumps over the remaining tests and the one instruction after them.
         for left, value in zip(range(len(condition.values), 0, -1), condition.values, strict=True):
             instructions.append(_instruction(_JUMP_IF_EQUAL, value, left, 0))
         instructions += [refuse] if condition.among else [_instruction(_JUMP, 1), refuse]

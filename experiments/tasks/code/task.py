@@ -1,7 +1,7 @@
-"""Programming as the trainer sees it: problems, prompts, worked solutions and the judge, behind one Protocol.
+"""The programming task: problems, prompts, worked solutions and the judge, behind the trainer's `Task` protocol.
 
-The judge runs a response against the problem's tests, each in a sandbox of its own, and compares out here what came
-out. This file must never know a model or an objective, and never let an expected value into a sandbox.
+The judge runs a response against the problem's tests, each in a sandbox of its own, and compares the output outside.
+Expected values never enter a sandbox.
 """
 
 import functools
@@ -25,10 +25,10 @@ class CodeTask:
     """An `rspo_jax.types.Task`."""
 
     def __init__(self, config: CodeConfig, tokenizer: ChatTokenizer) -> None:
-        """Tries the sandbox on this machine, which takes about a second the first time.
+        """Try the sandbox on this machine, which takes about a second the first time.
 
         Raises:
-            ValueError: if the config is wrong, or does not say that untrusted code may run.
+            ValueError: if the config is wrong, or does not allow untrusted code to run.
             SandboxError: if a protection does not hold here and its absence is not accepted.
         """
         config.check()
@@ -39,7 +39,7 @@ class CodeTask:
         self._load_once = functools.cache(load_problems)
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """Raises ValueError if the split has no file, or if a line of it is not a problem."""
+        """Return the problems of a split; raise ValueError if it has no file or a line is not a problem."""
         paths = {
             "train": self.config.train_path,
             "validation": self.config.validation_path,
@@ -56,7 +56,7 @@ class CodeTask:
         return ask(self.tokenizer, self.config.prompt, problem.prompt, self.config.system)
 
     def solution(self, problem: Problem) -> str:
-        """Raises ValueError if the problem has no solution in its file."""
+        """Return the worked solution as a response; raise ValueError if the problem has none in its file."""
         if problem.solution is None:
             raise ValueError(
                 f"The problem {problem.prompt[:60]!r} has no 'solution' in its file; add one, or train without a warm "
@@ -65,11 +65,11 @@ class CodeTask:
         return f"```python\n{problem.solution}\n```"
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Judgement]:
-        """Judges several responses at once; a response costs `response_seconds` at most, and one test more.
+        """Judge several responses at once; each takes at most `response_seconds` plus the time of one test.
 
         Raises:
-            ValueError: if there are not as many problems as responses.
-            SandboxError: if no sandbox can be set up; never because of what a response does.
+            ValueError: if the numbers of problems and responses differ.
+            SandboxError: if no sandbox can be set up; a response cannot cause this.
         """
         if len(problems) != len(responses):
             raise ValueError(f"There are {len(problems)} problems but {len(responses)} responses; give one for each.")
@@ -104,7 +104,7 @@ class CodeTask:
 
 
 def extract_code(response: str) -> str:
-    """The last ```python block of a response, up to its end or the response's; the whole response if there is none."""
+    """Return the last ```python block of a response, which may lack its end; without one, the whole response."""
     last: list[str] | None = None
     inside = False
     for line in response.split("\n"):

@@ -1,4 +1,4 @@
-"""Tests of the pool of worker processes: order, limits, deaths, floods, interruptions, and that nothing is left."""
+"""The pool of worker processes: order, limits, deaths, floods, interruptions, and nothing that outlives it."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ FUNCTIONS = '''
 import os, signal, subprocess, sys, time
 
 def work(item):
-    """Echoes an item, or does what the item names."""
+    """Echo an item, or do what it names."""
     match item:
         case "pid": return os.getpid()
         case "parent": return os.getppid()
@@ -52,7 +52,7 @@ def work(item):
 
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory) -> Iterator[str]:
-    """Puts a module of functions onto sys.path, which the processes of a pool inherit."""
+    """The name of a function in a module on `sys.path`, which the processes of a pool inherit."""
     folder = tmp_path_factory.mktemp("functions")
     (folder / "pool_functions.py").write_text(FUNCTIONS)
     (folder / "pool_broken.py").write_text("raise OSError('not today')")
@@ -69,7 +69,7 @@ def shared(functions) -> Iterator[WorkerPool]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process still runs; one that waits for its parent to notice its end does not."""
+    """Return whether a process still runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

@@ -1,4 +1,4 @@
-"""Tests of what counts as the expected output or result, with output that a hostile program could write."""
+"""The comparison with the expected output or result, also for output that a hostile program could write."""
 
 import pytest
 
@@ -98,7 +98,7 @@ def test_the_same_result(output, expected):
         ("NaN", 1.0),
         ("Infinity", 1e300),
         ("1" + "0" * 400, 1.0),
-        ("9" * 5000, 9),  # longer than Python turns into a number
+        ("9" * 5000, 9),  # more digits than Python converts
         ("[" * 100_000 + "]" * 100_000, [[]]),
         ("[" * 900 + "]" * 900, [[]]),
         ('{"reward": 1.0, "correct": true}', 1),

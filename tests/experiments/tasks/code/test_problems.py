@@ -1,4 +1,4 @@
-"""Tests of programming problems in JSONL files: what is read, and what each kind of wrong line is told."""
+"""Programming problems in JSONL files: what is read, and the message for each kind of wrong line."""
 
 import json
 
@@ -41,29 +41,29 @@ def test_a_separator_of_lines_inside_a_text_does_not_end_the_line(tmp_path):
     ("line", "message"),
     [
         ("{", "Expecting property name"),
-        ("[1]", r"the line is \[1\], but it has to be an object with 'prompt', 'tests'"),
-        ("[" * 100_000, ""),  # what it says depends on the version of Python
+        ("[1]", r"the line is \[1\], but it must be an object with 'prompt', 'tests'"),
+        ("[" * 100_000, ""),  # the message depends on the version of Python
         ({"prompt": "p"}, "the line has no 'tests'"),
         ({"tests": []}, "the line has no 'prompt'"),
-        ({**PROGRAM, "solutions": "x"}, "the line has 'solutions', which nothing reads"),
-        ({**PROGRAM, "prompt": ""}, "'prompt' is '', but it has to be text"),
-        ({**PROGRAM, "prompt": None}, "'prompt' is None, but it has to be text"),
-        ({**PROGRAM, "solution": 3}, "'solution' is 3, but it has to be text"),
-        ({**PROGRAM, "entry_point": 3}, "'entry_point' is 3, but it has to be text"),
-        ({**FUNCTION, "entry_point": "a.b.c"}, "has to name a function, or a method as 'Class.method'"),
-        ({**FUNCTION, "entry_point": "f()"}, "has to name a function"),
-        ({**FUNCTION, "entry_point": "class"}, "has to name a function"),
-        ({**PROGRAM, "tests": []}, r"'tests' is \[\], but it has to be a list of one test or more"),
-        ({**PROGRAM, "tests": {"input": "", "output": "1"}}, "has to be a list of one test"),
-        ({**PROGRAM, "tests": ["assert add(1) == 2"]}, "an assert would run beside the response"),
-        ({**PROGRAM, "tests": [None]}, "test 1 is None, but it has to be an object with 'input', 'output'"),
+        ({**PROGRAM, "solutions": "x"}, "the line has the unknown 'solutions'; its fields are 'entry_point'"),
+        ({**PROGRAM, "prompt": ""}, "'prompt' is '', but it must be text"),
+        ({**PROGRAM, "prompt": None}, "'prompt' is None, but it must be text"),
+        ({**PROGRAM, "solution": 3}, "'solution' is 3, but it must be text"),
+        ({**PROGRAM, "entry_point": 3}, "'entry_point' is 3, but it must be text"),
+        ({**FUNCTION, "entry_point": "a.b.c"}, "must name a function, or a method as 'Class.method'"),
+        ({**FUNCTION, "entry_point": "f()"}, "must name a function"),
+        ({**FUNCTION, "entry_point": "class"}, "must name a function"),
+        ({**PROGRAM, "tests": []}, r"'tests' is \[\], but it must be a list of one or more tests"),
+        ({**PROGRAM, "tests": {"input": "", "output": "1"}}, "must be a list of one or more tests"),
+        ({**PROGRAM, "tests": ["assert add(1) == 2"]}, "an assert would run in the same process as the response"),
+        ({**PROGRAM, "tests": [None]}, "test 1 is None, but it must be an object with 'input', 'output'"),
         ({**PROGRAM, "tests": [*PROGRAM["tests"], {"input": ""}]}, "test 2 has no 'output'"),
-        ({**PROGRAM, "tests": [{"input": [1], "output": "1"}]}, r"'input' of test 1 is \[1\], but it has to be text"),
+        ({**PROGRAM, "tests": [{"input": [1], "output": "1"}]}, r"'input' of test 1 is \[1\], but it must be text"),
         ({**PROGRAM, "tests": [{"input": "1", "output": " \n"}]}, "a program that does nothing would pass"),
         ({**PROGRAM, "tests": FUNCTION["tests"]}, "test 1 has no 'input', 'output'"),
         ({**FUNCTION, "tests": PROGRAM["tests"]}, "test 1 has no 'arguments', 'result'"),
-        ({**FUNCTION, "tests": [{"arguments": 1, "result": 1}]}, "'arguments' of test 1 is 1, but it has to be a list"),
-        ({**FUNCTION, "tests": [{"arguments": [], "result": 1, "tolerance": 1}]}, "test 1 has 'tolerance'"),
+        ({**FUNCTION, "tests": [{"arguments": 1, "result": 1}]}, "'arguments' of test 1 is 1, but it must be a list"),
+        ({**FUNCTION, "tests": [{"arguments": [], "result": 1, "tolerance": 1}]}, "test 1 has the unknown 'tolerance'"),
         ('{"prompt": "p", "entry_point": "f", "tests": [{"arguments": [], "result": NaN}]}', "NaN is not a JSON value"),
     ],
 )

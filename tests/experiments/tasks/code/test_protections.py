@@ -1,6 +1,6 @@
-"""Tests of the sandbox's trial: on a kernel that forbids what a protection rests on, nothing runs unless accepted.
+"""The trials of the sandbox: where the kernel forbids what a protection needs, nothing runs unless that is accepted.
 
-The kernel is made to forbid it by a filter in a process of its own, as a container does.
+A seccomp filter in a process of its own makes the kernel forbid it, as in a container.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.sandbox import skip_unless_it_holds
 
 from experiments.tasks.code import protections
 from experiments.tasks.code.protections import PROTECTIONS, missing_protections, require_protections
@@ -18,10 +19,10 @@ from experiments.tasks.code.sandbox import PROTECTIONS_OF_STEP, SandboxError
 ROOT = Path(__file__).resolve().parents[4]
 LANDLOCK = [444]
 SECCOMP = [317, 277]
-"""Its numbers on both machines; the other one's is a call that nothing here makes."""
+"""Its numbers on both architectures. Nothing here makes the call that has the other one's number."""
 
 # Forbids system calls by number, and prctl(PR_SET_SECCOMP), which is 22, if the last argument says so. Then it tries
-# the protections and reports what they say.
+# the protections and reports the results.
 FORBIDDING = """
 import ctypes, json, os, struct, sys
 forbidden, forbid_filters = json.loads(sys.argv[1])
@@ -69,14 +70,7 @@ def report_where(forbidden: list[int], forbid_filters: bool = False) -> dict:
 
 @pytest.fixture(scope="module", autouse=True)
 def _filters_can_be_set():
-    try:
-        missing = missing_protections()
-    except SandboxError as error:
-        missing = (str(error),)
-    if missing:
-        with pytest.raises(SandboxError):
-            require_protections(())
-        pytest.skip(f"does not hold here, and the sandbox was refused: {', '.join(missing)}")
+    skip_unless_it_holds(lambda: require_protections(()))
 
 
 def test_without_landlock_the_sandbox_is_refused_until_that_is_accepted():
@@ -111,7 +105,7 @@ def test_where_processes_cannot_be_watched_nothing_can_be_accepted():
 @pytest.mark.parametrize("name", PROTECTIONS)
 def test_every_protection_that_fails_its_trial_is_refused_by_name(monkeypatch, name):
     monkeypatch.setattr(protections, "missing_protections", lambda: (name,))
-    with pytest.raises(SandboxError, match=f"'{name}' does not hold: with it, .*accept_missing=\\('{name}',\\)"):
+    with pytest.raises(SandboxError, match=f"'{name}' does not hold; it guarantees .*accept_missing=\\('{name}',\\)"):
         require_protections(())
     with pytest.raises(SandboxError, match=f"'{name}' does not hold"):
         require_protections([other for other in PROTECTIONS if other != name])
@@ -128,7 +122,7 @@ def test_a_failed_trial_is_a_missing_protection(monkeypatch, name):
         assert missing_protections.__wrapped__() == (name,)
 
 
-def test_a_name_that_is_none_of_a_protection_is_refused():
+def test_a_name_that_is_no_protection_is_refused():
     with pytest.raises(ValueError, match="accept_missing names 'filse'; the protections are files, network"):
         require_protections(["filse"])
 

@@ -1,4 +1,4 @@
-"""Hostile programs in the sandbox, one by one: each has to end, and to leave everything outside as it was.
+"""Hostile programs in the sandbox, one by one: each must end, and leave everything outside as it was.
 
 Where a machine lacks a protection, the tests show instead that the sandbox is refused there.
 """
@@ -14,28 +14,22 @@ import time
 from pathlib import Path
 
 import pytest
+from support.sandbox import skip_unless_it_holds
 
 from experiments.tasks.code import sandbox
-from experiments.tasks.code.protections import missing_protections, require_protections
+from experiments.tasks.code.protections import require_protections
 from experiments.tasks.code.sandbox import Limits, Outcome, Request, run
 
 ROOT = Path(__file__).resolve().parents[4]
-# What ends by itself has time even on a busy machine; what never ends is given little.
+# Programs that end by themselves have enough time even on a busy machine; those that never end get little.
 PATIENT = Limits(seconds=60.0, memory_mib=256, disk_mib=4)
 BRIEF = Limits(seconds=0.3, memory_mib=256, disk_mib=4)
 
 
 @pytest.fixture(autouse=True)
 def scratch_parent(tmp_path, monkeypatch):
-    """A folder in which scratch folders are made, so that it shows what is left of them."""
-    try:
-        missing = missing_protections()
-    except sandbox.SandboxError as error:
-        missing = (str(error),)
-    if missing:
-        with pytest.raises(sandbox.SandboxError):
-            require_protections(())
-        pytest.skip(f"does not hold here, and the sandbox was refused: {', '.join(missing)}")
+    """The folder in which scratch folders are made; nothing may be left in it."""
+    skip_unless_it_holds(lambda: require_protections(()))
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -54,7 +48,7 @@ def printed(code: str, limits: Limits = PATIENT, **request) -> str:
 
 
 def assert_refused(*attempts: str) -> None:
-    """Every attempt, a Python expression, has to raise PermissionError."""
+    """Assert that every attempt, a Python expression, raises PermissionError."""
     lines = ["import os, shutil, signal, socket, subprocess, sys, tempfile"]
     for attempt in attempts:
         lines += ["try:", f"    print({attempt!r}, {attempt})", "except PermissionError:", "    print('refused')"]
@@ -262,7 +256,7 @@ def test_the_parent_and_others_get_no_signal():
         "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
         "os.sched_setaffinity(os.getppid(), [0])",
         "__import__('resource').prlimit(os.getppid(), 7, (1, 1))",
-        # a descriptor that sends a signal to its owner whenever it can be read
+        # makes a descriptor send a signal to its owner whenever it can be read
         "__import__('fcntl').fcntl(0, 8, os.getppid())",
     )
     assert target.poll() is None
@@ -292,7 +286,7 @@ def test_a_sandbox_dies_with_the_process_that_started_it(tmp_path):
     assert process.returncode == -signal.SIGKILL, process.stderr
     status = Path(f"/proc/{int(process.stdout)}/status")
     deadline = time.monotonic() + 30
-    # One that is dead and that nobody waits for stays as a zombie.
+    # A dead process that nobody waits for stays a zombie.
     while status.exists() and "State:\tZ" not in status.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -448,7 +442,7 @@ def test_what_is_written_beside_the_result_spoils_it():
         json.loads(ran(code, entry_point="f").output)
 
 
-# --- what the caller did wrong, or the machine --------------------------------------------------
+# --- mistakes of the caller, and of the machine -------------------------------------------------
 
 
 @pytest.mark.parametrize(

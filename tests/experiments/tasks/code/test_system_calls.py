@@ -1,4 +1,4 @@
-"""Tests of the filter of system calls: a small machine runs it as the kernel would, for calls of both tables."""
+"""The system call filter: an interpreter of BPF runs it as the kernel would, for the calls of both architectures."""
 
 import errno
 import struct
@@ -9,12 +9,12 @@ from experiments.tasks.code.system_calls import filter_program
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM
-THREAD = 0x3D0F00  # what the C library passes to clone for a thread
+THREAD = 0x3D0F00  # the flags that the C library passes to clone for a thread
 SIGCHLD = 17
 
 
 def decision(machine: str, number: int, *arguments: int, architecture: int | None = None) -> int:
-    """What the kernel does with a call: it runs the classic BPF program over `struct seccomp_data`."""
+    """Return the kernel's decision on a call: run the classic BPF program over `struct seccomp_data`."""
     padded = [*arguments, *[0] * (6 - len(arguments))]
     architecture = ARCHITECTURES[machine] if architecture is None else architecture
     data = struct.pack("<IIQ6Q", number, architecture, 0, *padded)
@@ -36,7 +36,7 @@ def decision(machine: str, number: int, *arguments: int, architecture: int | Non
             return operand
 
 
-# Numbers from the kernel's tables: (x86_64, aarch64); None where a machine has no such call.
+# Numbers from the kernel's tables: (x86_64, aarch64); None where an architecture has no such call.
 PLAIN = {
     "read": (0, 63),
     "write": (1, 64),

@@ -1,15 +1,15 @@
-"""Tests of the programming task: what is right and wrong, answers that pretend, and configs that are refused."""
+"""The programming task: right and wrong responses, responses that pretend, and configs that are refused."""
 
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from support.sandbox import skip_unless_it_holds
 
 from experiments.tasks.code import protections
 from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.code.problems import Problem, Test, load_problems
-from experiments.tasks.code.protections import missing_protections
 from experiments.tasks.code.sandbox import Limits, SandboxError
 from experiments.tasks.code.task import CodeTask, extract_code
 from rspo_jax.types import Judgement
@@ -34,7 +34,7 @@ RIGHT, WRONG = Judgement(1.0, True), Judgement(0.0, False)
 
 
 class Chat:
-    """A tokenizer of which only the chat is used."""
+    """The part of a tokenizer that a task uses."""
 
     def chat(self, messages):
         return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
@@ -46,15 +46,8 @@ def task(**changes) -> CodeTask:
 
 @pytest.fixture
 def judge():
-    """Judges (problem, code) pairs; where the sandbox does not hold, shows that no task can be made."""
-    try:
-        missing = missing_protections()
-    except SandboxError as error:
-        missing = (str(error),)
-    if missing:
-        with pytest.raises(SandboxError):
-            task()
-        pytest.skip(f"does not hold here, and the task was refused: {', '.join(missing)}")
+    """A function that judges (problem, code) pairs. Where the sandbox does not hold, no task can be made."""
+    skip_unless_it_holds(task)
 
     def judge_pairs(*pairs, **changes):
         problems, responses = zip(*pairs, strict=True)
@@ -225,7 +218,7 @@ def test_the_code_is_the_last_block_or_everything(response, code):
 def test_untrusted_code_is_not_run_unless_asked_for(monkeypatch):
     monkeypatch.setattr(protections, "run", lambda *_: pytest.fail("code was run"))
     assert not CodeConfig().run_untrusted_code
-    with pytest.raises(ValueError, match=r"runs Python that a model wrote .* set run_untrusted_code to True"):
+    with pytest.raises(ValueError, match=r"runs Python code written by a model .* set run_untrusted_code to True"):
         task(run_untrusted_code=False)
 
 
@@ -233,14 +226,17 @@ def test_untrusted_code_is_not_run_unless_asked_for(monkeypatch):
     ("changes", "message"),
     [
         ({"test_path": None}, "set train_path, validation_path or test_path"),
-        ({"prompt": "Solve it."}, r"prompt has \{problem\} 0 times"),
-        ({"prompt": "{problem}{problem}"}, r"prompt has \{problem\} 2 times"),
-        ({"reward": "some"}, "reward is 'some'; choose 'all' or 'share'"),
+        ({"prompt": "Solve it."}, r"prompt contains \{problem\} 0 times; write it exactly once"),
+        ({"prompt": "{problem}{problem}"}, r"prompt contains \{problem\} 2 times"),
+        ({"reward": "some"}, "reward must be one of all, share; got 'some'"),
         ({"tolerance": -1e-9}, "tolerance is -1e-09; set it to at least 0 and below 1"),
         ({"tolerance": float("nan")}, "tolerance is nan"),
         ({"response_seconds": 0.0}, "response_seconds is 0.0"),
         ({"workers": 0}, "workers is 0; set it to 1 or more"),
-        ({"accept_missing": ("filse",)}, "accept_missing names 'filse'; the protections are files"),
+        (
+            {"accept_missing": ("filse",)},
+            "accept_missing names 'filse'; the protections are files",
+        ),
         ({"limits": Limits(threads=0)}, "threads is 0"),
     ],
 )
