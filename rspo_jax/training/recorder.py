@@ -10,7 +10,9 @@ import numpy as np
 from rspo_jax.hosts import Preemption
 from rspo_jax.records.alarm import Alarm
 from rspo_jax.records.checkpoint import Checkpoints
-from rspo_jax.records.metrics import MetricsLog, Progress
+from rspo_jax.records.metrics import MetricsLog
+from rspo_jax.records.progress import PhaseProgress
+from rspo_jax.records.rows import Phase
 from rspo_jax.training.state import RunState
 
 
@@ -29,7 +31,7 @@ class Recorder:
     elapsed_before: float
     """Seconds that earlier processes of this run took, up to the checkpoint that it goes on from."""
     started: float = field(default_factory=time.monotonic)
-    _progress: Progress | None = None
+    _progress: PhaseProgress | None = None
 
     @property
     def elapsed(self) -> float:
@@ -37,13 +39,13 @@ class Recorder:
         return self.elapsed_before + time.monotonic() - self.started
 
     @contextlib.contextmanager
-    def phase(self, name: str, steps: int, completed: int) -> Iterator[None]:
-        """Show the progress of a phase of the run, "warm_start" or "rl", as long as the context lasts."""
-        with Progress(name, steps, completed=completed) as self._progress:
+    def phase(self, name: Phase, steps: int, completed: int) -> Iterator[None]:
+        """Show the progress of a phase of the run as long as the context lasts."""
+        with PhaseProgress(name, steps, completed=completed) as self._progress:
             yield
 
     def write(
-        self, phase: str, step: int, metrics: Mapping[str, float], arrays: Mapping[str, np.ndarray] | None = None
+        self, phase: Phase, step: int, metrics: Mapping[str, float], arrays: Mapping[str, np.ndarray] | None = None
     ) -> None:
         """Append a row of metrics, show it, and sound the alarm at signs of a collapse."""
         assert self._progress is not None, "no phase has begun"

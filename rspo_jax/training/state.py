@@ -1,6 +1,5 @@
 """The state of a run, its place on the mesh, and its beginning: all that a later process needs to go on bit for bit."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,12 +81,17 @@ def first_state(
       template: shapes and shardings from `state_on_mesh`.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
-    fresh = functools.partial(fresh_state, config=config, with_reference=template.reference is not None)
+    with_reference = template.reference is not None
     if params is None:
-        return jax.jit(functools.partial(fresh, init_params), out_shardings=shardings)()
+        fresh = jax.jit(fresh_state, static_argnums=(0, 1, 2), out_shardings=shardings)
+        return fresh(init_params, config, with_reference)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, template.train.params)
-    begin = jax.jit(lambda params: fresh(lambda _: params), out_shardings=shardings, donate_argnums=0)
-    return begin(params)
+    begin = jax.jit(_state_from, static_argnums=(1, 2), out_shardings=shardings, donate_argnums=0)
+    return begin(params, config, with_reference)
+
+
+def _state_from(params: Params, config: TrainerConfig, with_reference: bool) -> RunState:
+    return fresh_state(lambda _: params, config, with_reference)
 
 
 def state_on_mesh(
@@ -102,7 +106,8 @@ def state_on_mesh(
     Raises:
       ValueError: naming the parameter that the mesh does not divide.
     """
-    state = jax.eval_shape(functools.partial(fresh_state, init_params, config, with_reference))
+    # By the same function as `first_state`, which then finds it traced.
+    state = jax.jit(fresh_state, static_argnums=(0, 1, 2)).eval_shape(init_params, config, with_reference)
     whole = NamedSharding(mesh, PartitionSpec())
     train = train_state_shardings(policy, config.first_optimizer, state.train, mesh, config.mesh.parameter_rules)
     reference = train.params if with_reference else None
