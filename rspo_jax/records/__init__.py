@@ -1,10 +1,14 @@
-"""What a run leaves behind: rows of metrics, files, progress and alarm. Checkpoints are imported by their path,
-`rspo_jax.records.checkpoint`: they bring Orbax along, which takes seconds to import and which readers do not need.
+"""The record of a run: rows of metrics, files, progress and alarm.
+
+Checkpoints are imported by path, `rspo_jax.records.checkpoint`: they bring Orbax along, which takes seconds to import
+and which readers do not need.
 """
 
 from rspo_jax.records.alarm import Alarm, AlarmRecord, AlarmRule, CollapseRule, Warned, alarm_record, judge_alarm
 from rspo_jax.records.files import FilePath, GrowingFiles, as_path, is_bucket, replace_file
-from rspo_jax.records.metrics import MetricsLog, Progress, read_diagnostics, read_metrics, wilson_interval, write_json
+from rspo_jax.records.metrics import MetricsLog, read_diagnostics, read_metrics, wilson_interval, write_json
+from rspo_jax.records.progress import PhaseProgress
+from rspo_jax.records.rows import Phase
 
 __all__ = [
     "Alarm",
@@ -14,7 +18,8 @@ __all__ = [
     "FilePath",
     "GrowingFiles",
     "MetricsLog",
-    "Progress",
+    "Phase",
+    "PhaseProgress",
     "Warned",
     "alarm_record",
     "as_path",

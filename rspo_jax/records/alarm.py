@@ -1,10 +1,9 @@
-"""When a run collapses, what shows it coming, and how long before: rules over the rows of `metrics.jsonl`.
+"""Collapse of a run, its early signs, and their lead time: rules over the rows of `metrics.jsonl`.
 
-The signs are those that are seen before a collapse (arXiv 2510.23027): importance ratios, divergence and clipping
-burst, the entropy falls, the routes drift. A run is compared with its own early steps, as what is much for one model is
-little for another, and with levels that are much for any, as a run may be lost from its first steps on. Both rules
-count steps of the "rl" phase from 1; step 0, the evaluation before the first, is left out. This file must never know
-how a metric is computed, and reads no files.
+The signs are those seen before a collapse (arXiv 2510.23027): importance ratios, divergence and clipping burst, the
+entropy falls, the routes drift. A run is compared with its own early steps, because a level that is high for one model
+is low for another, and with levels that are high for any model, because a run may be lost from its first steps on. Both
+rules count steps of the "rl" phase from 1; step 0, the evaluation before the first step, is left out.
 """
 
 import collections
@@ -19,35 +18,35 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class AlarmRule:
-    """The alarm rings at the first step at which enough signs hold together.
+    """Conditions of the alarm, which rings at the first step at which enough signs hold together.
 
     Each sign compares the mean of the last `window` steps with the median of the first `reference` steps:
 
-    * ratio: log `ratio_max` is at least `least_log_ratio`, and `times` that of the reference.
-    * divergence: `approx_kl` is at least `least_kl`, and `times` that of the reference.
-    * clip: `clip_fraction` is at least `least_clip_fraction`, and `times` that of the reference.
-    * entropy: `entropy` is at most `entropy_share` of that of the reference.
-    * route: `drift` is at least `least_shift`, and `times` that of the reference. γ would not do: an adaptive scale or
+    * ratio: log `ratio_max` is at least `least_log_ratio`, and at least `times` the reference.
+    * divergence: `approx_kl` is at least `least_kl`, and at least `times` the reference.
+    * clip: `clip_fraction` is at least `least_clip_fraction`, and at least `times` the reference.
+    * entropy: `entropy` is at most `entropy_share` times the reference.
+    * route: `drift` is at least `least_shift`, and at least `times` the reference. γ would not do: an adaptive scale or
       a sum over layers makes it small without any drift.
 
-    Ratio, divergence and route also hold at `much_log_ratio`, `much_kl` and `much_shift` or more, whatever the
-    reference; for these two steps are enough of a window. A metric that was recorded but is not finite is a sign at
-    once; one that was not recorded is none. The levels were chosen on the runs of
-    `experiments.ablate countdown_tuning`; how often they are right on others, `experiments.judge_alarm` says.
+    Ratio, divergence and route also hold from `much_log_ratio`, `much_kl` and `much_shift` on, whatever the reference;
+    for this a window of two steps is enough. A metric that was recorded but is not finite is a sign at once; one that
+    was not recorded is none. The levels were chosen on the runs of `experiments.ablate countdown_tuning`;
+    `experiments.judge_alarm` tells how often they are right on other runs.
     """
 
     reference: int = 20
     window: int = 5
     signs: int = 2
-    """How many of them hold together."""
+    """Number of signs that have to hold together."""
     times: float = 3.0
     least_log_ratio: float = 1.0
-    """In nats: the largest ratio of a step, as a geometric mean over the window, is e or more."""
+    """Nats. At 1, the geometric mean over the window of each step's largest ratio is e or more."""
     least_kl: float = 0.01
-    """In nats a token."""
+    """Nats per token."""
     least_clip_fraction: float = 0.02
     least_shift: float = 0.02
-    """In nats, a mean over layers and tokens."""
+    """Nats, a mean over layers and tokens."""
     entropy_share: float = 0.3
     much_log_ratio: float = 3.0
     much_kl: float = 0.05
@@ -62,18 +61,19 @@ class AlarmRule:
 
 @dataclass(frozen=True)
 class CollapseRule:
-    """A run has collapsed where the mean of `metric` over the last `window` steps falls below `share` of its best so
-    far, and is never at that again, for `stays` steps or more. The metric counts from 0, which a lost policy earns.
+    """Conditions of a collapse: the mean of `metric` over the last `window` steps falls below `share` times its best so
+    far, and stays below that to the end, for at least `stays` steps. A policy that is lost earns 0.
 
-    The first steps are compared by the mean of those that there are: what step 1 earned was earned before any update,
-    so that a policy that its very first updates destroy has something to fall from."""
+    The first steps are compared by the mean of the steps so far. Step 1 earns its reward before any update, so that a
+    policy that its very first updates destroy has something to fall from.
+    """
 
     metric: str = "reward"
     window: int = 10
     share: float = 0.5
     stays: int = 10
     least_best: float = 0.05
-    """A best below this is no success to fall from."""
+    """Lowest best value that counts as a success to fall from."""
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.stays < 1:
@@ -83,17 +83,17 @@ class CollapseRule:
 
 
 class _Sign(NamedTuple):
-    """One thing to watch."""
+    """A sign of a collapse."""
 
     name: str
     metric: str
     words: str
-    """With the mean of the window."""
+    """Format of the sign in words, for the mean over the window."""
     number: str
-    """How the reference is written."""
+    """Format of the reference."""
 
     def measure(self, value: float) -> float:
-        """The metric as the sign counts it; NaN where it is not finite."""
+        """Return the metric as the sign counts it; NaN if it is not finite."""
         if not math.isfinite(value):
             return math.nan
         if self.name == "ratio":
@@ -101,7 +101,13 @@ class _Sign(NamedTuple):
         return value
 
     def holds(self, now: float, before: float, rule: AlarmRule) -> bool:
-        """Whether it does, `before` being NaN while there is no reference to compare with."""
+        """Return whether the sign holds.
+
+        Args:
+          now: the mean over the window; NaN if a value is not finite.
+          before: the reference; NaN while there is none.
+          rule: the levels.
+        """
         if math.isnan(now):
             return True
         much = {"ratio": rule.much_log_ratio, "divergence": rule.much_kl, "route": rule.much_shift}
@@ -121,7 +127,7 @@ class _Sign(NamedTuple):
 
 
 _FEWEST = 2
-"""Steps that make a window where the run has no more yet."""
+"""Steps that make a window while the run has no more."""
 _SIGNS = (
     _Sign("ratio", "ratio_max", "largest log-ratios {:.2f}", "{:.2f}"),
     _Sign("divergence", "approx_kl", "divergence {:.3f}", "{:.3f}"),
@@ -132,9 +138,9 @@ _SIGNS = (
 
 
 class Alarm:
-    """Watches a run step by step, and rings once.
+    """An alarm that watches a run step by step and rings once.
 
-    A run that goes on from a checkpoint first shows it the rows that there are, and does not repeat what it says.
+    A run that goes on from a checkpoint first shows it the earlier rows, and ignores its answers to them.
     """
 
     def __init__(self, rule: AlarmRule = AlarmRule()) -> None:
@@ -143,17 +149,17 @@ class Alarm:
         self._last = {sign.name: collections.deque[float](maxlen=rule.window) for sign in _SIGNS}
         self._steps = 0
         self.step: int | None = None
-        """When it rang."""
+        """The step at which the alarm rang."""
         self.why = ""
 
     def update(self, row: Row) -> str | None:
-        """Sees the next row of the run.
+        """Look at the next row of the run.
 
         Args:
-          row: of `metrics.jsonl`: "phase", "step", and numbers by name.
+          row: a row of `metrics.jsonl`: "phase", "step", and numbers by name.
 
         Returns:
-          Why it rings, in one line, at the step at which it first does; else None.
+          The reason in one line at the step at which the alarm rings; otherwise None.
         """
         if row["phase"] != "rl" or row["step"] < 1:
             return None
@@ -173,7 +179,7 @@ class Alarm:
         return self.why
 
     def _describe(self, sign: _Sign) -> str:
-        """The sign in words if it holds, else nothing."""
+        """Return the sign in words if it holds, otherwise an empty string."""
         last = self._last[sign.name]
         if len(last) < min(self._rule.window, _FEWEST):
             return ""
@@ -190,7 +196,7 @@ class Alarm:
 
 
 def first_alarm(rows: Iterable[Row], rule: AlarmRule = AlarmRule()) -> Alarm:
-    """The alarm after it has seen all rows of a run: `step`, None if it never rang, and `why`."""
+    """Return the alarm after all rows of a run: `step`, None if it never rang, and `why`."""
     alarm = Alarm(rule)
     for row in rows:
         alarm.update(row)
@@ -198,7 +204,7 @@ def first_alarm(rows: Iterable[Row], rule: AlarmRule = AlarmRule()) -> Alarm:
 
 
 def collapse_step(rows: Iterable[Row], rule: CollapseRule = CollapseRule()) -> int | None:
-    """The step from which on a run lies below half of its best (`CollapseRule`), None if it does not end so.
+    """Return the step at which a run collapsed (`CollapseRule`), or None if it did not.
 
     Steps at which the metric is missing or not finite are left out.
     """
@@ -220,40 +226,40 @@ def collapse_step(rows: Iterable[Row], rule: CollapseRule = CollapseRule()) -> i
 
 
 class Warned(NamedTuple):
-    """What became of a run, and what was said of it before."""
+    """The alarm and the collapse of one run."""
 
     alarm: int | None
-    """Step."""
+    """Step of the alarm; None if it never rang."""
     why: str
     collapse: int | None
-    """Step."""
+    """Step of the collapse; None without one."""
 
     @property
     def lead(self) -> int | None:
-        """Steps from the alarm to the collapse; below 0 where the alarm came too late, None where one is missing."""
+        """Steps from the alarm to the collapse; negative if the alarm came too late, None if one is missing."""
         return None if self.alarm is None or self.collapse is None else self.collapse - self.alarm
 
 
 def judge_alarm(
     rows: Iterable[Row], alarm_rule: AlarmRule = AlarmRule(), collapse_rule: CollapseRule = CollapseRule()
 ) -> Warned:
-    """Alarm and collapse of one run."""
+    """Find the alarm and the collapse in the rows of one run."""
     rows = list(rows)
     alarm = first_alarm(rows, alarm_rule)
     return Warned(alarm.step, alarm.why, collapse_step(rows, collapse_rule))
 
 
 class AlarmRecord(NamedTuple):
-    """How an alarm has done over many runs."""
+    """Record of an alarm over many runs."""
 
     leads: list[int]
-    """Steps between alarm and collapse, where the alarm came first or with it; in the order of the runs."""
+    """Steps from alarm to collapse, of the runs where the alarm came first or at the same step, in their order."""
     missed: int
-    """Runs that collapsed without an alarm before."""
+    """Number of runs that collapsed without an alarm before."""
     false: int
-    """Runs with an alarm that did not collapse."""
+    """Number of runs with an alarm that did not collapse."""
     quiet: int
-    """Runs with neither."""
+    """Number of runs with neither."""
 
 
 def alarm_record(
@@ -261,12 +267,12 @@ def alarm_record(
     alarm_rule: AlarmRule = AlarmRule(),
     collapse_rule: CollapseRule = CollapseRule(),
 ) -> AlarmRecord:
-    """Measures an alarm's lead time, and how often it is wrong.
+    """Measure an alarm's lead times, and count its mistakes.
 
     Args:
-      runs: the rows of each.
-      alarm_rule: when it rings.
-      collapse_rule: what it should ring before.
+      runs: the rows of each run.
+      alarm_rule: the conditions of the alarm.
+      collapse_rule: the conditions of the collapse that it should announce.
     """
     judged = [judge_alarm(rows, alarm_rule, collapse_rule) for rows in runs]
     leads = [run.lead for run in judged if run.lead is not None and run.lead >= 0]

@@ -1,10 +1,13 @@
 """Checkpoints of a training run, from which it goes on bit for bit, or not at all.
 
-All processes of a run save and restore together. Orbax writes each process's parts of the arrays in the background; a
-manifest with their names, shapes, dtypes and fingerprints joins them, and the checkpoint becomes one in a single act at
-the end: it is given its final name or, in a bucket, a file that says it is complete. So a process killed at any moment
-leaves the old one or the new one, and nothing is handed back that does not agree with its manifest. This file must
-never know what the state of a run consists of.
+All processes of a run save and restore together. Orbax writes each process's parts of the arrays in the background. A
+manifest with their names, shapes, dtypes and fingerprints joins them, and one last act completes the checkpoint: it
+gets its final name or, in a bucket, a file that marks it as complete. Thus a process killed at any moment leaves the
+old checkpoint or the new one, and nothing is handed back that disagrees with its manifest.
+
+Orbax's own CheckpointManager does not serve here: it returns arrays with flipped bits without an error (measured with
+version 0.12: 19 of 20 flips in a data file), and when a checkpoint cannot be read it raises an error instead of falling
+back, in all processes alike, to the checkpoint before.
 """
 
 import asyncio
@@ -48,59 +51,57 @@ from rspo_jax.types import Array
 __all__ = ["CheckpointError", "CheckpointMismatch", "Checkpoints", "Restored"]
 
 UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
-"""What is added to the name of a checkpoint that is still being written to a folder."""
+"""Suffix of a checkpoint that is still being written to a folder."""
 COMPLETE = ocp.path.atomicity.COMMIT_SUCCESS_FILE
-"""The file that is written last. In a bucket, which cannot rename, a checkpoint without it is unfinished."""
+"""Name of the file that is written last. In a bucket, which cannot rename, a checkpoint without it is unfinished."""
 SIGHT_SECONDS = 10
-"""How long a network may take to show one machine what another has made."""
-# Signs of a machine or a network in trouble: they say nothing about the files, and another attempt may succeed.
+"""Time that a network may take to show one machine a folder that another has made."""
+# Signs of trouble with a machine or a network: they tell nothing about the files, and another attempt may succeed.
 NOT_DAMAGE = (MemoryError, PermissionError, ConnectionError, TimeoutError, jax.errors.JaxRuntimeError)
 NOT_DAMAGE_TO_TENSORSTORE = re.compile("^(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED):")
 
 _logger = logging.getLogger(__name__)
 
 
-def _is_worth_showing(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or not record.pathname.startswith(os.path.dirname(ocp.__file__))
-
-
 # Orbax reports much at level INFO, through the logger that all users of absl share.
-logging.getLogger("absl").addFilter(_is_worth_showing)
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno >= logging.WARNING or not record.pathname.startswith(os.path.dirname(ocp.__file__))
+)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or there are checkpoints but none that can be read."""
+    """A checkpoint that cannot be written, or a folder of checkpoints none of which can be read."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What `Checkpoints.restore_newest` found."""
+    """A checkpoint that `Checkpoints.restore_newest` has read."""
 
     index: int
     state: Any
-    """The same pytree as the template, on device."""
+    """The pytree of the template, on device."""
     metadata: dict[str, Any]
-    """As JSON gives it back: tuples have become lists."""
+    """Metadata from JSON: tuples have become lists."""
 
 
 class Checkpoints:
     """The checkpoints in one folder, for one run at a time; a context manager that waits for the last save.
 
-    A checkpoint is a subfolder named by its index. Older ones than the newest `keep` are deleted once a new one is
-    complete. Damaged ones are moved to the sibling folder `<directory>-damaged`, and never deleted.
+    A checkpoint is a subfolder named by its index. Once a new one is complete, all but the newest `keep` are deleted.
+    Damaged ones are moved to the sibling folder `<directory>-damaged`, and never deleted.
 
-    A run of several processes makes one of these in each process, with the same arguments, over the same folder, and
-    calls the same methods at the same points. All processes get the same answer, or raise the same error. Arrays may
-    be spread over processes; those that are not must be the same in all of them. The first process scans, moves and
-    deletes for all, and its metadata counts.
+    A run of several processes makes one of these objects in each process, with the same arguments, over the same
+    folder, and calls the same methods at the same points. All processes get the same answer, or raise the same error.
+    Arrays may be spread over processes; all others must be the same in every process. The first process scans, moves
+    and deletes for all, and its metadata is the one that is kept.
     """
 
     def __init__(self, directory: FilePath, keep: int = 3) -> None:
-        """Opens the folder, and creates it if absent.
+        """Open the folder, and create it if absent.
 
         Args:
           directory: a folder that all processes see, or an address that starts with gs://.
-          keep: how many checkpoints to keep.
+          keep: number of checkpoints to keep.
 
         Raises:
           ValueError: if `keep` is not positive, or `directory` is an address that cannot be written to.
@@ -114,7 +115,8 @@ class Checkpoints:
         self._agreement = Agreement("checkpoints")
         self._agreement.from_primary(functools.partial(self._make_folder, self._directory))
         self._writing: tuple[int, Future[None]] | None = None
-        self._newest: tuple[int, dict[str, int]] | None = None  # index and fingerprints of the last saved or restored
+        self._newest: tuple[int, dict[str, int]] | None = None
+        """Index and fingerprints of the last checkpoint that was saved or restored."""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -123,21 +125,21 @@ class Checkpoints:
         self.wait()
 
     def save(self, index: int, state: Any, metadata: Mapping[str, Any]) -> None:
-        """Starts to write a checkpoint, after the one before it is complete.
+        """Start to write a checkpoint, after the last one is complete.
 
-        Returns once the arrays are on the host, so that the caller may donate or overwrite `state` at once. To save
+        This returns once the arrays are on the host, so that the caller may donate or overwrite `state` at once. Saving
         again what has just been saved or restored does nothing: its first metadata stays.
 
         Args:
-          index: higher than all in the folder, 0 or more.
+          index: the checkpoint's number, 0 or more, higher than all in the folder.
           state: a pytree of arrays; keys as `jax.random.key_data`.
           metadata: a small dict for JSON.
 
         Raises:
-          TypeError: if a leaf is no array, or of a dtype that is not supported, or `metadata` is not for JSON.
-          ValueError: if the index does not increase, `state` is empty, or processes do not save the same.
-          CheckpointError: if this checkpoint, or the one before it, could not be written, or the folder is not one and
-            the same for all processes.
+          TypeError: if a leaf is not an array, or has an unsupported dtype, or JSON cannot hold `metadata`.
+          ValueError: if the index does not increase, `state` is empty, or processes save different things.
+          CheckpointError: if this checkpoint or the last one cannot be written, or the processes do not see the same
+            folder.
         """
         index = operator.index(index)
         leaves = named_leaves(state)
@@ -150,18 +152,24 @@ class Checkpoints:
         self._agreement.from_primary(functools.partial(self._prepare, index))
         self._check_all_see(self._place(index))
         manifest = make_manifest(leaves, found, metadata)
+        # Orbax takes no empty arrays. An array that each of several processes has for itself goes in as NumPy, which
+        # Orbax writes in the first process only.
+        alone = jax.process_count() == 1
+        item = {
+            name: leaf if alone or is_spread(leaf) else np.asarray(leaf) for name, leaf in leaves.items() if leaf.size
+        }
         writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        copying = writer.submit(_start_to_write, self._place(index) / "state", _as_orbax_takes_it(leaves))
+        copying = writer.submit(_start_to_write, self._place(index) / "state", item)
         self._writing = index, writer.submit(self._finish, index, manifest, copying)
         self._newest = index, found
         writer.shutdown(wait=False)
-        futures.wait([copying])  # should it have failed, the other one says so, in all processes
+        futures.wait([copying])  # if it failed, `_finish` raises its error in all processes
 
     def wait(self) -> None:
-        """Returns when the last save is complete.
+        """Wait until the last save is complete.
 
         Raises:
-          CheckpointError: if it failed, in whichever process.
+          CheckpointError: if it failed in any process.
         """
         if self._writing is None:
             return
@@ -172,36 +180,35 @@ class Checkpoints:
             self._newest = None
             raise CheckpointError(
                 f"{self._directory / str(index)} could not be written ({in_one_line(error)}); "
-                "the checkpoints before it are as they were"
+                "the checkpoints before it are unchanged"
             ) from error
 
     def restore_newest(self, template: Any, say: Callable[[str], object] = print) -> Restored | None:
-        """Reads the newest checkpoint that is sound in all processes.
+        """Read the newest checkpoint that is sound in all processes.
 
         Args:
           template: a pytree of arrays or `jax.ShapeDtypeStruct`s like the state that was saved. Leaves with a sharding
-            come back in it, whatever the devices and processes that saved them; uncommitted arrays and structs without
-            a sharding come back uncommitted, on the default device of each process.
-          say: is told, in a sentence each, of unfinished checkpoints, which are skipped, of damaged ones, and of where
-            they are moved to once a sound one has been read. Called in the first process only.
+            come back in it, whatever devices and processes saved them; uncommitted arrays and structs without a
+            sharding come back uncommitted, on the default device of each process.
+          say: called in the first process with a sentence for each unfinished checkpoint, which is skipped, for each
+            damaged one, and for the place that a damaged one is moved to once a sound one has been read.
 
         Returns:
           The checkpoint, or None if there is none.
 
         Raises:
           CheckpointMismatch: if names, shapes or dtypes are not those of the template; nothing is read or moved then.
-          CheckpointError: if there are checkpoints, and all are damaged; nothing is moved then.
-          TypeError: if a leaf of the template is no array, or of a dtype that is not supported.
+          CheckpointError: if there are checkpoints, but all are damaged; nothing is moved then.
+          TypeError: if a leaf of the template is not an array, or has an unsupported dtype.
         """
         leaves = named_leaves(template)
         self.wait()
         self._newest = None
-        if not is_primary():
-            say = _say_nothing
+        say = say if is_primary() else lambda _: None
         indices, unfinished = self._agreement.from_primary(self._scan)
         for name in unfinished:
             path = self._directory / name
-            say(f"{path} is unfinished, by an interrupted run unless one is writing it now: skipped.")
+            say(f"{path} is unfinished, left by an interrupted run unless a run is writing it now: skipped.")
         damaged: list[int] = []
         for index in reversed(indices):
             path = self._directory / str(index)
@@ -218,26 +225,26 @@ class Checkpoints:
         if damaged:
             raise CheckpointError(
                 f"all checkpoints in {self._directory} are damaged or incomplete ({len(damaged)} in number), and none "
-                "was moved or deleted: put back an intact copy of one, or start a new run folder"
+                "was moved or deleted: restore an intact copy of one, or start a new run folder"
             )
         return None
 
-    # --- what all processes do together ---
+    # --- steps that all processes take together ---
 
     def _check_all_save_the_same(self, index: int, found: dict[str, int]) -> None:
         primary_index, primary_found = self._agreement.from_primary(lambda: (index, found))
         error = None
         if index != primary_index:
-            error = ValueError(f"a process saves checkpoint {index} where the first saves {primary_index}")
+            error = ValueError(f"a process saves checkpoint {index} while the first saves {primary_index}")
         elif found != primary_found:
             names = [name for name in found | primary_found if found.get(name) != primary_found.get(name)]
             error = ValueError(
-                f"{join(names)} differ between processes: spread an array over all of them, or give all the same"
+                f"{join(names)} differ between processes: spread an array over all of them, or give all the same one"
             )
         self._agreement.settle(error)
 
     def _check_all_see(self, path: epath.Path) -> None:
-        """What the first process has just made shows that a folder is one and the same for all."""
+        """Check that all processes see a folder that the first has just made, so that they share one place."""
         if self._in_bucket:
             return
         end = time.monotonic() + SIGHT_SECONDS
@@ -246,13 +253,13 @@ class Checkpoints:
         error = None
         if not path.exists():
             error = CheckpointError(
-                f"{self._directory} is not one folder for all processes: keep the run in one that all of them see, "
-                "or under a gs:// address"
+                f"{self._directory} is not one folder for all processes: keep the run in a folder that all of them "
+                "see, or under a gs:// address"
             )
         self._agreement.settle(error)
 
     def _finish(self, index: int, manifest: str, copying: Future[Sequence[Any]]) -> None:
-        """Waits until each process has written its part, and makes a checkpoint of the parts."""
+        """Wait until each process has written its parts, then complete the checkpoint."""
         error = None
         try:
             for operation in copying.result():
@@ -263,19 +270,24 @@ class Checkpoints:
         self._agreement.from_primary(functools.partial(self._complete, index, manifest))
 
     def _read(self, path: epath.Path, leaves: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Reads and verifies one checkpoint: the arrays by name, in the order of `leaves`, and the manifest.
+        """Read and verify a checkpoint; return its arrays by name, in the order of `leaves`, and its manifest.
 
         Raises:
-          CheckpointMismatch: if it is not like `leaves`.
-          Damage: if a process cannot read it, or what it reads is not what was saved.
+          CheckpointMismatch: if it does not fit `leaves`.
+          Damage: if a process cannot read it, or reads anything but what was saved.
         """
         manifest: dict[str, Any] = {}
         arrays: dict[str, Array] = {}
         with self._passed_by_all():
             manifest = _read_manifest(path / "manifest" / "metadata")
             check_fit(path, manifest, leaves)
-        with self._passed_by_all(), _as_damage("arrays"):
-            arrays = _read_arrays(path / "state", leaves)
+        with (
+            self._passed_by_all(),
+            _as_damage("arrays"),
+            contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler,
+        ):
+            # One after the other: when a read fails, those under way would complain to an event loop that is gone.
+            arrays = {name: _read_array(handler, path / "state", name, leaf) for name, leaf in leaves.items()}
             check_specs(arrays, leaves)
         found = host_fingerprints(arrays)  # over all devices, so not before all have read
         with self._passed_by_all():
@@ -284,7 +296,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _passed_by_all(self) -> Iterator[None]:
-        """What one process meets in here, all raise."""
+        """Raise in all processes an error that one of them meets in a `with` block."""
         met = None
         try:
             yield
@@ -292,18 +304,18 @@ class Checkpoints:
             met = error
         self._agreement.settle(met, severity=_severity)
 
-    # --- what the first process does for all ---
+    # --- steps that the first process takes for all ---
 
     def _make_folder(self, path: epath.Path) -> None:
-        if not self._in_bucket:  # which has none
+        if not self._in_bucket:  # a bucket has no folders
             path.mkdir(parents=True, exist_ok=True)
 
     def _place(self, index: int) -> epath.Path:
-        """Where a checkpoint lies while it is being written."""
+        """Return the path of a checkpoint while it is being written."""
         return self._directory / (str(index) if self._in_bucket else f"{index}{UNFINISHED}")
 
     def _scan(self) -> tuple[list[int], list[str]]:
-        """The indices of all checkpoints in increasing order, and the names of those that are unfinished."""
+        """Return the indices of all complete checkpoints in increasing order, and the names of the unfinished ones."""
         names = [path.name for path in self._directory.iterdir()] if self._directory.exists() else []
         indices = sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
         if not self._in_bucket:
@@ -335,15 +347,15 @@ class Checkpoints:
             place.rename(self._directory / str(index))
         try:
             self._delete_before(index)
-        except Exception as error:  # the new one is complete, whatever becomes of the old ones
+        except Exception as error:  # the new one is complete all the same
             _logger.warning("An old checkpoint in %s could not be deleted: %s", self._directory, in_one_line(error))
 
     def _delete_before(self, newest: int) -> None:
-        """Deletes all but the newest `keep`, and what earlier processes left unfinished."""
+        """Delete all checkpoints but the newest `keep`, and those that earlier processes left unfinished."""
         indices, unfinished = self._scan()
         for index in indices[: -self._keep]:
             path, place = self._directory / str(index), self._place(index)
-            # Killed in here, it is an unfinished one and not a damaged one.
+            # If the process is killed in here, the checkpoint is unfinished and not damaged.
             if self._in_bucket:
                 (path / COMPLETE).unlink()
             else:
@@ -355,9 +367,9 @@ class Checkpoints:
                 (self._directory / name).rmtree(missing_ok=True)
 
     def _move_aside(self, damaged: Sequence[int], sound: epath.Path, say: Callable[[str], object]) -> None:
-        """Moves damaged checkpoints out of the way of the next ones with their indices."""
+        """Move damaged checkpoints aside, so that their indices are free."""
         folder = self._directory.parent / f"{self._directory.name}-damaged"
-        if damaged and self._in_bucket:  # where a folder is there once there is something in it
+        if damaged and self._in_bucket:  # where a folder exists once there is something in it
             replace_file(folder / "README", b"Checkpoints that could not be read. No run needs them.\n")
         elif damaged:
             self._make_folder(folder)
@@ -371,23 +383,13 @@ class Checkpoints:
             say(f"{path} was moved to {target}, and {sound} is used instead.")
 
 
-def _say_nothing(_: str) -> None:
-    pass
-
-
 def _severity(error: Exception) -> int:
-    """A fault of the machine comes before a mismatch, and that before damage, which another checkpoint may mend."""
+    """Rate a fault of the machine above a mismatch, and that above damage, which another checkpoint may mend."""
     return 0 if isinstance(error, Damage) else 1 if isinstance(error, CheckpointMismatch) else 2
 
 
-def _as_orbax_takes_it(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays with elements. What each of several processes has for itself is NumPy, which Orbax writes in the first."""
-    alone = jax.process_count() == 1
-    return {name: leaf if alone or is_spread(leaf) else np.asarray(leaf) for name, leaf in leaves.items() if leaf.size}
-
-
 def _start_to_write(path: epath.Path, item: dict[str, Any]) -> Sequence[Any]:
-    """Copies this process's parts of arrays to the host; returns Orbax's futures of writing them."""
+    """Copy this process's parts of the arrays to the host, and return Orbax's futures of writing them."""
     writing = ocp.PyTreeCheckpointHandler().async_save(path, args=ocp.args.PyTreeSave(item))
     with contextlib.closing(asyncio.new_event_loop()) as loop:
         return loop.run_until_complete(writing) or []
@@ -395,7 +397,7 @@ def _start_to_write(path: epath.Path, item: dict[str, Any]) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def _as_damage(part: str) -> Iterator[None]:
-    """Takes errors for signs of damage: Orbax and TensorStore raise all sorts over a broken file."""
+    """Turn errors into `Damage`: Orbax and TensorStore raise all sorts of them over a broken file."""
     try:
         yield
     except (Damage, *NOT_DAMAGE):
@@ -407,7 +409,7 @@ def _as_damage(part: str) -> Iterator[None]:
 
 
 def _read_manifest(path: epath.Path) -> dict[str, Any]:
-    # Of a bucket, other errors than that there is no such object are errors of the way to it.
+    # In a bucket, an error other than a missing object is an error of the connection.
     missing = FileNotFoundError if is_bucket(path) else OSError
     try:
         content = path.read_bytes()
@@ -419,23 +421,17 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
         return parse_manifest(content.decode())
 
 
-def _read_arrays(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Array]:
-    """Reads each leaf to where the leaf of the template is, or would be, without a word between processes."""
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        # One after the other, as reads that are under way when another fails complain to an event loop that is gone.
-        return {name: _read_array(handler, path, name, leaf) for name, leaf in leaves.items()}
-
-
 def _read_array(handler: ocp.PyTreeCheckpointHandler, path: epath.Path, name: str, leaf: Any) -> Array:
-    """Reads one array: to the host, unless the leaf says on which devices it belongs."""
-    sharding = _sharding(leaf)
+    """Read an array to the devices of its leaf in the template, or uncommitted, without asking other processes."""
+    uncommitted = isinstance(leaf, jax.Array) and not leaf.committed
+    sharding: jax.sharding.Sharding | None = None if uncommitted else getattr(leaf, "sharding", None)
     if not leaf.size:
         empty = np.zeros(leaf.shape, leaf.dtype)
         if sharding is None:
             return jax.device_put(empty)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda part: empty[part])
     how = (
-        # With no sharding at all, Orbax would commit it to the devices that it was saved from.
+        # With no sharding at all, Orbax would commit the array to the devices that it was saved from.
         ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
         if sharding is None
         else ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
@@ -444,9 +440,3 @@ def _read_array(handler: ocp.PyTreeCheckpointHandler, path: epath.Path, name: st
     args = ocp.args.PyTreeRestore(item=item, restore_args={name: how}, partial_restore=True)
     value = handler.restore(path, args=args)[name]
     return jax.device_put(value) if sharding is None else value
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
-    if isinstance(leaf, jax.Array) and not leaf.committed:
-        return None
-    return getattr(leaf, "sharding", None)

@@ -1,7 +1,6 @@
-"""What a checkpoint says of itself: names, shapes, dtypes and fingerprints of its arrays, under a checksum.
+"""Manifest of a checkpoint: names, shapes, dtypes and fingerprints of its arrays, under a checksum.
 
-A manifest decides whether a checkpoint fits a run, and whether what was read is what was saved. This file must never
-know where arrays are kept, nor what the state of a run consists of.
+It decides whether a checkpoint fits a run, and whether the arrays that were read are those that were saved.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from rspo_jax.types import Array
 
 FORMAT = 1
 UNSIGNED = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint32}
-"""Bits of a dtype -> the words that it is read as; 64 bits are two words."""
+"""Bits of a dtype -> the dtype of the words that it is read as; 64 bits are two words."""
 MAX_NAMES = 5
 MAX_REASON = 300
 
@@ -29,58 +28,55 @@ class CheckpointMismatch(ValueError):
 
 
 class Damage(Exception):
-    """Why a checkpoint cannot be trusted."""
+    """A checkpoint that cannot be trusted; the message says why."""
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by their names, as in `state.params['embedding']`, in the order of the tree.
+    """Return the leaves of a pytree by name, as in `state.params['embedding']`, in the order of the tree.
 
     Raises:
-      TypeError: if a leaf is no array, or of a dtype that is not supported.
-      ValueError: if there is no element in any of them.
+      TypeError: if a leaf is not an array, or has an unsupported dtype.
+      ValueError: if no leaf has an element.
     """
     leaves = {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     for name, leaf in leaves.items():
         if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            raise TypeError(f"{name} is a {type(leaf).__name__}, not an array: wrap it, as in jnp.int32(3)")
+            raise TypeError(f"{name} is of type {type(leaf).__name__}, not an array: wrap it, as in jnp.int32(3)")
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"{name} is a typed PRNG key: pass jax.random.key_data of it, and wrap that again later")
+            raise TypeError(f"{name} is a typed PRNG key: pass its jax.random.key_data, and wrap that again later")
         is_real = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
         if not is_real or jax.dtypes.itemsize_bits(leaf.dtype) not in UNSIGNED:
             raise TypeError(f"{name} is {leaf.dtype}: checkpoints hold bool, integers and floats of 8 to 64 bits")
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise TypeError(f"{name} is {leaf.dtype}, which JAX would narrow: convert it, or set jax_enable_x64")
     if not any(leaf.size for leaf in leaves.values()):
-        raise ValueError("the state holds no arrays with elements, so there is nothing to checkpoint")
+        raise ValueError("no array of the state has an element, so there is nothing to checkpoint")
     return leaves
 
 
 def is_spread(leaf: Any) -> bool:
-    """Whether an array has parts that only other processes can read."""
+    """Return whether an array has parts that only other processes can read."""
     return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
 def host_fingerprints(leaves: Mapping[str, Any]) -> dict[str, int]:
-    """The fingerprint of each array, in every process. All processes call this together."""
+    """Return the fingerprint of each array, in every process; all processes must call this together."""
     found = {}
     for spread in (False, True):  # one computation cannot take arrays of one process and arrays of all
         group = {name: leaf for name, leaf in leaves.items() if is_spread(leaf) == spread}
         if group:
             numbers = fingerprints(list(group.values()))
-            found |= dict(zip(group, _on_host(numbers).tolist(), strict=True))
+            gathered = multihost_utils.process_allgather(numbers, tiled=True) if is_spread(numbers) else numbers
+            found |= dict(zip(group, np.asarray(gathered).tolist(), strict=True))
     return found
-
-
-def _on_host(numbers: Array) -> np.ndarray:
-    return multihost_utils.process_allgather(numbers, tiled=True) if is_spread(numbers) else np.asarray(numbers)
 
 
 @jax.jit
 def fingerprints(leaves: Sequence[Array]) -> Array:
-    """One number for each array, which any change of one element changes.
+    """Return a number for each array that any change of a single element changes.
 
-    Changes of several elements, their order included, go unnoticed once in 2^32. Sums of integers that wrap around come
-    out the same in any order, hence under any sharding.
+    A change of several elements, or of their order, goes unnoticed once in 2^32. Sums of integers that wrap around are
+    the same in any order, hence under any sharding.
 
     Args:
       leaves: n arrays.
@@ -110,30 +106,35 @@ def _mix(word: Array) -> Array:
 
 
 def make_manifest(leaves: Mapping[str, Any], found: Mapping[str, int], metadata: Mapping[str, Any]) -> str:
-    """The manifest of arrays with the fingerprints `found`, as text.
+    """Return the manifest of arrays as text.
+
+    Args:
+      leaves: the arrays by name.
+      found: the fingerprint of each.
+      metadata: for JSON; kept beside the arrays.
 
     Raises:
-      TypeError: if `metadata` is not for JSON.
+      TypeError: if JSON cannot hold `metadata`.
     """
     described = {name: {"array": _spec(leaf), "fingerprint": found[name]} for name, leaf in leaves.items()}
     content = {"format": FORMAT, "metadata": dict(metadata), "leaves": described}
-    content = json.loads(json.dumps(content))  # as it will be read: tuples become lists
+    content = json.loads(json.dumps(content))  # as a reader will have it: tuples become lists
     return json.dumps(content | {"checksum": _checksum(content)})
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raises TypeError if `metadata` is not for JSON."""
+    """Raise TypeError if JSON cannot hold `metadata`."""
     try:
         json.dumps(dict(metadata))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"metadata must be a dict of what JSON knows: {error}") from error
+        raise TypeError(f"metadata must be a dict that JSON can hold: {error}") from error
 
 
 def parse_manifest(text: str) -> dict[str, Any]:
-    """What `make_manifest` wrote.
+    """Read the text of a manifest.
 
     Raises:
-      Damage: if it is not that.
+      Damage: if it is not as `make_manifest` wrote it.
     """
     content = dict(json.loads(text))
     if content.pop("checksum", None) != _checksum(content):
@@ -146,15 +147,20 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def check_fit(where: object, manifest: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
-    """Compares names, shapes and dtypes.
+    """Compare names, shapes and dtypes of a checkpoint with those of a run.
+
+    Args:
+      where: the checkpoint's path, for the message.
+      manifest: the checkpoint's manifest.
+      leaves: the run's arrays by name.
 
     Raises:
-      CheckpointMismatch: if a checkpoint at `where` with this manifest is not like `leaves`.
+      CheckpointMismatch: if they differ.
     """
     if manifest["format"] != FORMAT:
         raise CheckpointMismatch(
-            f"{where} is of format {manifest['format']}, and this version reads format {FORMAT} only: "
-            "resume with the version it was written with, or start a new run folder"
+            f"{where} has format {manifest['format']}, but this version reads format {FORMAT} only: "
+            "resume with the version that wrote it, or start a new run folder"
         )
     saved = {name: leaf["array"] for name, leaf in manifest["leaves"].items()}
     expected = {name: _spec(leaf) for name, leaf in leaves.items()}
@@ -173,38 +179,38 @@ def check_fit(where: object, manifest: Mapping[str, Any], leaves: Mapping[str, A
     if differences:
         raise CheckpointMismatch(
             f"{where} does not fit this run: {'; '.join(differences)}. "
-            "Resume with the configuration it was written with, or start a new run folder."
+            "Resume with the configuration that it was written with, or start a new run folder."
         )
 
 
 def check_specs(arrays: Mapping[str, Array], leaves: Mapping[str, Any]) -> None:
-    """Raises Damage if arrays that were read have other shapes or dtypes than `leaves`."""
+    """Raise Damage if arrays that were read have shapes or dtypes other than those of `leaves`."""
     _check_none([name for name, leaf in leaves.items() if _spec(arrays[name]) != _spec(leaf)])
 
 
 def check_contents(found: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
-    """Raises Damage if the fingerprints `found` are not those of the manifest."""
+    """Raise Damage if the fingerprints `found` are not those of the manifest."""
     _check_none([name for name in found if found[name] != manifest["leaves"][name]["fingerprint"]])
 
 
 def _check_none(wrong: Sequence[str]) -> None:
     if wrong:
-        raise Damage(f"the contents of {join(wrong)} are not what was saved")
+        raise Damage(f"the contents of {join(wrong)} are not those that were saved")
 
 
 def _spec(leaf: Any) -> str:
-    """Dtype and shape, as in `float32[2, 3]`."""
+    """Return dtype and shape, as in `float32[2, 3]`."""
     return f"{jnp.dtype(leaf.dtype).name}[{', '.join(map(str, leaf.shape))}]"
 
 
 def join(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """List the first names, and the number of others."""
     more = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error without the appendices of TensorStore."""
+    """Return an error's type and text in one line, without the appendices of TensorStore."""
     text = re.split(r" \[(?:tensorstore_spec|source locations)", f"{type(error).__name__}: {error}")[0]
     text = " ".join(text.split())
     half = MAX_REASON // 2

@@ -53,7 +53,7 @@ import contextlib, io, json, pathlib, time
 import orbax.checkpoint as ocp
 from rspo_jax.hosts import agreement
 from rspo_jax.records import checkpoint
-from rspo_jax.records import metrics
+from rspo_jax.records import PhaseProgress, metrics
 
 process, port, folder, alone = int(sys.argv[1]), *sys.argv[2:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -156,7 +156,7 @@ with Checkpoints(f"{folder}-of-{process}") as checkpoints:
 
 run_dir, shown = f"{folder}-log", io.StringIO()
 with contextlib.redirect_stdout(shown):
-    with metrics.MetricsLog(run_dir, None) as log, metrics.Progress("rl", 2) as progress:
+    with metrics.MetricsLog(run_dir, None) as log, PhaseProgress("rl", 2) as progress:
         for step in (1, 2):
             log.write("rl", step, {"reward": 0.5 + process})
             progress.update(step, {"reward": 0.5 + process})
@@ -169,7 +169,7 @@ with metrics.MetricsLog(run_dir, ("rl", 1)) as log:
     say_outcome("a bad row", lambda: log.write("rl", 2, {"reward": "high"}))
     log.write("rl", 2, {"reward": 3.0})
 say_outcome("a closed log", lambda: log.write("rl", 3, {}))
-say_outcome("no display of nothing", lambda: metrics.Progress("rl", 0))
+say_outcome("no display of nothing", lambda: PhaseProgress("rl", 0))
 
 class Odd(Exception):
     def __init__(self):
@@ -330,8 +330,8 @@ def test_one_process_writes_the_record(outcomes: dict[str, Any], folder: Path) -
     assert read_metrics(run_dir) == rows
     assert len(list((run_dir / "tensorboard" / "rl").iterdir())) == 2  # one for each time that the log was opened
     assert outcomes["a used log"].startswith("FileExistsError: ")
-    assert outcomes["an old row"] == "ValueError: Steps must increase, but rl step 1 came after rl step 1."
-    assert outcomes["a bad row"] == "TypeError: The metric 'reward' is not a number: 'high'."
+    assert outcomes["an old row"] == "ValueError: steps must increase, but rl step 1 came after rl step 1"
+    assert outcomes["a bad row"] == "TypeError: metric 'reward' is not a number: 'high'"
     assert "ValueError" in outcomes["a closed log"] and "closed" in outcomes["a closed log"]
     assert outcomes["no display of nothing"].startswith("ValueError: ")
 

@@ -1,29 +1,15 @@
-"""Runs kept in a bucket, gs://: checkpoints and metrics against a stand-in for Google Cloud Storage on this machine.
+"""Runs kept in a bucket, gs://: checkpoints and metrics against a stand-in for Google Cloud Storage on this machine."""
 
-The stand-in speaks as much of the service's JSON interface as TensorStore asks for, and is an object store: no folders,
-no renaming, no appending. It cannot show how the service itself behaves under load. Knows the names of the files that
-make up a checkpoint.
-"""
-
-import contextlib
-import http.server
 import importlib
-import io
-import itertools
+import inspect
 import json
 import logging
 import math
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,216 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils.epath import backend
+from support.buckets import Client, Store, use_stand_in
+from support.processes import Member
 from tensorboard.backend.event_processing import event_accumulator
 
 from rspo_jax.records import files, metrics
 from rspo_jax.records.checkpoint import Checkpoints
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-# --- the stand-in ---
-
-
-class Store(http.server.ThreadingHTTPServer):
-    """The service: objects by name, each with a generation that every write raises."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("localhost", 0), Requests)
-        self.objects: dict[str, tuple[int, bytes]] = {}
-        self.lock = threading.Lock()
-        self.generations = itertools.count(1)
-        self.refused_agent = "nobody"
-        """Requests from a program with this in its name are refused."""
-        self.url = f"http://localhost:{self.server_port}"
-
-    def names(self, prefix: str) -> list[str]:
-        """Of objects, in the order in which they were written."""
-        with self.lock:
-            found = [(generation, name) for name, (generation, _) in self.objects.items() if name.startswith(prefix)]
-        return [name for _, name in sorted(found)]
-
-    def content(self, name: str) -> bytes:
-        return self.objects[name][1]
-
-    def put(self, name: str, content: bytes) -> None:
-        self.objects[name] = next(self.generations), content
-
-
-class Requests(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16  # an answer in one packet: its parts would wait for each other
-    disable_nagle_algorithm = True
-    server: Store
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def answer(self, status: int, content: bytes = b"{}", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def describe(self, name: str) -> dict[str, str]:
-        generation, content = self.server.objects[name]
-        return {"name": name, "size": str(len(content)), "generation": str(generation)}
-
-    def handle_object(self) -> None:
-        address = urllib.parse.urlsplit(self.path)
-        name = urllib.parse.unquote(address.path.partition("/o/")[2])
-        query = dict(urllib.parse.parse_qsl(address.query))
-        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.server.refused_agent in self.headers["User-Agent"]:
-            self.answer(403)
-            return
-        with self.server.lock:
-            if self.command == "POST":
-                self.write(query["name"], query, content)
-            elif self.command == "GET" and not name:
-                self.list_objects(query)
-            elif name not in self.server.objects:
-                self.answer(404)
-            elif self.command == "DELETE":
-                del self.server.objects[name]
-                self.answer(200)
-            elif query.get("alt") == "media":
-                self.read(name, query)
-            else:
-                self.answer(200, json.dumps(self.describe(name)).encode())
-
-    do_GET = do_POST = do_DELETE = handle_object
-
-    def write(self, name: str, query: dict[str, str], content: bytes) -> None:
-        present = str(self.server.objects.get(name, (0, b""))[0])
-        if query.get("ifGenerationMatch", present) != present:
-            self.answer(412)
-            return
-        self.server.put(name, content)
-        self.answer(200, json.dumps(self.describe(name)).encode())
-
-    def list_objects(self, query: dict[str, str]) -> None:
-        first, end = query.get("startOffset", ""), query.get("endOffset", chr(0x10FFFF))
-        prefix = query.get("prefix", "")
-        names = [name for name in sorted(self.server.objects) if first <= name < end and name.startswith(prefix)]
-        self.answer(200, json.dumps({"items": [self.describe(name) for name in names]}).encode())
-
-    def read(self, name: str, query: dict[str, str]) -> None:
-        generation, content = self.server.objects[name]
-        if query.get("ifGenerationNotMatch") == str(generation):
-            self.answer(304, b"", x_goog_generation=str(generation))
-            return
-        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if part is None:
-            self.answer(200, content, x_goog_generation=str(generation))
-            return
-        first, size = int(part[1]), len(content)
-        last = min(int(part[2] or size), size - 1)
-        self.answer(
-            206,
-            content[first : last + 1],
-            x_goog_generation=str(generation),
-            Content_Range=f"bytes {first}-{last}/{size}",
-        )
-
-
-class Client(fsspec.AbstractFileSystem):
-    """What gcsfs is to the service."""
-
-    protocol = ("gcs", "gs")
-    cachable = False
-
-    def request(self, method: str, path: str, content: bytes | None = None) -> bytes:
-        request = urllib.request.Request(os.environ["TENSORSTORE_GCS_HTTP_URL"] + path, content, method=method)
-        try:
-            with urllib.request.urlopen(request) as response:
-                return response.read()
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise {404: FileNotFoundError, 403: PermissionError}[error.code](path) from None
-
-    def address(self, path: str) -> str:
-        bucket, _, name = self._strip_protocol(path).partition("/")
-        return f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(name, safe='')}"
-
-    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        path = self._strip_protocol(path)
-        bucket, _, name = path.partition("/")
-        prefix = urllib.parse.quote(f"{name}/" if name else "")
-        items = json.loads(self.request("GET", f"/storage/v1/b/{bucket}/o?prefix={prefix}"))["items"]
-        below = [item["name"].removeprefix(f"{name}/") for item in items]
-        sizes = {f"{path}/{rest}": int(item["size"]) for rest, item in zip(below, items, strict=True)}
-        entries = {
-            full: {"name": full, "type": "file" if full in sizes else "directory", "size": sizes.get(full, 0)}
-            for full in sorted({f"{path}/{rest.split('/')[0]}" for rest in below})
-        }
-        if not entries:
-            entries = {path: self.info_of_object(path)}
-        return list(entries.values()) if detail else list(entries)
-
-    def info_of_object(self, path: str) -> dict[str, Any]:
-        item = json.loads(self.request("GET", self.address(path)))
-        return {"name": self._strip_protocol(path), "type": "file", "size": int(item["size"])}
-
-    def info(self, path: str, **_: Any) -> dict[str, Any]:
-        try:
-            return self.info_of_object(path)
-        except FileNotFoundError:
-            self.ls(path)
-            return {"name": self._strip_protocol(path), "type": "directory", "size": 0}
-
-    def exists(self, path: str, **_: Any) -> bool:
-        try:
-            self.info(path)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
-        if mode == "rb":
-            return io.BytesIO(self.request("GET", f"{self.address(path)}?alt=media"))
-        assert mode == "wb", "objects cannot be appended to"
-        return Upload(self, path)
-
-    def upload(self, path: str, content: bytes) -> None:
-        bucket, _, name = self._strip_protocol(path).partition("/")
-        name = urllib.parse.quote(name, safe="")
-        self.request("POST", f"/upload/storage/v1/b/{bucket}/o?uploadType=media&name={name}", content)
-
-    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
-        if not self.isdir(path1):
-            self.upload(path2, self.request("GET", f"{self.address(path1)}?alt=media"))
-
-    def _rm(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):  # a folder ends with its last object
-            self.request("DELETE", self.address(path))
-
-    def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
-        pass  # an object store has no folders to make
-
-    makedirs = mkdir
-
-
-class Upload(io.BytesIO):
-    """Becomes an object when it is closed."""
-
-    def __init__(self, client: Client, path: str) -> None:
-        super().__init__()
-        self._client, self._path = client, path
-
-    def close(self) -> None:
-        if not self.closed:
-            self._client.upload(self._path, self.getvalue())
-        super().close()
-
-
-def use_stand_in() -> None:
-    for name in Client.protocol:
-        fsspec.register_implementation(name, Client, clobber=True)
-    backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +66,7 @@ def make_state(seed: int) -> dict[str, Any]:
 
 
 def restore(address: str) -> tuple[int, list[str]]:
-    """The index that is restored, and what is said."""
+    """Return the index that is restored, and the sentences said."""
     said: list[str] = []
     with Checkpoints(address) as checkpoints:
         restored = checkpoints.restore_newest(jax.eval_shape(lambda: make_state(0)), say=said.append)
@@ -316,7 +98,7 @@ def test_nothing_to_restore(run_dir: str) -> None:
 def test_what_is_not_complete_is_skipped_and_replaced(store: Store, run_dir: str) -> None:
     save_all(run_dir, 1, 2)
     del store.objects[f"{in_bucket(run_dir)}/2/commit_success.txt"]
-    unfinished = f"{run_dir}/2 is unfinished, by an interrupted run unless one is writing it now: skipped."
+    unfinished = f"{run_dir}/2 is unfinished, left by an interrupted run unless a run is writing it now: skipped."
     assert restore(run_dir) == (1, [unfinished])
     save_all(run_dir, 2)
     assert restore(run_dir) == (2, [])
@@ -364,34 +146,32 @@ def test_a_bucket_that_refuses_is_not_damage(store: Store, run_dir: str, agent: 
     assert store.names(in_bucket(run_dir)) == before
 
 
-def write_forever(address: str) -> None:
-    """What a process does that will be killed."""
-    use_stand_in()
-    with Checkpoints(address, keep=1) as checkpoints:
-        restored = checkpoints.restore_newest(make_state(0), say=lambda _: None)
-        for index in itertools.count(0 if restored is None else restored.index + 1):
-            checkpoints.save(index, make_state(index), {"index": index})
-            print(index, flush=True)
+WRITER = f"""
+import itertools, sys
+from typing import Any
+import jax.numpy as jnp
+import numpy as np
+from rspo_jax.records.checkpoint import Checkpoints
+from support.buckets import use_stand_in
+
+{inspect.getsource(make_state)}
+use_stand_in()
+with Checkpoints(sys.argv[1], keep=1) as checkpoints:
+    restored = checkpoints.restore_newest(make_state(0), say=lambda _: None)
+    for index in itertools.count(0 if restored is None else restored.index + 1):
+        checkpoints.save(index, make_state(index), dict(index=index))
+        print(index)
+"""
 
 
-def test_a_killed_writer_leaves_the_old_or_the_new(run_dir: str) -> None:
+def test_a_killed_writer_leaves_the_old_or_the_new(run_dir: str, tmp_path: Path) -> None:
     moments, newest, unfinished = random.Random(0), -1, 0
-    program = f"import runpy; runpy.run_path({__file__!r})['write_forever']({run_dir!r})"
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        begun = [process.stdout.readline() for _ in range(moments.randint(2, 4))]
+    for attempt in range(3):
+        member = Member(tmp_path / str(attempt), WRITER, run_dir)
+        begun = member.lines(moments.randint(2, 4))
         time.sleep(moments.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
-        assert begun == [f"{newest + 1 + number}\n" for number in range(len(begun))], errors
+        member.kill()
+        assert begun == [f"{newest + 1 + number}" for number in range(len(begun))], member.errors
         newest, said = restore(run_dir)
         assert newest >= int(begun[-2])
         assert all("is unfinished" in line for line in said), said
@@ -502,7 +282,7 @@ def test_rows_that_cannot_be_copied_are_kept(
     finally:
         store.refused_agent = "nobody"
     (folder,) = tmp_path.iterdir()
-    assert raised.value.__notes__ == [f"What could not be copied is still in {folder}."]
+    assert raised.value.__notes__ == [f"The files that could not be copied are still in {folder}."]
     assert json.loads((folder / "metrics.jsonl").read_text())["step"] == 1
 
 

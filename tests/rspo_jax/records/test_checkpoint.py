@@ -1,6 +1,6 @@
-"""Checkpoints: exact restores, and what is made of killed writers, damaged files and other runs' states.
+"""Checkpoints: exact restores, killed writers, damaged files, and states of other runs.
 
-Knows the folder that a checkpoint is, and treats the files in it as opaque.
+A checkpoint is a folder here, and the files in it are opaque.
 """
 
 import itertools
@@ -12,8 +12,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,11 +23,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from support.processes import Member, finish
 
 from rspo_jax.records.checkpoint import CheckpointError, Checkpoints, Restored
 from rspo_jax.records.manifest import CheckpointMismatch, fingerprints
 
-ROOT = Path(__file__).resolve().parents[3]
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),  # its state is an EmptyState
     optax.masked(optax.adamw(1e-2), {"layers": {"weight": True, "router/weight": False}, "embedding": True}),
@@ -45,7 +43,7 @@ class State(NamedTuple):
 
 
 def make_state(seed: int) -> State:
-    """One leaf of every kind that a run may hold; other numbers for every seed."""
+    """Return a state with a leaf of every kind that a run may hold, and different numbers for every seed."""
     keys = jax.random.split(jax.random.key(seed), 3)
     params = {
         "embedding": jax.random.normal(keys[0], (60, 50)),
@@ -66,12 +64,18 @@ def make_state(seed: int) -> State:
     return State(params, OPTIMIZER.init(params), jax.random.key_data(keys[0]), jnp.int32(seed), extras)
 
 
+def make_small_state(seed: int) -> dict[str, Any]:
+    """Return a state with few leaves, which takes as many files as one with many."""
+    state = make_state(seed)
+    return {"embedding": state.params["embedding"], "key": state.key, "cursor": state.cursor}
+
+
 def on_host(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
 
 
 def assert_identical(actual: Any, expected: Any) -> None:
-    """The same types of containers, and arrays of the same shape, dtype and bits."""
+    """Compare types of containers, and shapes, dtypes and bits of arrays."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, left), right in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         assert isinstance(left, jax.Array) and not left.weak_type, path
@@ -80,7 +84,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
 
 
 def restore(directory: Path, template: Any) -> tuple[Restored | None, list[str]]:
-    """What is restored, and what is said."""
+    """Return the checkpoint that is restored, and the sentences said."""
     said: list[str] = []
     with Checkpoints(directory) as checkpoints:
         return checkpoints.restore_newest(template, say=said.append), said
@@ -262,12 +266,20 @@ def test_an_index_is_not_used_twice(directory: Path, index: int, resumed: bool) 
 # --- damage ---
 
 
+@pytest.fixture(scope="module")
+def small_pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints 3 and 4 of small states; copy it, leave it alone."""
+    directory = tmp_path_factory.mktemp("small") / "checkpoints"
+    save_all(directory, {index: make_small_state(index) for index in (3, 4)})
+    return directory
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damage_to_any_file_is_harmless_or_found(
-    pristine: Path, tmp_path: Path, damage: Callable[[Path], None]
+    small_pristine: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     """Either the file was redundant, or the checkpoint before is used; either way the run can go on saving."""
-    states = {index: make_state(index) for index in (3, 4, 5)}
+    pristine, states = small_pristine, {index: make_small_state(index) for index in (3, 4, 5)}
     names = [path.relative_to(pristine) for path in files_in(pristine / "4")]
     assert len(names) > 5
     fallen_back = set()
@@ -302,7 +314,7 @@ def test_a_flipped_bit_in_the_data_is_found_by_its_fingerprint(directory: Path) 
     assert restored.index == 3
     assert_identical(restored.state, make_state(3))
     # One of the three arrays large enough to have a chunk of their own.
-    assert "the contents of state." in said[0] and "['embedding'] are not what was saved" in said[0]
+    assert "the contents of state." in said[0] and "['embedding'] are not those that were saved" in said[0]
 
 
 def test_a_forged_manifest_is_found_by_its_checksum(directory: Path) -> None:
@@ -367,7 +379,7 @@ def test_unfinished_checkpoints_are_named_and_skipped(directory: Path) -> None:
     restored, said = restore_sound(directory, make_state(0))
     assert restored.index == 4
     unfinished = directory / "5.orbax-checkpoint-tmp"
-    assert said == [f"{unfinished} is unfinished, by an interrupted run unless one is writing it now: skipped."]
+    assert said == [f"{unfinished} is unfinished, left by an interrupted run unless a run is writing it now: skipped."]
 
 
 @pytest.mark.parametrize("kept", ["nothing", "a file", "arrays only", "manifest only"])
@@ -440,7 +452,7 @@ def test_a_mismatch_is_not_damage(directory: Path, template: Any, message: str) 
         checkpoints.restore_newest(template, say=said.append)
     assert message in str(error.value)
     assert str(error.value).startswith(f"{directory / '4'} does not fit this run: ")
-    assert "Resume with the configuration it was written with, or start a new run folder" in str(error.value)
+    assert "Resume with the configuration that it was written with, or start a new run folder" in str(error.value)
     assert isinstance(error.value, ValueError)
     assert said == []
     assert {path for path in before if path.exists()} == set(files_in(directory.parent))
@@ -489,11 +501,11 @@ def test_another_format_is_a_mismatch(directory: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
-        (3, "state['x'] is a int, not an array"),
-        (0.5, "state['x'] is a float, not an array"),
-        (np.float32(3), "state['x'] is a float32, not an array"),
-        ("text", "state['x'] is a str, not an array"),
-        (jax.random.key(0), "state['x'] is a typed PRNG key: pass jax.random.key_data of it"),
+        (3, "state['x'] is of type int, not an array"),
+        (0.5, "state['x'] is of type float, not an array"),
+        (np.float32(3), "state['x'] is of type float32, not an array"),
+        ("text", "state['x'] is of type str, not an array"),
+        (jax.random.key(0), "state['x'] is a typed PRNG key: pass its jax.random.key_data"),
         (jnp.zeros(2, jnp.complex64), "state['x'] is complex64: checkpoints hold"),
         (jnp.zeros(2, jnp.int4), "state['x'] is int4: checkpoints hold"),
         (np.array(["a"]), "state['x'] is <U1: checkpoints hold"),
@@ -523,7 +535,7 @@ def test_other_bad_input(tmp_path: Path) -> None:
             checkpoints.save(-1, {"x": jnp.ones(2)}, {})
         with pytest.raises(TypeError, match="float"):
             checkpoints.save(1.0, {"x": jnp.ones(2)}, {})  # pyright: ignore[reportArgumentType]
-        with pytest.raises(TypeError, match=r"metadata must be a dict of what JSON knows: .*ndarray"):
+        with pytest.raises(TypeError, match=r"metadata must be a dict that JSON can hold: .*ndarray"):
             checkpoints.save(1, {"x": jnp.ones(2)}, {"array": np.ones(2)})
         for nothing in ({}, None, {"x": jnp.ones((0, 2))}):
             with pytest.raises(ValueError, match="nothing to checkpoint"):
@@ -585,23 +597,11 @@ def test_every_bit_and_the_order_count() -> None:
         words = array.copy().view(np.uint32).reshape(-1)
         words[element] ^= np.uint32(1 << bit)
         variants.append(words.view(np.float32).reshape(2, 3))
-    found = fingerprints([jnp.asarray(variant) for variant in variants]).tolist()
-    assert len(set(found)) == len(variants)
+    found = jax.lax.map(lambda variant: fingerprints([variant]), jnp.asarray(np.stack(variants)))  # compiled once
+    assert len(set(found.reshape(-1).tolist())) == len(variants)
 
 
 # --- processes ---
-
-
-def run_python(program: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    command = [sys.executable, "-W", "error", "-c", program, *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 SHARDED = """
@@ -634,9 +634,9 @@ print("done")
 
 
 def test_arrays_return_in_the_sharding_of_the_template(tmp_path: Path) -> None:
-    process = run_python(SHARDED, str(tmp_path), devices=4)
-    output, errors = process.communicate(timeout=120)
-    assert (process.returncode, output) == (0, "done\n"), errors
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    folder = tmp_path / "checkpoints"
+    assert finish([Member(tmp_path / "log", SHARDED, folder, environment=environment)]) == ["done\n"]
 
 
 WRITER = """
@@ -652,24 +652,22 @@ with Checkpoints(sys.argv[1], keep=2) as checkpoints:
     restored = checkpoints.restore_newest(state(0), say=lambda _: None)
     for index in itertools.count(0 if restored is None else restored.index + 1):
         checkpoints.save(index, state(index), {"index": index})
-        print(index, flush=True)
+        print(index)
 """
 
 
 def test_a_killed_writer_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
-    moments, newest, unfinished = random.Random(0), -1, 0
-    for _ in range(6):
-        process = run_python(WRITER, str(tmp_path))
-        assert process.stdout is not None
+    moments, newest, unfinished, folder = random.Random(0), -1, 0, tmp_path / "checkpoints"
+    for attempt in range(6):
+        member = Member(tmp_path / f"log-{attempt}", WRITER, folder)
         # A save begins when the one before it is complete, so the second line tells of a new checkpoint.
-        begun = [process.stdout.readline() for _ in range(moments.randint(2, 4))]
+        begun = member.lines(moments.randint(2, 4))
         time.sleep(moments.uniform(0, 0.06))
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL, errors
-        assert begun == [f"{newest + 1 + number}\n" for number in range(len(begun))], errors
+        member.kill()
+        assert member.code == -signal.SIGKILL, member.errors
+        assert begun == [f"{newest + 1 + number}" for number in range(len(begun))], member.errors
         template = {"index": jnp.int32(0), "large": jax.ShapeDtypeStruct((64, 4096), jnp.float32)}
-        restored, said = restore_sound(tmp_path, template)
+        restored, said = restore_sound(folder, template)
         assert all("is unfinished" in line for line in said), said
         unfinished += len(said)
         assert restored.index == restored.metadata["index"] == int(restored.state["index"])
@@ -678,7 +676,7 @@ def test_a_killed_writer_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
         np.testing.assert_array_equal(restored.state["large"], expected)
         newest = restored.index
     assert unfinished, "no kill hit a save"
-    assert not tmp_path.with_name(f"{tmp_path.name}-damaged").exists()
+    assert not (tmp_path / "checkpoints-damaged").exists()
 
 
 @pytest.fixture
@@ -698,7 +696,7 @@ def test_a_save_that_fails_is_named_and_can_be_repeated(tmp_path: Path, small_fi
         for finish in (checkpoints.wait, lambda: checkpoints.save(3, small, {})):
             checkpoints.save(2, large, {})
             with pytest.raises(
-                CheckpointError, match=f"{tmp_path / '2'} could not be written .* before it are as they were"
+                CheckpointError, match=f"{tmp_path / '2'} could not be written .* before it are unchanged"
             ):
                 finish()
         checkpoints.wait()
