@@ -1,6 +1,8 @@
-"""Reference values in float64 numpy, written row by row from the published formulas: the value of
-every objective, its closed-form gradient, its metrics, the router-shift ratio and the advantages.
-Must never import JAX or the code under test."""
+"""Reference values in float64 NumPy, written row by row from the published formulas.
+
+They cover the value of every objective, its closed-form gradient, its metrics, the router-shift ratio and the
+advantages. Nothing here uses JAX or the code under test.
+"""
 
 import dataclasses
 
@@ -29,12 +31,12 @@ DEFAULTS = {
 }
 GRPO_FAMILY = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp")
 USES_ROUTER_SHIFT = {"rspo"}
-"""By default."""
+"""The objectives that use the router shift by default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One batch of float32 arrays [B, T], with advantages [B] and a boolean mask [B, T]."""
+    """A batch of float32 arrays [B, T], with advantages [B] or [B, T] and a boolean mask [B, T]."""
 
     log_probs: np.ndarray
     old_log_probs: np.ndarray
@@ -46,7 +48,7 @@ class Batch:
         return dataclasses.replace(self, **changes)
 
     def rows(self, index) -> "Batch":
-        """The same batch with the chosen rows only, in the chosen order."""
+        """Return the batch with the chosen rows only, in the chosen order."""
         return Batch(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
 
     def arrays(self) -> dict:
@@ -54,7 +56,7 @@ class Batch:
 
 
 def batch_from_log_ratios(log_ratios, advantages, mask=None, router_shift=None) -> Batch:
-    """A batch with the given log-ratios: exactly, if they are multiples of 2**-10 or so."""
+    """Return a batch with the given log-ratios; they are exact if they are multiples of 2**-10 or so."""
     log_ratios = np.asarray(log_ratios, np.float32)
     mask = np.ones(log_ratios.shape, bool) if mask is None else np.asarray(mask, bool)
     gamma = np.ones(log_ratios.shape) if router_shift is None else router_shift
@@ -68,12 +70,12 @@ def batch_from_log_ratios(log_ratios, advantages, mask=None, router_shift=None) 
 
 
 def random_batch(seed: int, drift: float = 0.3) -> Batch:
-    """Six responses of up to seven tokens with random log-ratios in [-drift, drift].
+    """Return six responses of up to seven tokens with random log-ratios in [-drift, drift].
 
-    Row 0 is full, row 1 has no response token, row 2 has one, the others have some of each kind.
-    The advantage of row 3 is zero, of row 4 negative, of row 2 of either sign, of the others
-    positive and larger, so that the loss is not a small difference of large numbers. The router
-    shift has entries above, below and exactly at a floor of 0.8, and entries that are exactly 1.
+    Row 0 is full, row 1 has no response token, row 2 has one, and the others have tokens and padding. The advantage of
+    row 3 is zero, that of row 4 negative, that of row 2 of either sign. Those of the others are positive and larger, so
+    that the loss is not a small difference of large numbers. The router shift has entries above, below and exactly at a
+    floor of 0.8, and entries that are exactly 1.
     """
     rows, tokens = 6, 7
     rng = np.random.default_rng(seed)
@@ -100,7 +102,7 @@ def random_batch(seed: int, drift: float = 0.3) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _Response:
-    """One non-empty response in float64, as far as a formula sees it."""
+    """The float64 inputs of a formula for one response that has tokens."""
 
     row: int
     positions: np.ndarray
@@ -112,12 +114,13 @@ class _Response:
 
     @property
     def advantage(self) -> float:
-        """Of a response whose tokens share one."""
+        """The advantage of a response whose tokens share one."""
         assert np.all(self.advantages == self.advantages[0])
         return float(self.advantages[0])
 
 
-def _responses(name: str, batch: Batch, settings: dict):
+def _responses(batch: Batch, settings: dict):
+    """Yield the responses that have tokens."""
     for row in range(batch.mask.shape[0]):
         at = np.flatnonzero(batch.mask[row])
         if at.size == 0:
@@ -141,7 +144,7 @@ def _aggregation(name: str, settings: dict) -> str:
 
 
 def token_shares(name: str, batch: Batch, **changes) -> np.ndarray:
-    """What one unit of each token adds to the mean over the batch, float64 [B, T]."""
+    """Return the share of each token in the mean over the batch, float64 [B, T]."""
     settings = {**DEFAULTS[name], **changes}
     lengths = batch.mask.sum(axis=1, keepdims=True)
     if _aggregation(name, settings) == "token_mean":
@@ -153,7 +156,7 @@ def token_shares(name: str, batch: Batch, **changes) -> np.ndarray:
 
 
 def weight(name: str, batch: Batch, **changes) -> float:
-    """What the sum of the loss terms is divided by."""
+    """Return the divisor of the sum of the loss terms: the number of tokens, or of responses that have some."""
     settings = {**DEFAULTS[name], **changes}
     by_token = _aggregation(name, settings) == "token_mean"
     return float(batch.mask.sum() if by_token else batch.mask.any(axis=1).sum())
@@ -166,7 +169,7 @@ def _log_clip(x, advantage, settings):
 
 
 def _log_weight(name, response: _Response, settings):
-    """Log of the sequence weight of GMPO and RSPO: the mean of the clipped log-ratios."""
+    """Return the log of the sequence weight of GMPO and RSPO: the mean of the clipped log-ratios."""
     d, log_gamma, advantage = response.d, np.log(response.gamma), response.advantage
     if name == "gmpo":
         return np.mean(_log_clip(d, advantage, settings))
@@ -177,7 +180,7 @@ def _log_weight(name, response: _Response, settings):
 
 
 def _surrogate(ratio, advantages, settings):
-    """min(ratio * A, clip(ratio) * A) of PPO, and for A < 0 no less than dual_clip * A."""
+    """Return min(ratio * A, clip(ratio) * A) of PPO, and for A < 0 no less than dual_clip * A."""
     clipped = np.clip(ratio, 1.0 - settings["clip_low"], 1.0 + settings["clip_high"])
     value = np.minimum(ratio * advantages, clipped * advantages)
     if settings.get("dual_clip") is None:
@@ -190,7 +193,7 @@ def _sequence_ratio(response: _Response) -> float:
 
 
 def _clipped_weight(ratio, settings):
-    """CISPO's weight without gradient."""
+    """Return CISPO's weight, which has no gradient."""
     low = -np.inf if settings["clip_low"] is None else 1.0 - settings["clip_low"]
     return np.clip(ratio, low, 1.0 + settings["clip_high"])
 
@@ -204,7 +207,7 @@ def _sigmoid(x):
 
 
 def _token_values(name, response: _Response, settings, fixed: _Response):
-    """J of each token. Where a formula stops the gradient, it takes the ratios of `fixed`."""
+    """Return J of each token; where a formula stops the gradient, with the ratios of `fixed`."""
     advantages = response.advantages
     if name in GRPO_FAMILY:
         return _surrogate(np.exp(response.d) * response.gamma, advantages, settings)
@@ -223,7 +226,7 @@ def _token_values(name, response: _Response, settings, fixed: _Response):
 
 
 def _token_factors(name, response: _Response, settings):
-    """What A of each token is multiplied by in n_i times the gradient of the mean over tokens, clips aside."""
+    """Return the factor of A in n_i times the gradient of the mean over tokens, clips aside."""
     if name in GRPO_FAMILY:
         return np.exp(response.d) * response.gamma
     if name == "cispo":
@@ -236,26 +239,33 @@ def _token_factors(name, response: _Response, settings):
     return np.full(response.d.size, np.exp(_log_weight(name, response, settings)))
 
 
-def loss(name: str, batch: Batch, penalty=None, fixed: Batch | None = None, **changes) -> float:
-    """The loss, -J, plus the mean penalty; zero for a batch without any response token.
+def row_losses(name: str, batch: Batch, penalty=None, fixed: Batch | None = None, **changes) -> np.ndarray:
+    """Return what each row adds to the loss, -J plus the mean penalty, float64 [B].
 
-    `fixed` is the batch that stopped gradients are taken from, for differences of this function.
+    Where a formula stops the gradient, the ratios of `fixed` are used, so that differences of this function follow it.
     """
     settings = {**DEFAULTS[name], **changes}
     shares = token_shares(name, batch, **changes)
-    result = 0.0 if penalty is None else float(np.sum((shares * penalty)[batch.mask]))
-    pairs = zip(*(_responses(name, b, settings) for b in (batch, fixed or batch)), strict=True)
+    result = np.zeros(len(batch.mask))
+    if penalty is not None:
+        result += np.sum(np.where(batch.mask, shares * penalty, 0.0), axis=1)
+    pairs = zip(*(_responses(b, settings) for b in (batch, fixed or batch)), strict=True)
     for response, at_fixed in pairs:
         values = _token_values(name, response, settings, at_fixed)
-        result -= np.sum(shares[response.row, response.positions] * values)
-    return float(result)
+        result[response.row] -= np.sum(shares[response.row, response.positions] * values)
+    return result
+
+
+def loss(name: str, batch: Batch, penalty=None, **changes) -> float:
+    """Return the loss, -J plus the mean penalty; zero for a batch without any response token."""
+    return float(row_losses(name, batch, penalty, **changes).sum())
 
 
 def kept(name: str, batch: Batch, **changes) -> np.ndarray:
-    """Bool [B, T]: response tokens that the clip leaves alone. Ties are kept."""
+    """Return bool [B, T], True on the response tokens that the clip leaves alone. Ties are kept."""
     settings = {**DEFAULTS[name], **changes}
     keep = np.zeros(batch.mask.shape, bool)
-    for response in _responses(name, batch, settings):
+    for response in _responses(batch, settings):
         d, gamma, advantages, at = response.d, response.gamma, response.advantages, (response.row, response.positions)
         if name == "sapo":
             keep[at] = True
@@ -277,12 +287,12 @@ def kept(name: str, batch: Batch, **changes) -> np.ndarray:
 
 
 def gradient(name: str, batch: Batch, **changes) -> np.ndarray:
-    """Closed form of d loss / d log_probs, float64 [B, T]."""
+    """Return d loss / d log_probs in closed form, float64 [B, T]."""
     settings = {**DEFAULTS[name], **changes}
     shares = token_shares(name, batch, **changes)
     keep = np.ones(batch.mask.shape, bool) if name == "cispo" else kept(name, batch, **changes)
     result = np.zeros(batch.mask.shape)
-    for response in _responses(name, batch, settings):
+    for response in _responses(batch, settings):
         at = (response.row, response.positions)
         active = keep[at] & response.learns
         # A cut ratio may be infinite.
@@ -296,7 +306,7 @@ def _mean(values) -> float:
 
 
 def metrics(name: str, batch: Batch, **changes) -> dict[str, float]:
-    """The metrics of a batch that has at least one response token, router shift given."""
+    """Return the metrics of a batch that has a response token, computed with its router shift."""
     settings = {**DEFAULTS[name], **changes}
     cut = ~kept(name, batch, **changes)
     advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
@@ -323,13 +333,14 @@ def metrics(name: str, batch: Batch, **changes) -> dict[str, float]:
 
 
 def log_softmax(logits) -> np.ndarray:
+    """Return the log-softmax over the last axis, in float64."""
     x = np.asarray(logits, np.float64)
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def router_shift(router_logits, old_router_logits, k: int, layer_aggregation: str = "mean") -> np.ndarray:
-    """exp(-aggregate over layers of mean over old top-k experts of |log r - log r_old|), [B, T]."""
+    """Return exp(-aggregate over layers of the mean over old top-k experts of |log r - log r_old|), [B, T]."""
     layers, batch, tokens, _ = np.shape(router_logits)
     new, old = log_softmax(router_logits), log_softmax(old_router_logits)
     result = np.zeros((batch, tokens))
@@ -345,9 +356,15 @@ def router_shift(router_logits, old_router_logits, k: int, layer_aggregation: st
 
 
 def grid_router_shift(router_logits, old_router_logits, k: int, layer_aggregation: str = "mean"):
-    """The same with both log-probabilities on a grid of 1/1024 nat down to -64, [B, T]: the old one is rounded, and
-    the distance to it counts in whole steps, half a step and a hundredth being none yet. And how far, in steps, each
-    token's slots stay from any rounding that could have gone the other way."""
+    """Return the router shift on the grid that a trace stores, and its distance from an ambiguous rounding.
+
+    Both log-probabilities lie on a grid of 1/1024 nat down to -64: the old one is rounded, and the distance to it
+    counts in whole steps, half a step plus a hundredth being none yet.
+
+    Returns:
+      The router-shift ratio, [B, T], and the smallest distance, in steps, of a token's slots from such a rounding,
+      [B, T].
+    """
     new, old = log_softmax(router_logits), log_softmax(old_router_logits)
     drift, clearance = np.zeros(new.shape[1:3]), np.full(new.shape[1:3], np.inf)
     for layer, row, token in np.ndindex(new.shape[:3]):
@@ -363,7 +380,7 @@ def grid_router_shift(router_logits, old_router_logits, k: int, layer_aggregatio
 
 
 def group_advantages(rewards, scale: bool = True) -> np.ndarray:
-    """(R - mean) / (unbiased standard deviation + 1e-6) of each group, float64 [prompts, group]."""
+    """Return (R - mean) / (unbiased standard deviation + 1e-6) of each group, float64 [prompts, group]."""
     result = []
     for group in np.asarray(rewards, np.float64):
         centered = group - group.sum() / group.size
@@ -374,7 +391,7 @@ def group_advantages(rewards, scale: bool = True) -> np.ndarray:
 
 
 def leave_one_out_advantages(rewards) -> np.ndarray:
-    """R - the mean of the other rewards of the group."""
+    """Return R - the mean of the other rewards of the group, float64 [prompts, group]."""
     rewards = np.asarray(rewards, np.float64)
     result = np.zeros(rewards.shape)
     for row, column in np.ndindex(rewards.shape):
@@ -384,6 +401,6 @@ def leave_one_out_advantages(rewards) -> np.ndarray:
 
 
 def batch_advantages(rewards) -> np.ndarray:
-    """(R - mean) / (unbiased standard deviation + 1e-6) of all rewards together."""
+    """Return (R - mean) / (unbiased standard deviation + 1e-6) of all rewards together, float64 [prompts, group]."""
     flat = np.asarray(rewards, np.float64).reshape(1, -1)
     return group_advantages(flat).reshape(np.shape(rewards))

@@ -1,5 +1,4 @@
-"""Clips and gates: ties, overflow, which side is cut, the dual clip, and what is special about CISPO, SAPO and
-GSPO-token. Knows the public functions only."""
+"""Clips and gates: ties, overflow, the side that is cut, the dual clip, and the peculiarities of single objectives."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +9,7 @@ from support.objective_cases import (
     assert_matches_oracle,
     assert_same_bits,
     case_id,
-    pad,
+    padded,
     run,
     run_eagerly,
 )
@@ -19,24 +18,25 @@ CUT = [(name, settings) for name, settings in CASES if name not in ("cispo", "sa
 """Forms whose clip cuts the gradient."""
 
 
-def padded(batch):
-    """In the shape that it is run in, so that a constant length is the same."""
-    return batch.replace(**{key: pad(array) for key, array in batch.arrays().items()})
-
-
 @pytest.mark.parametrize(
-    ("name", "settings", "log_ratio"),
-    [
-        ("rspo", {"position": "pre_clip"}, 0.5),
-        ("rspo", {"position": "post_clip"}, 0.5),
-        ("gmpo", {}, 0.5),
-        *[(name, {"gamma_min": 0.8}, 0.0) for name in ("gspo", "gspo_token", "grpo")],
-    ],
+    ("name", "settings"),
+    [("gmpo", {}), ("rspo", {"position": "pre_clip"}), ("rspo", {"position": "post_clip"})],
+    ids=case_id,
 )
-def test_a_tie_at_the_clip_bound_keeps_the_whole_gradient(name, settings, log_ratio):
-    # JAX splits the derivative of minimum and clip at a tie (0.5); an objective must not.
-    settings = settings | {"clip_low": log_ratio, "clip_high": log_ratio}
-    batch = padded(oracles.batch_from_log_ratios([[log_ratio] * 3, [-log_ratio] * 3], advantages=[1.5, -0.5]))
+def test_a_tie_at_the_bound_of_log_ratios_keeps_the_whole_gradient(name, settings):
+    """JAX splits the derivative of minimum and clip at a tie (0.5); an objective must not."""
+    log_ratios = np.array([[0.4] * 3, [-0.4] * 3], np.float32)  # as the bounds are rounded
+    batch = oracles.batch_from_log_ratios(log_ratios, advantages=[1.5, -0.5])
+    batch = padded(batch.replace(log_probs=log_ratios, old_log_probs=np.zeros_like(log_ratios)))
+    bounds = {"clip_low": float(log_ratios[0, 0]), "clip_high": float(log_ratios[0, 0])}
+    assert oracles.kept(name, batch, **settings, **bounds)[batch.mask].all()
+    assert_matches_oracle(run(name, batch, settings), name, batch, settings | bounds)
+
+
+@pytest.mark.parametrize("name", ["gspo", "gspo_token", "grpo"])
+def test_a_tie_at_the_bound_of_ratios_keeps_the_whole_gradient(name):
+    settings = {"gamma_min": 0.8, "clip_low": 0.0, "clip_high": 0.0}
+    batch = padded(oracles.batch_from_log_ratios(np.zeros((2, 3)), advantages=[1.5, -0.5]))
     assert oracles.kept(name, batch, **settings)[batch.mask].all()
     assert_matches_oracle(run_eagerly(name, batch, settings), name, batch, settings)
 
@@ -64,7 +64,7 @@ def test_a_ratio_that_overflows_leaves_value_and_gradient_finite(name, settings)
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=case_id)
 def test_the_clip_cuts_on_the_improving_side_only(name, settings):
-    # A good response that became unlikely and a bad one that became likely keep their gradient.
+    """A good response that became unlikely and a bad one that became likely keep their gradient."""
     batch = padded(oracles.batch_from_log_ratios([[-0.9, -1.5, -5.0], [0.2, 0.3, 0.25]], advantages=[1.5, -0.5]))
     result = run(name, batch, settings)
     assert np.all(result.gradient[:2, :3] * np.array([[-1.0], [1.0]]) > 0)
@@ -91,7 +91,7 @@ def test_the_dual_clip_bounds_the_ratio_of_bad_responses_only():
     result = run("grpo", batch, settings)
     assert_matches_oracle(result, "grpo", batch, settings)
     np.testing.assert_array_equal(result.gradient[0, :3] != 0, [True, False, False])
-    # Per token −A·min(w, 1.5) for the bad one and −A·1.2 for the good one.
+    # The loss of each token is −A·min(w, 1.5) in the bad response and −A·1.2 in the good one.
     np.testing.assert_allclose(result.total, 1.5 * (np.exp(-0.01) + 2) - 3 * 1.2, rtol=1e-5)
     without = run("grpo", batch, {"aggregation": "token_mean"})
     np.testing.assert_array_equal(without.gradient[0, :3] != 0, True)
@@ -110,7 +110,7 @@ def test_a_tie_with_the_dual_clip_keeps_the_gradient():
 
 
 def test_cispo_keeps_the_sign_of_the_gradient_where_a_token_is_unlikely():
-    """Without the stop-gradient on the weight, the product rule adds w·log π, and the sign flips below log π = −1."""
+    """Without the stop-gradient on the weight, the product rule adds w·log π and flips the sign below log π = −1."""
     old = np.full((6, 7), -5.0, np.float32)
     log_probs = (old + np.linspace(-0.1, 0.1, 7)).astype(np.float32)  # inside the clip
     batch = oracles.random_batch(1).replace(log_probs=log_probs, old_log_probs=old, mask=np.ones((6, 7), bool))
@@ -142,7 +142,7 @@ def test_sapo_is_the_on_policy_gradient_at_a_ratio_of_one_and_falls_off_on_both_
     batch = padded(oracles.batch_from_log_ratios(log_ratios, advantages=[1.0, -1.0]))
     factors = run("sapo", batch).gradient[:2, :5] * -10 * np.array([[1.0], [-1.0]])
     np.testing.assert_allclose(factors[:, 2], 1.0, rtol=1e-6)
-    # 4p(1 − p)·w: less than the ratio itself off-policy, and the more so for bad responses, whose τ is larger.
+    # 4p(1 − p)·w is less than the ratio itself off-policy, the more so for bad responses, whose τ is larger.
     off_policy = np.delete(factors / np.exp(log_ratios), 2, axis=1)
     assert np.all(off_policy < 1) and np.all(off_policy[1] < off_policy[0])
 

@@ -1,7 +1,12 @@
-"""The contract of every objective in every form: value and gradient against float64 oracles, penalties, masks,
-micro-batches, compilation, dtypes, and what is refused. What is special about one of them has files of its own."""
+"""The contract that every objective keeps in every form.
 
+Value and gradient against float64 oracles, penalties, masks, micro-batches, compilation, dtypes, sources and refusals.
+The peculiarities of single objectives have files of their own.
+"""
+
+import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +28,7 @@ from support.objective_cases import (
 )
 
 import rspo_jax
-from rspo_jax.objectives import ADVANTAGES
+from rspo_jax.objectives import ADVANTAGES, AGGREGATIONS
 
 EACH_CASE = pytest.mark.parametrize(("name", "settings"), CASES, ids=case_id)
 
@@ -42,15 +47,16 @@ def test_closed_form_gradient_is_the_derivative_of_the_value_oracle(name, settin
     batch = batch.replace(log_probs=batch.log_probs.astype(np.float64))
     expected = oracles.gradient(name, batch, **settings)
     assert np.all(expected[~batch.mask] == 0)
-    step = 1e-6
-    for index in zip(*np.nonzero(batch.mask), strict=True):
-        shift = np.zeros(expected.shape)
-        shift[index] = step
+    # Rows do not depend on each other, so that one difference serves a column of tokens.
+    step, differences = 1e-6, np.zeros(expected.shape)
+    for column in range(expected.shape[1]):
+        shift = np.where(np.arange(expected.shape[1]) == column, step, 0.0)
         above, below = (
-            oracles.loss(name, batch.replace(log_probs=batch.log_probs + s), fixed=batch, **settings)
+            oracles.row_losses(name, batch.replace(log_probs=batch.log_probs + s), fixed=batch, **settings)
             for s in (shift, -shift)
         )
-        assert (above - below) / (2 * step) == pytest.approx(expected[index], rel=1e-6, abs=1e-8)
+        differences[:, column] = (above - below) / (2 * step)
+    assert differences == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
 # Against the oracle
@@ -71,8 +77,8 @@ def test_value_and_gradient_are_the_same_without_compilation(name, settings):
     batch, penalty = oracles.random_batch(seed=21, drift=0.6), random_penalty(21)
     eager = run_eagerly(name, batch, settings, penalty=penalty)
     assert_matches_oracle(eager, name, batch, settings, penalty)
-    for ours, compiled in zip(eager, run(name, batch, settings, penalty=penalty), strict=True):
-        np.testing.assert_allclose(ours, compiled, rtol=2e-6, atol=1e-8)
+    for eagerly, compiled in zip(eager, run(name, batch, settings, penalty=penalty), strict=True):
+        np.testing.assert_allclose(eagerly, compiled, rtol=2e-6, atol=1e-8)
 
 
 @EACH_CASE
@@ -86,16 +92,19 @@ def test_a_penalty_is_averaged_as_the_objective_averages_its_tokens(name, settin
     assert_same_bits(result, run(name, batch, settings, penalty=dirty))
 
 
-@pytest.mark.parametrize("name", ["rspo", "gspo_token"])
-def test_values_and_gradients_match_the_oracle_under_vmap(name):
+def test_values_and_gradients_match_the_oracle_under_vmap():
+    names = ("rspo", "gspo_token")
     batches = [oracles.random_batch(seed, drift) for seed, drift in enumerate((3e-4, 0.6, 5.0))]
     arrays = jax.tree.map(lambda *leaves: np.stack(leaves), *[batch.arrays() for batch in batches])
-    function = jax.jit(jax.vmap(function_of(name, make_config(name, {}))))
     log_probs = arrays.pop("log_probs")
-    (losses, _), (gradients, _) = function(log_probs, np.zeros_like(log_probs), arrays)
-    for index, batch in enumerate(batches):
-        np.testing.assert_allclose(losses[index], oracles.loss(name, batch), rtol=1e-5)
-        np.testing.assert_allclose(gradients[index], oracles.gradient(name, batch), rtol=1e-5, atol=0)
+    functions = [jax.vmap(function_of(name, make_config(name, {}))) for name in names]
+    outputs = jax.jit(lambda *arguments: [function(*arguments) for function in functions])(
+        log_probs, np.zeros_like(log_probs), arrays
+    )
+    for name, ((losses, _), (gradients, _)) in zip(names, outputs, strict=True):
+        for index, batch in enumerate(batches):
+            np.testing.assert_allclose(losses[index], oracles.loss(name, batch), rtol=1e-5)
+            np.testing.assert_allclose(gradients[index], oracles.gradient(name, batch), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -128,11 +137,28 @@ def test_every_config_field_reaches_the_loss(name, settings):
 # The table
 
 
+def test_every_objective_names_its_source():
+    for name, objective in rspo_jax.OBJECTIVES.items():
+        assert re.search(r"arXiv\s+\d{4}\.\d{5}", objective.config_type.__doc__), name
+        assert re.search(r"https://arxiv\.org/abs/\d{4}\.\d{5}", objective.formula.__doc__), name
+        assert "J = mean" in objective.formula.__doc__ and objective.summary, name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_default_config_is_the_published_one(name):
     config = rspo_jax.OBJECTIVES[name].config_type()
     assert {key: getattr(config, key) for key in oracles.DEFAULTS[name]} == oracles.DEFAULTS[name]
     assert rspo_jax.OBJECTIVES[name].checked_config(None) == config
+
+
+def test_every_config_has_the_settings_of_all():
+    for name, objective in rspo_jax.OBJECTIVES.items():
+        config, defaults = objective.config_type(), oracles.DEFAULTS[name]
+        assert config.gamma_min == defaults.get("gamma_min") and config.gamma_gradient is False
+        assert config.gamma_use == "weight" and config.constant_length is None
+        assert config.aggregation in AGGREGATIONS
+        if "aggregation" not in defaults:
+            assert config.aggregation == ("token_mean" if name == "cispo" else "sequence_mean")
 
 
 def test_table_holds_exactly_the_named_objectives_with_one_signature():
@@ -152,15 +178,19 @@ def test_each_objective_names_the_advantages_of_its_source():
 
 
 def test_rspo_loss_is_the_table_entry():
-    batch = oracles.random_batch(seed=44)
-    arrays = {key: jnp.asarray(value) for key, value in batch.arrays().items()}
-    config = rspo_jax.RSPOConfig(position="post_clip")
-    assert rspo_jax.OBJECTIVES["rspo"].config_type is rspo_jax.RSPOConfig
+    entry = rspo_jax.OBJECTIVES["rspo"]
     expected = ["log_probs", "old_log_probs", "advantages", "mask", "router_shift", "config"]
     assert list(inspect.signature(rspo_jax.rspo_loss).parameters) == expected
-    assert_same_bits(
-        rspo_jax.rspo_loss(**arrays, config=config), rspo_jax.OBJECTIVES["rspo"].loss(**arrays, config=config)
-    )
+    assert entry.config_type is rspo_jax.RSPOConfig
+    arrays = oracles.random_batch(seed=44).arrays()
+    for options in ({}, {"config": rspo_jax.RSPOConfig(position="post_clip")}):
+        ours, table = (
+            jax.make_jaxpr(functools.partial(function, **options))(**arrays)
+            for function in (rspo_jax.rspo_loss, entry.loss)
+        )
+        assert str(ours) == str(table)
+    with pytest.raises(TypeError, match="rspo takes a RSPOConfig, got a GMPOConfig"):
+        rspo_jax.rspo_loss(**arrays, config=rspo_jax.GMPOConfig())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -180,7 +210,7 @@ def test_whether_the_shift_is_used_is_a_question_to_the_config(name, settings):
     objective, config = rspo_jax.OBJECTIVES[name], make_config(name, settings)
     assert objective.uses_router_shift() == (name == "rspo")
     assert objective.uses_router_shift(config) == (name == "rspo" or "gamma_min" in settings)
-    # And it is true.
+    # The answer is true of the gradient.
     batch = oracles.random_batch(seed=45, drift=0.05)
     other = batch.replace(router_shift=np.full_like(batch.router_shift, 0.9))
     moved = np.any(run(name, batch, settings).gradient != run(name, other, settings).gradient)
@@ -198,7 +228,7 @@ def test_bfloat16_inputs_are_computed_in_float32(name):
     result = run_eagerly(name, batch, **rounded)
     assert result.loss.shape == () and result.loss.dtype == result.weight.dtype == np.float32
     np.testing.assert_allclose(result.loss, oracles.loss(name, exact), rtol=1e-5)
-    # The gradient comes back in the dtype of its argument: only its last rounding is to bfloat16.
+    # The gradient has the dtype of its argument: only its last rounding is to bfloat16.
     assert result.gradient.dtype == jnp.bfloat16
     expected = oracles.gradient(name, exact)
     np.testing.assert_allclose(result.gradient.astype(np.float32), expected, rtol=2**-8, atol=0)
@@ -310,61 +340,57 @@ def test_micro_batches_share_one_denominator(name, settings):
     np.testing.assert_allclose(sum(part.total for part in results) / weight, whole.loss, rtol=1e-5)
     rebuilt = np.concatenate([part.gradient * max(part.weight, 1) for part in results]) / weight
     np.testing.assert_allclose(rebuilt, whole.gradient[order], rtol=1e-5, atol=1e-8)
-    # The mean of the micro-batches' own means is another number, as is known of peers that average those.
+    # The mean of the micro-batches' own means, which some trainers use, is another number.
     assert not np.isclose(np.mean([part.loss for part in results]), whole.loss, rtol=1e-3)
 
 
 # Bad inputs
 
 GOOD = oracles.batch_from_log_ratios(np.full((2, 3), 0.1), advantages=[1.0, -1.0]).arrays()
+BAD = [
+    ("log_probs", np.zeros(3, np.float32)),
+    ("log_probs", np.zeros((2, 3, 1), np.float32)),
+    ("log_probs", np.zeros((2, 3), np.int32)),
+    ("old_log_probs", np.zeros((2, 4), np.float32)),
+    ("old_log_probs", np.zeros((1, 3), np.float32)),
+    ("advantages", np.zeros(3, np.float32)),
+    ("advantages", np.zeros((3, 2), np.float32)),
+    ("advantages", np.zeros((2, 1), np.float32)),
+    ("advantages", np.float32(1.0)),
+    ("mask", np.ones((2, 4), bool)),
+    ("mask", np.ones(2, bool)),
+    ("mask", np.ones((2, 3), np.float32)),
+    ("router_shift", np.ones((2, 4), np.float32)),
+    ("router_shift", np.ones((3, 2, 3), np.float32)),
+    ("penalty", np.ones(2, np.float32)),
+    ("penalty", np.ones((2, 4), np.float32)),
+    ("penalty", np.ones((2, 3), np.int32)),
+]
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("log_probs", np.zeros(3, np.float32)),
-        ("log_probs", np.zeros((2, 3, 1), np.float32)),
-        ("log_probs", np.zeros((2, 3), np.int32)),
-        ("old_log_probs", np.zeros((2, 4), np.float32)),
-        ("old_log_probs", np.zeros((1, 3), np.float32)),
-        ("advantages", np.zeros(3, np.float32)),
-        ("advantages", np.zeros((3, 2), np.float32)),
-        ("advantages", np.zeros((2, 1), np.float32)),
-        ("advantages", np.float32(1.0)),
-        ("mask", np.ones((2, 4), bool)),
-        ("mask", np.ones(2, bool)),
-        ("mask", np.ones((2, 3), np.float32)),
-        ("router_shift", np.ones((2, 4), np.float32)),
-        ("router_shift", np.ones((3, 2, 3), np.float32)),
-        ("penalty", np.ones(2, np.float32)),
-        ("penalty", np.ones((2, 4), np.float32)),
-        ("penalty", np.ones((2, 3), np.int32)),
-    ],
-)
-def test_bad_array_is_refused_by_name(argument, value):
-    arrays = {key: jnp.asarray(array) for key, array in (GOOD | {argument: value}).items()}
-    for objective in rspo_jax.OBJECTIVES.values():
-        for function in (objective.loss, objective.terms):
+def test_bad_arrays_are_refused_by_name():
+    """`terms` of every objective refuses them; `loss`, which all objectives share, hands the error on."""
+    functions = [objective.terms for objective in rspo_jax.OBJECTIVES.values()] + [rspo_jax.OBJECTIVES["rspo"].loss]
+    for argument, value in BAD:
+        for function in functions:
             with pytest.raises((ValueError, TypeError), match=rf"\b{argument}\b"):
-                function(**arrays)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "gspo_token"])
-def test_advantages_of_tokens_are_for_the_objective_that_takes_them(name):
-    arrays = {key: jnp.asarray(array) for key, array in GOOD.items()} | {"advantages": jnp.ones((2, 3))}
-    with pytest.raises(ValueError, match="advantages must have one entry a row"):
-        rspo_jax.OBJECTIVES[name].terms(**arrays)
+                function(**(GOOD | {argument: value}))
+    for name, objective in rspo_jax.OBJECTIVES.items():
+        if not objective.takes_token_advantages:
+            with pytest.raises(ValueError, match="advantages must have one entry a row"):
+                objective.terms(**(GOOD | {"advantages": np.ones((2, 3), np.float32)}))
+        assert objective.takes_token_advantages == (name == "gspo_token")
 
 
 CLIPPED = [name for name in NAMES if "clip_low" in oracles.DEFAULTS[name]]
 
 
-@pytest.mark.parametrize(
-    ("name", "field", "value"),
-    [
+def test_bad_configs_are_refused_by_name():
+    for name, field, value in [
         *[(name, field, -1e-3) for name in CLIPPED for field in ("clip_low", "clip_high")],
         *[(name, "gamma_min", value) for name in SHIFTED for value in (0.0, -0.1, 1.01)],
         *[(name, "gamma_use", "drop") for name in SHIFTED],
+        ("gmpo", "gamma_min", 0.8),
         ("rspo", "position", "after_clip"),
         ("rspo", "position", None),
         *[(name, "aggregation", "mean") for name in oracles.GRPO_FAMILY],
@@ -374,15 +400,10 @@ CLIPPED = [name for name in NAMES if "clip_low" in oracles.DEFAULTS[name]]
         ("grpo", "dual_clip", float("nan")),
         ("sapo", "tau_positive", 0.0),
         ("sapo", "tau_negative", float("inf")),
-    ],
-)
-def test_bad_config_is_refused_by_name(name, field, value):
-    with pytest.raises((ValueError, TypeError), match=field):
-        make_config(name, {field: value})
-
-
-def test_a_mask_has_no_gradient_to_ask_for():
-    with pytest.raises(ValueError, match="gamma_gradient"):
+    ]:
+        with pytest.raises((ValueError, TypeError), match=field):
+            make_config(name, {field: value})
+    with pytest.raises(ValueError, match="gamma_gradient needs gamma_use 'weight'"):
         rspo_jax.RSPOConfig(gamma_use="mask", gamma_gradient=True)
 
 

@@ -15,3 +15,11 @@ def test_a_nan_at_a_response_token_reaches_the_loss(name, settings):
             array = getattr(batch, argument).copy()
             array[row, 1] = np.nan
             assert np.isnan(run(name, batch.replace(**{argument: array}), settings).loss), (argument, row)
+
+
+@pytest.mark.parametrize("use", ["weight", "mask"])
+@pytest.mark.parametrize("name", ["rspo", "gspo", "gspo_token", "grpo", "cispo", "sapo"])
+def test_a_router_shift_that_is_nan_reaches_the_loss(name, use):
+    batch = oracles.random_batch(58)
+    gamma = np.where(np.arange(7) == 0, np.nan, batch.router_shift).astype(np.float32)
+    assert np.isnan(run(name, batch, {"gamma_min": 0.8, "gamma_use": use}, router_shift=gamma).total)
