@@ -1,5 +1,5 @@
-"""The lifeline between threads of this process: what each end says of a process that dies, gives up or leaves, and that
-a stranger at the door changes nothing. What is waited for comes over the loopback at once."""
+"""The lifeline between threads of this process: each end reports a process that dies, gives up or leaves, and a
+stranger at the door changes nothing. Messages come over the loopback at once."""
 
 import json
 import queue
@@ -33,7 +33,7 @@ class End:
 
 
 def meet(processes, strangers=()):
-    """Peers of each process, as `accept` and `connect` find them."""
+    """Connect processes by `accept` and `connect`, and return the peers of each."""
     listener = lifeline.open_listener()
     port = listener.getsockname()[1]
     found = {}

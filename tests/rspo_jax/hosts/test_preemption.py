@@ -19,7 +19,7 @@ def send(number):
 
 @pytest.fixture(autouse=True)
 def handlers_survive():
-    """No test may change what pytest itself does on a signal."""
+    """Check that no test changes pytest's own handlers."""
     before = [signal.getsignal(number) for number in CAUGHT]
     yield
     assert [signal.getsignal(number) for number in CAUGHT] == before

@@ -297,7 +297,7 @@ def test_all_save_and_restore_together(outcomes: dict[str, Any], folder: Path) -
 
 
 def test_processes_that_save_different_things_are_told(outcomes: dict[str, Any]) -> None:
-    assert outcomes["other indices"] == "ValueError: a process saves checkpoint 4 where the first saves 3"
+    assert outcomes["other indices"] == "ValueError: a process saves checkpoint 4 while the first saves 3"
     assert "ValueError: state['key'], state['step'] differ between processes" in outcomes["other values"]
 
 

@@ -1,4 +1,4 @@
-"""Alarm and collapse on made-up runs, by the rules as their docstrings state them. Knows names of metrics only."""
+"""Alarm and collapse on made-up runs, by the rules as their docstrings state them."""
 
 import math
 
@@ -19,7 +19,7 @@ RULE = AlarmRule(reference=6, window=3)
 
 
 def run_of(changes, length=30):
-    """Rows of steps 0 to `length`: calm, but for the metrics that `changes` gives from a step on."""
+    """Return the rows of steps 0 to `length`, calm except for metrics that `changes` sets from a step on."""
     rows = [
         {"phase": "warm_start", "step": 1, "loss": 2.0, "ratio_max": 1e9},
         {"phase": "rl", "step": 0, "reward": 9.0},

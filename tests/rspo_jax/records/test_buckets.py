@@ -44,7 +44,7 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture
 def run_dir(store: Store, request: pytest.FixtureRequest) -> str:
-    """The address of a run of its own for each test."""
+    """The address of a run, another one for each test."""
     return f"gs://bucket/{re.sub(r'[^a-z_0-9]', '-', request.node.name)}"
 
 
@@ -192,7 +192,7 @@ def record(run_dir: str, positions: list[tuple[str, int]], resume_after: tuple[s
 
 
 def points(store: Store, run_dir: str, phase: str, folder: Path) -> list[int]:
-    """The steps that TensorBoard shows."""
+    """Return the steps that TensorBoard shows."""
     for name in store.names(f"{in_bucket(run_dir)}/tensorboard/{phase}/"):
         (folder / phase).mkdir(parents=True, exist_ok=True)
         (folder / phase / name.rpartition("/")[2]).write_bytes(store.content(name))

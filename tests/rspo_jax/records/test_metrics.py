@@ -317,7 +317,7 @@ ARRAYS = {"load": np.array([[0.25, 0.75], [1 / 3, np.nan]], np.float32), "counts
 
 
 def record_arrays(run_dir, positions, resume_after=None):
-    """Arrays at every second step of the second phase."""
+    """Record arrays at every second step of the second phase."""
     with metrics.MetricsLog(run_dir, resume_after) as log:
         for phase, step in positions:
             arrays = {name: array * step for name, array in ARRAYS.items()} if phase == "rl" and step % 2 else None

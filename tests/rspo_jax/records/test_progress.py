@@ -28,7 +28,7 @@ class Clock:
 
 
 def run_plainly(phase, total, updates, completed=0, seconds=lambda step: 60.0):
-    """The lines that the updates give where there is no terminal."""
+    """Return the lines that the updates print without a terminal."""
     clock, output = Clock(), io.StringIO()
     console = rich.console.Console(file=output, force_terminal=False, width=60)
     with PhaseProgress(phase, total, completed, console, clock) as progress:
