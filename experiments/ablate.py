@@ -1,13 +1,12 @@
-"""`python -m experiments.ablate STUDY`: runs every cell of a declared grid with every seed, and says what came out.
+"""`python -m experiments.ablate STUDY`: runs every cell of a declared grid with every seed, and summarizes the results.
 
-A study is one short file in `experiments/studies/`, or anywhere, with a `STUDY`. Runs go in processes of their own and
-go on where they were after any interruption. This file wires the parts together; it must hold none of their logic.
+A study is one short file with a `STUDY`, in `experiments/studies/` or anywhere else. Runs have processes of their own
+and continue where they were after any interruption.
 """
 
 import importlib
 import importlib.util
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,37 +15,38 @@ from typing import Annotated
 
 import tyro
 
-from experiments.ablation.comparison import describe
 from experiments.ablation.folder import StudyFolder
 from experiments.ablation.jobs import (
     TRIES,
     Job,
     Jobs,
-    Stopped,
+    JobsStopped,
     describe_seconds,
     remaining_seconds,
 )
+from experiments.ablation.results import describe_study
 from experiments.ablation.study import PlannedRun, Study, plan_study
 from experiments.ablation.worker import locked
+from experiments.errors import STOPPED, complain
 
 STUDIES = Path(__file__).with_name("studies")
 RESULTS = Path("runs/ablations")
-FAILED, MISTAKE, STOPPED = 1, 2, 75
-"""Exit codes: a run was given up; the user has something to mend; asked to stop, the same command goes on."""
+FAILED = 1
+"""Exit code: a run was given up."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """Run a study, go on with it, or draw it again."""
+class AblateOptions:
+    """Run a study, continue it, or draw it again."""
 
     study: Annotated[str, tyro.conf.Positional]
     """The name of a file in experiments/studies, or the path of a Python file, with a STUDY."""
     out: Path | None = None
-    """Gets tables and figures, and work/ with all else; runs/ablations/NAME when absent."""
+    """The folder for tables and figures, with everything else in work/; runs/ablations/NAME by default."""
     workers: int = 2
-    """Runs at a time. The cores that this process may use are shared among them."""
+    """Number of runs at a time. They share the cores that this process may use."""
     only: str = ""
-    """Only runs whose name holds this; * and ? stand for anything."""
+    """Use only runs whose name contains this; * and ? stand for anything."""
     list: bool = False
     """Only print every run with its state."""
     draw_only: bool = False
@@ -54,9 +54,9 @@ class Options:
     retry: bool = False
     """Give failed runs another chance."""
     forget: str | None = None
-    """First drop all that the runs did whose name holds this ("*": all of them)."""
+    """First delete all results of runs whose name contains this ("*": all of them)."""
     keep_checkpoints: bool = False
-    """Of finished runs; they are removed otherwise."""
+    """Keep the checkpoints of finished runs, which are deleted otherwise."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -64,9 +64,9 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or one of those above."""
+    """Run the command; return its exit code: 0, `FAILED`, `MISTAKE`, or `STOPPED` if the same command continues."""
     try:
-        options = tyro.cli(Options, args=arguments, prog="python -m experiments.ablate")
+        options = tyro.cli(AblateOptions, args=arguments, prog="python -m experiments.ablate")
         study = load_study(options.study)
         plan = plan_study(study)
         folder = StudyFolder(study, plan, options.out or RESULTS / study.name)
@@ -81,12 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return conclude(folder, chosen)
         return run_study(folder, chosen, options)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+        return complain(error)
 
 
 def load_study(place: str) -> Study:
-    """The study of a file.
+    """Load the study of a file.
+
+    Args:
+      place: the name of a file in experiments/studies, or the path of a Python file.
 
     Raises:
       ValueError: if there is no such file, or it has no STUDY.
@@ -109,9 +111,9 @@ def load_study(place: str) -> Study:
 
 
 def list_runs(folder: StudyFolder, chosen: Sequence[PlannedRun]) -> int:
-    """Prints every run with its state."""
-    jobs = Jobs(folder.jobs(folder.plan.runs), folder.work, workers=1)
-    by_name = {job.name: job for job in folder.jobs(folder.plan.runs)}
+    """Print the chosen runs with their states; return the exit code."""
+    all_jobs = folder.jobs(folder.plan.runs)
+    jobs, by_name = Jobs(all_jobs, folder.work, workers=1), {job.name: job for job in all_jobs}
     states = {
         planned.name: jobs.state(by_name[planned.name]) if planned.name in by_name else "done" for planned in chosen
     }
@@ -122,8 +124,8 @@ def list_runs(folder: StudyFolder, chosen: Sequence[PlannedRun]) -> int:
     return 0
 
 
-def run_study(folder: StudyFolder, chosen: Sequence[PlannedRun], options: Options) -> int:
-    """Runs what is left of the chosen runs, then draws.
+def run_study(folder: StudyFolder, chosen: Sequence[PlannedRun], options: AblateOptions) -> int:
+    """Run what is left of the chosen runs, then draw; return the exit code.
 
     Raises:
       ValueError: if another process works in the folder, or the study gives a name another meaning.
@@ -132,43 +134,39 @@ def run_study(folder: StudyFolder, chosen: Sequence[PlannedRun], options: Option
     with locked(str(folder.work), wait=False) as held:
         if not held:
             raise ValueError(f"another process runs a study in {folder.path}: let it end, or choose another --out")
-        return _run_locked(folder, chosen, options)
+        if options.forget is not None:
+            print(f"deleted the results of {folder.forget(folder.chosen(options.forget))} runs")
+        folder.check_unchanged()
+        folder.prepare(chosen)
+        jobs = Jobs(folder.jobs(chosen), folder.work, options.workers)
+        progress = StudyProgress(folder, jobs, chosen, options)
+        progress.begin()
+        try:
+            jobs.work(progress.on_end)
+        except JobsStopped as stop:
+            print(f"{stop}: all runs have saved their state. The same command continues.")
+            return STOPPED
+        progress.note_failures()
+        return conclude(folder, chosen)
 
 
-def _run_locked(folder: StudyFolder, chosen: Sequence[PlannedRun], options: Options) -> int:
-    if options.forget is not None:
-        print(f"forgot what {folder.forget(folder.chosen(options.forget))} runs did")
-    folder.check_unchanged()
-    folder.prepare(chosen)
-    jobs = Jobs(folder.jobs(chosen), folder.work, options.workers)
-    report = Report(folder, jobs, chosen, options)
-    report.begin()
-    try:
-        jobs.work(report.on_end)
-    except Stopped as stop:
-        print(f"{stop}: all runs have saved their state. The same command goes on.")
-        return STOPPED
-    report.note_failures()
-    return conclude(folder, chosen)
+class StudyProgress:
+    """Progress of a study: it is printed, and finished runs are added to the table."""
 
-
-class Report:
-    """Says how the study is going, and takes what is done into the table."""
-
-    def __init__(self, folder: StudyFolder, jobs: Jobs, chosen: Sequence[PlannedRun], options: Options) -> None:
+    def __init__(self, folder: StudyFolder, jobs: Jobs, chosen: Sequence[PlannedRun], options: AblateOptions) -> None:
+        """Take the study's folder, its jobs, and the runs that the options choose."""
         self._folder, self._jobs, self._options = folder, jobs, options
         self._chosen = {planned.name: planned for planned in chosen}
         self._left = {job.name: job for job in folder.jobs(chosen)}
         self._durations: list[float] = []
-        self._started = time.monotonic()
 
     def begin(self) -> None:
-        """Takes what a killed process left behind, and says what there is to do."""
+        """Add what a killed process left behind to the table, and print what there is to do."""
         for name, job in list(self._left.items()):
             if self._options.retry:
                 self._jobs.failures.forget(name)
             if job.is_done:
-                self._finish(name)
+                self._add_to_table(name)
         runs = [name for name in self._left if name in self._chosen]
         print(
             f"{self._folder.study.name}: {len(self._chosen)} runs, {len(runs)} to go, {self._options.workers} at a time"
@@ -179,11 +177,11 @@ class Report:
                 print(f"  {name} failed before and is left out; --retry gives it another chance")
 
     def on_end(self, job: Job, code: int, seconds: float) -> None:
-        """Says what became of a process."""
+        """Print the outcome of a process that has ended, and add a finished run to the table."""
         if code != 0:
-            self._describe_failure(job, code)
+            self._print_failure(job, code)
             return
-        self._finish(job.name)
+        self._add_to_table(job.name)
         if job.name not in self._chosen:
             print(f"{job.name} done in {describe_seconds(seconds)}", flush=True)
             return
@@ -199,12 +197,12 @@ class Report:
             flush=True,
         )
 
-    def _finish(self, name: str) -> None:
+    def _add_to_table(self, name: str) -> None:
         self._left.pop(name, None)
         if name in self._chosen:
             self._folder.collect(self._chosen[name], self._options.keep_checkpoints)
 
-    def _describe_failure(self, job: Job, code: int) -> None:
+    def _print_failure(self, job: Job, code: int) -> None:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         tries = len(self._jobs.failures.of(job))
         next_try = (
@@ -214,7 +212,7 @@ class Report:
         print(f"{job.name} {how} and {next_try}; the end of {self._jobs.log_of(job)}:\n{tail}", flush=True)
 
     def note_failures(self) -> None:
-        """Puts into the table what is not to be had."""
+        """Record in the table which runs were given up."""
         for name, job in self._left.items():
             state = self._jobs.state(job)
             if name in self._chosen and state in ("failed", "blocked"):
@@ -222,8 +220,8 @@ class Report:
 
 
 def conclude(folder: StudyFolder, chosen: Sequence[PlannedRun]) -> int:
-    """Draws, and prints the summary. Returns the exit code."""
-    print(describe(folder.summarize()))
+    """Draw the figures and print the summary; return the exit code."""
+    print(describe_study(folder.summarize()))
     figures = folder.draw()
     others = folder.rows_of_other_studies()
     if others:
@@ -231,7 +229,7 @@ def conclude(folder: StudyFolder, chosen: Sequence[PlannedRun]) -> int:
     print(f"tables and {len(figures)} figures: {folder.path}")
     failed = [run.name for run in chosen if folder.table.runs.get(run.name, {}).get("state") in ("failed", "blocked")]
     if failed:
-        print(f"{len(failed)} runs failed, {failed[0]} for one; --retry gives them another chance")
+        print(f"{len(failed)} runs failed, for example {failed[0]}; --retry gives them another chance")
     return FAILED if failed else 0
 
 

@@ -1,227 +1,50 @@
 """`python -m experiments.compare RUN_DIR RUN_DIR ...`: several runs over each other, as one page of HTML.
 
-Reads the runs' folders and nothing else. This file must never train, or judge which run is better: it shows intervals.
+Only the runs' folders are read. The page shows intervals and leaves it to the reader to judge which run is better.
 """
 
-import collections
-import math
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
-import numpy as np
 import tyro
 from etils import epath
-from matplotlib.axes import Axes
 
 from experiments.config import Place
-from experiments.report import write
-from experiments.reporting import page
-from experiments.reporting.curves import (
-    BLUE,
-    FEWEST_FOR_A_MEAN,
-    GREEN,
-    INK,
-    ORANGE,
-    RED,
-    column,
-    finish,
-    mean_window,
-    plot,
-    running_mean,
-    steps_of,
-    use_log_scale,
-)
-from experiments.reporting.record import RunRecord, load_run
-from experiments.reporting.words import percent
+from experiments.errors import complain
+from experiments.reporting.comparison_page import make_comparison
+from experiments.reporting.page import save_page
+from experiments.reporting.record import load_run
 from rspo_jax.records import AlarmRule, CollapseRule
-
-_COLOURS = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#A6761D", INK)
-_DASHES = ((), (6, 3), (2, 2), (8, 2, 2, 2))
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CompareOptions:
     """Show several runs beside each other, as one HTML file that needs no network."""
 
     run_dirs: Annotated[tuple[Place, ...], tyro.conf.Positional]
-    """The folders of two runs or more."""
+    """The folders of two or more runs."""
     out: Place = epath.Path("comparison.html")
+    """The file to write."""
     alarm: AlarmRule = AlarmRule()
     collapse: CollapseRule = CollapseRule()
 
     def __post_init__(self) -> None:
         if len(self.run_dirs) < 2:
-            raise ValueError(f"a comparison needs two runs or more, got {len(self.run_dirs)}")
-
-
-class Named(NamedTuple):
-    """A run, and how its lines look."""
-
-    name: str
-    record: RunRecord
-    colour: str
-    dashes: tuple[int, ...]
-
-    @property
-    def line(self) -> object:
-        """As matplotlib wants it."""
-        return (0, self.dashes) if self.dashes else "-"
-
-
-class Metric(NamedTuple):
-    """A panel."""
-
-    name: str
-    title: str
-    label: str
-    caption: str = ""
-    percent: bool = False
-    log: bool = False
-
-
-METRICS = (
-    Metric("reward", "Reward", "mean reward", "Of training samples."),
-    Metric("solve_rate", "Solve rate in training", "share solved", "Of training samples.", percent=True),
-    Metric("entropy", "Token entropy", "nats per token"),
-    Metric("response_length", "Response length", "tokens"),
-    Metric("ratio_max", "Largest importance ratio", "new over old probability", log=True),
-    Metric("clip_fraction", "Clip fraction", "share of tokens clipped", percent=True),
-    Metric("effective_sample_size", "Effective sample size", "share of the tokens", percent=True),
-    Metric("approx_kl", "KL of an update", "nats per token", log=True),
-    Metric("grad_norm", "Gradient norm", "before clipping", log=True),
-    Metric("gamma_mean", "Router shift γ", "mean γ (1: same route)"),
-    Metric("route_stays", "Routes that stay", "share of tokens", "In all layers.", percent=True),
-    Metric("max_violation", "Load violation", "busiest over mean, − 1", "Mean over layers."),
-    Metric("router_entropy", "Router entropy", "nats", "Mean over layers."),
-    Metric("mismatch_mean", "Sampler–trainer mismatch", "mean |difference|, nats", log=True),
-    Metric("step_seconds", "Time of a step", "seconds"),
-)
+            raise ValueError(f"a comparison needs two or more runs, got {len(self.run_dirs)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for something that the user can mend."""
+    """Run the command; return its exit code, 0 or `MISTAKE`."""
     try:
-        comparison = tyro.cli(Comparison, args=arguments, prog="python -m experiments.compare")
-        records = [load_run(path, comparison.alarm, comparison.collapse) for path in comparison.run_dirs]
-        write(comparison.out, make_comparison(records))
+        options = tyro.cli(CompareOptions, args=arguments, prog="python -m experiments.compare")
+        records = [load_run(path, options.alarm, options.collapse) for path in options.run_dirs]
+        save_page(options.out, make_comparison(records))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"comparison: {os.fspath(comparison.out)}")
+        return complain(error)
+    print(f"comparison: {os.fspath(options.out)}")
     return 0
-
-
-def make_comparison(records: Sequence[RunRecord]) -> str:
-    """The page."""
-    runs = name_runs(records)
-    body = ["<h1>Comparison</h1>"]
-    body += [page.key((run.name, run.colour, " ".join(map(str, run.dashes))) for run in runs)]
-    body += ["<h2>At the end</h2>", page.table(_COLUMNS, [final_row(run) for run in runs])]
-    body += ['<p class="quiet">Rates are those of the last held-out evaluation, with 95 % intervals over problems.</p>']
-    drawn = [_rate_figure(runs, mode) for mode in ("sampled", "greedy") if any(_rated(run, mode) for run in runs)]
-    left_out = []
-    for metric in METRICS:
-        lacking = [run.name for run in runs if not run.record.recorded(metric.name)]
-        if len(lacking) == len(runs):
-            left_out.append((metric.title, f"no run has recorded {metric.name}"))
-            continue
-        caption = metric.caption + (f" Not recorded by {', '.join(lacking)}." if lacking else "")
-        drawn.append(page.figure(metric.title, caption.strip(), lambda axes, m=metric: _draw_metric(axes, runs, m)))
-    body += ["<h2>Over the steps</h2>", page.grid(drawn)]
-    if left_out:
-        body += ["<h2>Left out</h2>", page.table(("panel", "why"), left_out, numbers=False)]
-    body += ["<h2>Differences in configuration</h2>", _differences(runs)]
-    return page.make_page(f"Comparison of {len(runs)} runs", body)
-
-
-def name_runs(records: Sequence[RunRecord]) -> list[Named]:
-    """Runs by the names of their folders; those of one name by more of the path."""
-    counts = collections.Counter(record.name for record in records)
-    named = []
-    for at, record in enumerate(records):
-        name = record.name if counts[record.name] == 1 else os.fspath(record.path)
-        dashes = _DASHES[at // len(_COLOURS) % len(_DASHES)]
-        named.append(Named(name, record, _COLOURS[at % len(_COLOURS)], dashes))
-    return named
-
-
-_COLUMNS = ("run", "objective", "steps", "sampled", "greedy", "before, sampled", "alarm", "collapse", "lead", "skipped")
-
-
-def final_row(run: Named) -> tuple[str, ...]:
-    """What the table says of a run."""
-    record, warned = run.record, run.record.warned
-    skipped = np.nansum([0.0, *column(record.rl, "skipped_updates")])
-    return (
-        run.name,
-        str((record.config or {}).get("objective.objective", "–")),
-        str(record.steps),
-        *(_rate_cell(record, mode, last=True) for mode in ("sampled", "greedy")),
-        _rate_cell(record, "sampled", last=False),
-        *("–" if value is None else str(value) for value in (warned.alarm, warned.collapse, warned.lead)),
-        f"{skipped:.0f}",
-    )
-
-
-def _rate_cell(record: RunRecord, mode: str, last: bool) -> str:
-    rate = record.rate(mode, last)
-    if rate is None:
-        return "–"
-    split = "" if rate.split == "test" else f" ({rate.split})"
-    return f"{percent(rate.value)} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]{split}"
-
-
-def _rated(run: Named, mode: str) -> bool:
-    return run.record.recorded(f"eval_{mode}")
-
-
-def _rate_figure(runs: Sequence[Named], mode: str) -> str:
-    def draw(axes: Axes) -> None:
-        for run in runs:
-            rows = [row for row in run.record.rl if math.isfinite(row.get(f"eval_{mode}", math.nan))]
-            rate, low, high = (column(rows, f"eval_{mode}{bound}") for bound in ("", "_low", "_high"))
-            plot(axes, steps_of(rows), rate, run.colour, run.name, 1.6, linestyle=run.line)
-            axes.fill_between(steps_of(rows), low, high, color=run.colour, alpha=0.12, linewidth=0)
-        axes.set_ylim(bottom=0)
-        finish(axes, mode, "share solved", percent=True, legend=False)
-
-    caption = "Validation problems, with 95 % intervals." + (" Temperature 0." if mode == "greedy" else "")
-    return page.figure(f"Held-out solve rate, {mode}", caption, draw)
-
-
-def _draw_metric(axes: Axes, runs: Sequence[Named], metric: Metric) -> None:
-    """One line a run: its running mean, as in its own report."""
-    seen = []
-    for run in runs:
-        rows = run.record.rl
-        values = column(rows, metric.name)
-        if len(rows) >= FEWEST_FOR_A_MEAN:
-            values = running_mean(
-                np.log(np.where(values > 0, values, np.nan)) if metric.log else values, mean_window(rows)
-            )
-            values = np.exp(values) if metric.log else values
-        seen.append(values[np.isfinite(values) & ((values > 0) | (not metric.log))])
-        plot(axes, steps_of(rows), values, run.colour, run.name, 1.6, linestyle=run.line)
-    together = np.concatenate(seen)
-    if metric.log and together.size:
-        use_log_scale(axes, float(together.min()), float(together.max()))
-    finish(axes, metric.title, metric.label, metric.percent, legend=False)
-
-
-def _differences(runs: Sequence[Named]) -> str:
-    """A table of the fields that are not the same everywhere."""
-    lacking = [run.name for run in runs if run.record.config is None]
-    if lacking:
-        return f'<p class="quiet">{page.escape(", ".join(lacking))}: no config.json.</p>'
-    names = list(dict.fromkeys(name for run in runs for name in run.record.config or {}))
-    rows = [(name, *((run.record.config or {}).get(name, "–") for run in runs)) for name in names]
-    differing = [row for row in rows if any(value != row[1] for value in row[2:])]
-    if not differing:
-        return '<p class="quiet">None.</p>'
-    return page.table(("", *(run.name for run in runs)), differing, numbers=False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """`python -m experiments.evaluate RUN`, or `--model FOLDER --task TASK`: how many problems a model solves.
 
-Draws several responses to each problem, and says how often one is right, at least one of k, or the one that most of k
-agree on. What was drawn is kept, so that the same command goes on after an interruption. This file must never train.
+Several responses are drawn to each problem. The command reports how often one of them is right, how often at least one
+of k is, and how often the answer that most of k agree on is. Responses are kept, so that the same command continues
+after an interruption.
 """
 
 import contextlib
@@ -17,45 +18,46 @@ import jax
 import tyro
 
 from experiments.config import Place
+from experiments.errors import complain
 from experiments.evaluation.draw import Drawing, draw_missing, wanted_pairs
-from experiments.evaluation.progress import Progress, describe, make_console, print_plain
+from experiments.evaluation.progress import EvaluationProgress, describe_throughput, make_console, print_plain
 from experiments.evaluation.responses import SUMMARY_FILE, Response, ResponseFolder
 from experiments.evaluation.subject import Source, Subject, Votes, open_subject
-from experiments.evaluation.summary import describe_lengths, make_table, show_response, summarize
+from experiments.evaluation.summary import describe_lengths, make_table, show_response, summarize_responses
 from rspo_jax.records.checkpoint import CheckpointError
 from rspo_jax.rollouts import SamplerConfig, usable_problems
 from rspo_jax.sharding import MeshConfig, make_mesh
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluateOptions:
     """Evaluate the newest checkpoint of a run, or a model of Hugging Face's format on a task."""
 
     source: Annotated[Source, tyro.conf.arg(name="")]
     split: Literal["train", "validation", "test"] = "test"
     limit: int | None = None
-    """Only the first so many problems."""
+    """Number of problems to use, the first ones of the split; all of them by default."""
     samples: int | None = None
-    """Responses to each problem: 4 when absent, or 1 at temperature 0. More may be asked for later."""
+    """Number of responses to each problem; 4 by default, or 1 at temperature 0. It can be raised later."""
     temperature: float = 1.0
-    """0 is greedy: always the likeliest token."""
+    """Temperature of the sampler; 0 is greedy: always the likeliest token."""
     top_k: int | None = None
-    """Draw among the k likeliest tokens only."""
+    """Draw only among the k likeliest tokens."""
     top_p: float = 1.0
-    """Draw among the fewest likeliest tokens that hold this much probability."""
+    """Draw only among the likeliest tokens, as few as together have this probability."""
     max_new_tokens: int | None = None
-    """The longest response. When absent: as long as in training, or as the model's folder says."""
+    """Longest response in tokens; as in training by default, or as the model's folder says."""
     seed: int = 0
     batch: int = 512
-    """Responses that are drawn at once."""
+    """Number of responses that are drawn at once."""
     output: Place | None = None
-    """Gets settings.json, responses.jsonl and summary.json. When absent: a folder in evaluations/ of the run, or for a
-    model in evaluations/, named after split and settings. Where it has responses of the same settings, only what is
-    missing is drawn."""
+    """The folder for settings.json, responses.jsonl and summary.json. By default a folder in evaluations/ of the run,
+    or in evaluations/ for a model, named after split and settings. If it has responses of the same settings, only
+    missing ones are drawn."""
     show: int = 6
-    """Problems to show with their first responses."""
+    """Number of problems to show with their first responses."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are arranged. Unless it says otherwise, all split rows and parameters (fsdp)."""
+    """Arrangement of the devices. By default all of them share rows and parameters (fsdp)."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "limit", "batch"):
@@ -73,93 +75,84 @@ class Evaluation:
 
     @property
     def drawn_samples(self) -> int:
-        """Responses to each problem."""
+        """The number of responses to each problem."""
         return self.samples or (1 if self.temperature == 0 else 4)
 
     def sampler(self, max_new_tokens: int) -> SamplerConfig:
-        """How to draw; `max_new_tokens` is for where the flags do not say it."""
+        """Return the settings of the sampler; `max_new_tokens` applies unless the flags set a longest response."""
         longest = max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
         return SamplerConfig(longest, self.temperature, self.top_k, self.top_p)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for something that the user can mend, or 130 after Ctrl-C."""
+    """Run the command; return its exit code: 0, `MISTAKE`, or 130 after Ctrl-C."""
     with contextlib.ExitStack() as stack:
         try:
-            evaluation = tyro.cli(Evaluation, args=arguments, prog="python -m experiments.evaluate")
-            stack.enter_context(jax.set_mesh(make_mesh(evaluation.mesh)))
-            subject = open_subject(evaluation.source, evaluation.mesh)
-            problems = _usable_problems(subject, evaluation.split)
-            folder = stack.enter_context(_open_folder(evaluation, subject, problems))
+            options = tyro.cli(EvaluateOptions, args=arguments, prog="python -m experiments.evaluate")
+            stack.enter_context(jax.set_mesh(make_mesh(options.mesh)))
+            subject = open_subject(options.source, options.mesh)
+            usable = usable_problems(subject.task, subject.task.problems(options.split), subject.max_prompt_tokens)
+            if usable.dropped:
+                longest = subject.max_prompt_tokens
+                print(f"{usable.dropped} problems are left out: their prompts have more than {longest} tokens")
+            folder = stack.enter_context(_open_folder(options, subject, usable.problems))
         except (ValueError, OSError, CheckpointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return complain(error)
         try:
-            evaluate(evaluation, subject, problems[: evaluation.limit], folder)
+            evaluate(options, subject, usable.problems[: options.limit], folder)
         except KeyboardInterrupt:
-            print(f"stopped: {len(folder.responses)} responses are in {folder.path}; the same command goes on")
+            print(f"stopped: {len(folder.responses)} responses are in {folder.path}; the same command continues")
             return 130
     return 0
 
 
-def _usable_problems(subject: Subject, split: str) -> Sequence[Any]:
-    """The problems of a split, without those whose prompts are too long; says how many these are."""
-    usable = usable_problems(subject.task, subject.task.problems(split), subject.max_prompt_tokens)
-    if usable.dropped:
-        print(
-            f"{usable.dropped} problems are left out: their prompts have more than {subject.max_prompt_tokens} tokens"
-        )
-    return usable.problems
-
-
-def _open_folder(evaluation: Evaluation, subject: Subject, problems: Sequence[Any]) -> ResponseFolder:
-    """The folder that the responses go to.
+def _open_folder(options: EvaluateOptions, subject: Subject, problems: Sequence[Any]) -> ResponseFolder:
+    """Open the folder that the responses go to.
 
     Raises:
       ValueError: if there are no problems, or the folder holds anything else.
     """
     if not problems:
-        raise ValueError(f"there are no {evaluation.split} problems")
+        raise ValueError(f"there are no {options.split} problems")
     prompts = "\0".join(subject.task.prompt(problem) for problem in problems)
     settings = {
         "subject": subject.identity,
-        "split": evaluation.split,
+        "split": options.split,
         "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
-        "sampler": dataclasses.asdict(evaluation.sampler(subject.max_new_tokens)),
-        "seed": evaluation.seed,
+        "sampler": dataclasses.asdict(options.sampler(subject.max_new_tokens)),
+        "seed": options.seed,
         "votes": isinstance(subject.task, Votes),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return ResponseFolder(evaluation.output or subject.home / f"{evaluation.split}-{digest}", settings)
+    return ResponseFolder(options.output or subject.home / f"{options.split}-{digest}", settings)
 
 
-def evaluate(evaluation: Evaluation, subject: Subject, problems: Sequence[Any], folder: ResponseFolder) -> None:
-    """Draws what is missing in the folder, writes its summary, and shows it."""
-    samples, console = evaluation.drawn_samples, make_console()
+def evaluate(options: EvaluateOptions, subject: Subject, problems: Sequence[Any], folder: ResponseFolder) -> None:
+    """Draw the responses that are missing in the folder, write its summary, and show it."""
+    samples, console = options.drawn_samples, make_console()
     wanted = wanted_pairs(len(problems), samples)
     present = [folder.responses[pair] for pair in wanted if pair in folder.responses]
-    with Progress(len(wanted), present, console) as progress:
+    with EvaluationProgress(len(wanted), present, console) as progress:
 
         def keep(responses: list[Response]) -> None:
             folder.append(responses)
             progress.update(responses)
 
-        sampler = evaluation.sampler(subject.max_new_tokens)
-        drawing = Drawing(sampler, samples, evaluation.batch, evaluation.seed)
+        drawing = Drawing(options.sampler(subject.max_new_tokens), samples, options.batch, options.seed)
         draw_missing(subject, problems, drawing, folder.responses, keep)
     throughput = folder.read_summary().get("throughput")
     if progress.throughput is not None:
         throughput = progress.throughput._asdict()
-    found = summarize(folder.responses, len(problems), samples, isinstance(subject.task, Votes))
+    found = summarize_responses(folder.responses, len(problems), samples, isinstance(subject.task, Votes))
     about = {"title": subject.title, "settings": folder.settings}
     folder.write_summary(about | found | {"throughput": throughput})
-    how = f"{samples} samples at temperature {evaluation.temperature:g}" if evaluation.temperature else "greedy"
-    print_plain(console, f"{subject.title}: {len(problems)} {evaluation.split} problems, {how}")
+    how = f"{samples} samples at temperature {options.temperature:g}" if options.temperature else "greedy"
+    print_plain(console, f"{subject.title}: {len(problems)} {options.split} problems, {how}")
     console.print(make_table(found))
     print_plain(console, describe_lengths(found["lengths"]))
-    print_plain(console, describe(len(wanted) - len(present), progress.throughput))
+    print_plain(console, describe_throughput(len(wanted) - len(present), progress.throughput))
     print_plain(console, f"summary: {folder.path / SUMMARY_FILE}")
-    for row in range(min(evaluation.show, len(problems))):
+    for row in range(min(options.show, len(problems))):
         print_plain(console, show_response(subject.task.prompt(problems[row]), folder.responses[row, 0]))
 
 

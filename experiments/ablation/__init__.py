@@ -1,1 +1,1 @@
-"""The parts of `python -m experiments.ablate`: declared grids of runs, their processes, their table and its figures."""
+"""Parts of `python -m experiments.ablate`: declared grids of runs, their processes, their table and their results."""

@@ -1,7 +1,6 @@
-"""A study: a base run, a grid of changes to it, seeds, and the figures; and from these every single run, checked.
+"""A study: a base run, a grid of changes to it, seeds and figures; and the plan of every single run that follows.
 
-All that can be wrong with a grid is refused here, before anything runs. This file must never start a process or read
-a folder.
+Every mistake in a grid is refused here, before anything runs.
 """
 
 import dataclasses
@@ -39,15 +38,15 @@ METRICS = (
     "drift",
     "max_violation",
 )
-"""What the table keeps of each step unless a study says otherwise."""
+"""Metrics that the table keeps of each step unless a study chooses others."""
 
 START_FIELD = "start_from"
-"""The field of a run with the folder of the run that it begins with."""
+"""The field of a run that names the folder of another run, with whose parameters it begins."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """Of a line and its dots."""
+    """Look of a line and its dots."""
 
     colour: str
     dashed: bool = False
@@ -55,29 +54,29 @@ class Style:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared with what."""
+    """Declaration of a study: which runs are made, compared and drawn."""
 
     name: str
     base: Run
-    """What the cells change. Its warm start is made once and shared by all runs."""
+    """The run that the cells change. Its warm start is made once and shared by all runs."""
     grid: Grid
     seeds: tuple[int, ...] = (0, 1, 2)
     warm_starts: int = 1
-    """Warm starts to make, each with a seed of its own; seed s begins with number s mod this. 0: each run makes its
-    own."""
+    """Number of warm starts to make, each with a seed of its own; the run of seed s begins with number s modulo this.
+    0 if each run makes its own."""
     defaults: Mapping[str, Level] = field(default_factory=dict)
-    """Levels that the runs of cells without a factor have of it. A figure that does not name a factor shows the runs
-    with the default."""
+    """Levels of factors for the runs of cells that do not have the factor. A figure that does not name a factor shows
+    the runs at its default."""
     score: str = "test_sampled"
-    """The metric of the last step that runs are compared by."""
+    """The metric of the last step by which runs are compared."""
     metrics: tuple[str, ...] = METRICS
-    """What the table keeps of each step, where it was recorded."""
+    """Metrics that the table keeps of each step, where they were recorded."""
     figures: tuple[Any, ...] = ()
-    """From `experiments.ablation.figures`."""
+    """Figures of `experiments.reporting.study_figures`."""
     labels: Mapping[Any, str] = field(default_factory=dict)
-    """What figures call factors, levels and metrics."""
+    """Names of factors, levels and metrics in figures."""
     styles: Mapping[Any, Style] = field(default_factory=dict)
-    """How figures draw some levels; the others take their colours in turn."""
+    """Looks of some levels in figures; the others take their colours in turn."""
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -88,18 +87,18 @@ class Study:
             raise ValueError(
                 f"a {type(self.base).__name__} cannot begin with the parameters of another run: set warm_starts to 0"
             )
-
         for figure in self.figures:
             figure.check(self.factors, self.defaults)
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """Of all cells, and those that only have a default."""
+        """The factors of all cells, and those that only have a default."""
         named = [name for cell in self.grid for name, _ in cell.factors]
         return tuple(dict.fromkeys(named + list(self.defaults)))
 
     @property
     def shares_warm_starts(self) -> bool:
+        """True if runs begin with a warm start that is made once for several of them."""
         return self.warm_starts > 0 and self.base.trainer.warm_start.steps > 0
 
 
@@ -108,36 +107,36 @@ class PlannedRun:
     """One run of a study."""
 
     name: str
-    """Its cell and its seed; the same name always means the same configuration."""
+    """Name of the cell, and the seed; the same name always means the same configuration."""
     factors: Mapping[str, Level]
-    """The cell's, and the study's defaults for all others."""
+    """Levels of the cell's factors, and the study's defaults for all others."""
     seed: int
     changes: Mapping[str, Any]
-    """Of the base run, the seed included."""
+    """Changes to the base run, including the seed."""
     run: Run
-    """As if it were alone: with a warm start of its own."""
+    """The run's configuration with a warm start of its own."""
     warm_start: str | None = None
-    """The name of the warm start that it shares."""
+    """Name of the warm start that it shares."""
 
     def starting_from(self, folder: str) -> Run:
-        """What the process runs: the parameters of that folder take the place of the warm start."""
+        """Return the configuration with the parameters of another run's folder in place of the warm start."""
         return change_run(self.run, {"trainer.warm_start.steps": 0, START_FIELD: folder}, self.name)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs of a study, and the warm starts that they share, by name."""
+    """All runs of a study, and by name the warm starts that they share."""
 
     runs: tuple[PlannedRun, ...]
     warm_starts: Mapping[str, Run]
 
 
 def plan_study(study: Study) -> Plan:
-    """Every run of a study, the first seed of all cells first: what is interrupted has some of everything.
+    """Plan every run of a study, all cells of the first seed first, so that an interrupted study has runs of each.
 
     Raises:
-      ValueError: naming cell and field, if a cell changes a field that there is not, gives it a value that it cannot
-        have, or makes a run that is impossible; or if two cells are the same run.
+      ValueError: naming cell and field, if a cell changes a field that does not exist, gives it a value that it cannot
+        have, or makes an impossible run; or if two cells are the same run.
     """
     runs: list[PlannedRun] = []
     warm_starts: dict[str, Run] = {}
@@ -165,12 +164,12 @@ def _plan_run(study: Study, cell: Cell, seed: int, warm_starts: dict[str, Run]) 
     levels = {factor: study.defaults.get(factor) for factor in study.factors} | dict(cell.factors)
     planned = PlannedRun(name, levels, seed, changes, run, warm_start)
     if warm_start is not None:
-        planned.starting_from(warm_start)  # may be impossible too
+        planned.starting_from(warm_start)  # checks that this is possible too
     return planned
 
 
 def _share_warm_start(study: Study, changes: Mapping[str, Any], seed: int, warm_starts: dict[str, Run]) -> str:
-    """Names the warm start of a run, and adds it where no run before had the same one."""
+    """Return the name of a run's warm start, and add it to the others unless an earlier run has the same one."""
     own = {
         name: value
         for name, value in changes.items()
@@ -184,10 +183,15 @@ def _share_warm_start(study: Study, changes: Mapping[str, Any], seed: int, warm_
 
 
 def change_run(run: RunType, changes: Mapping[str, Any], who: str) -> RunType:
-    """The run with other values of some dotted fields, all at once.
+    """Return the run with other values of some dotted fields, all replaced at once.
+
+    Args:
+      run: the run.
+      changes: dotted names of fields, and their values.
+      who: the beginning of error messages.
 
     Raises:
-      ValueError: beginning with `who`, if a field is unknown or the run would be impossible.
+      ValueError: if a field is unknown, or the run would be impossible.
     """
     tree: dict[str, Any] = {}
     for name, value in changes.items():
@@ -216,7 +220,8 @@ def _replaced(config: Any, tree: Mapping[str, Any], prefix: str, who: str) -> An
         elif isinstance(value, dict):
             raise ValueError(f"{who}: {prefix}{name} has no fields of its own, such as {next(iter(value))}")
         elif not _fits(hints[name], value):
-            raise ValueError(f"{who}: {prefix}{name} cannot be {value!r}, it is {_describe(hints[name])}")
+            expected = getattr(hints[name], "__name__", None) or str(hints[name])
+            raise ValueError(f"{who}: {prefix}{name} cannot be {value!r}: it must be of type {expected}")
         else:
             values[name] = value
     try:
@@ -227,7 +232,7 @@ def _replaced(config: Any, tree: Mapping[str, Any], prefix: str, who: str) -> An
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of a hint's type, as far as plain types go; int will do for float, bool not for int."""
+    """Return whether a value is of a hint's type, as far as plain types go; an int is a float, a bool is no number."""
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
         return _fits(typing.get_args(hint)[0], value)
@@ -242,12 +247,8 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, origin or hint) if isinstance(origin or hint, type) else True
 
 
-def _describe(hint: Any) -> str:
-    return getattr(hint, "__name__", None) or str(hint)
-
-
 def declaration(study: Study, plan: Plan) -> dict[str, Any]:
-    """What `study.json` keeps, for the next start to compare with; the base run is kept beside it."""
+    """Return the content of `study.json`, with which the next start is compared; the base run has a file of its own."""
     return {
         "name": study.name,
         "warm_starts": study.warm_starts,
@@ -256,12 +257,12 @@ def declaration(study: Study, plan: Plan) -> dict[str, Any]:
 
 
 def changed_runs(study: Study, plan: Plan, saved_base: Run, saved: Mapping[str, Any]) -> dict[str, Sequence[str]]:
-    """The runs whose name meant another configuration when `declaration` was saved, each with what is different.
+    """Return the runs whose name meant another configuration when `declaration` was saved, each with the differences.
 
     Args:
-      study: as it is now.
-      plan: of it.
-      saved_base: the base run of the declaration.
+      study: the study as it is now.
+      plan: its plan.
+      saved_base: the base run when the declaration was saved.
       saved: the declaration.
     """
     changed: dict[str, Sequence[str]] = {}

@@ -1,14 +1,14 @@
-"""What a study leaves: one row a run, one row a step of each run, as JSON lines that any tool reads.
+"""The table of a study: one row per run and one row per step of each run, as JSON lines that any tool can read.
 
 `runs.jsonl` holds factors, seed, state, scores and times of every run, `steps.jsonl.gz` the metrics of its steps; both
 are enough to draw everything again without the folders of the runs. Both are written whole, so that a crash leaves
-the old table or the new one. This file must never start a run or draw.
+the old table or the new one.
 """
 
 import gzip
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from rspo_jax.records import judge_alarm, read_metrics, replace_file
 
 RUNS_FILE, STEPS_FILE = "runs.jsonl", "steps.jsonl.gz"
 MOST_STEPS = 200
-"""Rows that the table keeps of a run: of a longer one every second step, every third, and so on."""
+"""Most rows of steps that the table keeps of a run, evaluations aside: of a longer run every second, third, … step."""
 LATE_STEPS = 10
+"""Number of last steps over which late means are taken."""
 _DIGITS = 5
 
 Row = dict[str, Any]
@@ -29,21 +30,21 @@ Row = dict[str, Any]
 
 @dataclass
 class Table:
-    """Rows as they are in the files; a number that was not finite is None."""
+    """Rows as they are in the files; None stands for a number that was not finite."""
 
     runs: dict[str, Row]
-    """By the name of the run."""
+    """Row of each run, by its name."""
     steps: dict[str, list[Row]]
-    """By the name of the run; only of runs that are done."""
+    """Rows of the steps of each run that is done, by its name."""
 
     def scores(self, name: str, runs: Iterable[Row]) -> dict[int, float]:
-        """A number of each of the runs that are done and have it, by seed."""
+        """Return a column of those of the runs that are done and have a number in it, by seed."""
         values = {row["seed"]: row.get(name) for row in runs if row["state"] == "done"}
         return {seed: value for seed, value in values.items() if value is not None}
 
 
 def read_table(folder: epath.Path) -> Table:
-    """The table in a folder; an empty one where there is none.
+    """Read the table in a folder; without one, return an empty table.
 
     Raises:
       ValueError: if a file is damaged.
@@ -58,13 +59,13 @@ def read_table(folder: epath.Path) -> Table:
                 table.steps.setdefault(row["run"], []).append(row)
     except (OSError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
-            f"the table in {folder} is damaged ({error}): restore it, or remove it to begin anew"
+            f"the table in {folder} is damaged ({error}): restore it, or remove it to start over"
         ) from error
     return table
 
 
 def with_factors(table: Table, plan: Plan) -> Table:
-    """The table with the levels of factors that the study did not have yet when some of its runs were done."""
+    """Return the table with all factors of the plan, also in rows of runs that are older than some of them."""
     levels = {planned.name: planned.factors for planned in plan.runs}
     runs = {name: row | dict(levels.get(name, {})) for name, row in table.runs.items()}
     steps = {name: [row | dict(levels.get(name, {})) for row in rows] for name, rows in table.steps.items()}
@@ -72,10 +73,10 @@ def with_factors(table: Table, plan: Plan) -> Table:
 
 
 def write_table(folder: epath.Path, table: Table, order: Sequence[str]) -> None:
-    """Writes both files, the runs in this order; those that it does not name are left out."""
+    """Write both files with the runs in this order; runs that it does not name are left out."""
     names = [name for name in order if name in table.runs]
     steps = "".join(_line(row) for name in names for row in table.steps.get(name, []))
-    # Without a time stamp, so that the same rows are the same file.
+    # No time stamp, so that equal rows give equal files.
     replace_file(folder / STEPS_FILE, gzip.compress(steps.encode(), compresslevel=6, mtime=0))
     replace_file(folder / RUNS_FILE, "".join(_line(table.runs[name]) for name in names).encode())
 
@@ -85,16 +86,16 @@ def _line(row: Row) -> str:
 
 
 def run_row(planned: PlannedRun, state: str, **more: Any) -> Row:
-    """The row of a run that is not done."""
+    """Return the row of a run with its factors and its state, and more columns if given."""
     return {"run": planned.name, **planned.factors, "seed": planned.seed, "state": state, **more}
 
 
 def finished_rows(study: Study, planned: PlannedRun, run_dir: epath.Path) -> tuple[Row, list[Row]]:
-    """The row of a finished run, and its rows of steps.
+    """Return the row of a finished run, and the rows of its steps.
 
-    Of the metrics of the first and the last step, all that begin with `eval_` and `test_` go to the row of the run:
-    `start_test_sampled`, `test_sampled`. Beside them the best `eval_sampled` of any step, the mean `solve_rate` of the
-    last 10 steps as `late_solve_rate` (many responses, so a precise number), and where the run collapsed
+    The row has all metrics of the first and the last step that begin with `eval_` and `test_`, as `start_test_sampled`
+    and `test_sampled`. It also has the best `eval_sampled` of any step, the mean `solve_rate` of the last 10 steps as
+    `late_solve_rate` (precise, as it covers many responses), and the step at which the run collapsed
     (`rspo_jax.records.alarm`).
     """
     rows = [row for row in read_metrics(run_dir) if row["phase"] == "rl"]
@@ -118,20 +119,17 @@ def finished_rows(study: Study, planned: PlannedRun, run_dir: epath.Path) -> tup
         "seconds": _rounded(summary["wall_seconds"]),
         "step_seconds": _rounded(float(np.median(seconds))) if seconds else None,
     }
-    return row, [_step_row(study, planned, step) for step in _thinned(rows)]
-
-
-def _thinned(rows: list[Row]) -> list[Row]:
-    """Every n-th step, and all that have an evaluation."""
+    # Every n-th step is kept, and all that have an evaluation.
     stride = -(-len(rows) // MOST_STEPS)
-    return [row for row in rows if row["step"] % stride == 0 or "eval_sampled" in row]
-
-
-def _step_row(study: Study, planned: PlannedRun, step: Mapping[str, Any]) -> Row:
-    kept = {name: _rounded(step[name]) for name in study.metrics if name in step}
-    return {"run": planned.name, **planned.factors, "seed": planned.seed, "step": step["step"], **kept}
+    steps = []
+    for step in rows:
+        if step["step"] % stride == 0 or "eval_sampled" in step:
+            kept = {name: _rounded(step[name]) for name in study.metrics if name in step}
+            base = {"run": planned.name, **planned.factors, "seed": planned.seed, "step": step["step"]}
+            steps.append(base | kept)
+    return row, steps
 
 
 def _rounded(value: float) -> float | None:
-    """To five digits, which is more than a figure shows; None where it is not finite."""
+    """Return the value rounded to five digits, more than a figure shows; None if it is not finite."""
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None

@@ -1,8 +1,8 @@
 """One run in a process of its own: `python -m experiments.ablation.worker FOLDER --cores 0,1`.
 
-Holds itself to its cores, waits until no other process works in the folder, and goes on with the run there. Its
-standard input is a pipe that nothing is ever written to: when it closes, whoever started this process is gone, and it
-saves its state and leaves. This file must never know what a study is.
+The process confines itself to its cores, waits until no other process works in the folder, and continues the run there.
+Its standard input is a pipe that nothing is ever written to: when it closes, the process that started this one is gone,
+and this one saves its state and leaves.
 """
 
 import argparse
@@ -17,7 +17,7 @@ LOCK_FILE = ".lock"
 
 
 def main() -> int:
-    """Returns the exit code of `experiments.train`."""
+    """Run the command; return the exit code of `experiments.train`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--cores", default="")
@@ -25,7 +25,13 @@ def main() -> int:
     if options.cores and hasattr(os, "sched_setaffinity"):
         # Before JAX is imported: XLA makes as many threads as the process may use cores.
         os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
-    threading.Thread(target=_leave_with_parent, name="leave with parent", daemon=True).start()
+
+    def leave_with_parent() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=leave_with_parent, name="leave with parent", daemon=True).start()
     with locked(options.folder):
         return _run(options.folder)
 
@@ -43,22 +49,16 @@ def _run(folder: str) -> int:
     return train.main([name, "--run-dir", folder, "--resume"])
 
 
-def _leave_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 @contextlib.contextmanager
 def locked(folder: str, wait: bool = True) -> Iterator[bool]:
-    """Holds a folder, against other processes that ask; it ends with this process at the latest.
+    """Lock a folder against other processes that ask for it; the lock ends with this process at the latest.
 
     Args:
-      folder: which.
-      wait: until no other process holds it.
+      folder: the folder's path.
+      wait: if true, wait until no other process holds the lock.
 
     Yields:
-      Whether it is held; always true after waiting, and where the system knows no locks.
+      Whether this process holds the lock; always true after waiting, and on systems without locks.
     """
     try:
         import fcntl

@@ -1,1 +1,1 @@
-"""The parts of `python -m experiments.evaluate`: subjects, responses and their folder, estimates, report."""
+"""Parts of `python -m experiments.evaluate`: subjects, responses and their folder, estimates, summary."""

@@ -1,8 +1,8 @@
-"""Draws and judges the responses that an evaluation still lacks, batch after batch.
+"""Drawing and judging of the responses that an evaluation still lacks, batch after batch.
 
-The key of a response depends on seed, problem and sample alone, and the batches on how many of them there are, not on
-which were drawn before: an evaluation that was interrupted ends with the responses of one that was not, bit for bit.
-This file must never know where a model or a task comes from, nor what is counted in the end.
+The key of a response depends only on seed, problem and sample, and the batches only on the numbers of problems and
+samples, not on which responses were drawn before. An interrupted evaluation therefore ends with the same responses as
+one that was not interrupted, bit for bit.
 """
 
 from collections.abc import Callable, Container, Sequence
@@ -19,29 +19,31 @@ from rspo_jax.sharding import fetch, parts_of
 from rspo_jax.types import Array, Samples, Task
 
 Pair = tuple[int, int]
-"""A problem and a sample."""
+"""Index of a problem, and index of a response to it."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How responses are drawn."""
+    """Settings of drawing."""
 
     sampler: SamplerConfig
     samples: int
-    """Responses to each problem."""
+    """Number of responses to each problem."""
     batch: int
-    """Responses at once."""
+    """Number of responses that are drawn at once."""
     seed: int
 
 
 def wanted_pairs(problems: int, samples: int) -> list[Pair]:
-    """All that there is to draw, in the order in which it is drawn: the first sample of every problem first, so that
-    asking for more samples later changes no batch but the last."""
+    """Return all pairs in the order in which they are drawn.
+
+    The first sample of every problem comes first, so that asking for more samples later changes no batch but the last.
+    """
     return [(problem, sample) for sample in range(samples) for problem in range(problems)]
 
 
 def response_keys(seed: int, pairs: Sequence[Pair]) -> Array:
-    """One PRNG key a response: [B]."""
+    """Return one PRNG key per response, [B]."""
     key = jax.random.key(seed)
     problems, samples = (jnp.asarray(column, jnp.int32) for column in zip(*pairs, strict=True))
     return jax.vmap(lambda problem, sample: jax.random.fold_in(jax.random.fold_in(key, problem), sample))(
@@ -50,10 +52,10 @@ def response_keys(seed: int, pairs: Sequence[Pair]) -> Array:
 
 
 class _Batch(NamedTuple):
-    """Responses that the device is still drawing."""
+    """A batch that the device is still drawing."""
 
     pairs: list[Pair]
-    """Of the first rows; the last batch is filled up."""
+    """Pairs of the first rows; the other rows only fill up the last batch."""
     samples: Samples
 
 
@@ -64,14 +66,14 @@ def draw_missing(
     present: Container[Pair],
     keep: Callable[[list[Response]], None],
 ) -> None:
-    """Draws all responses that are not present, and hands them on batch by batch.
+    """Draw all responses that are not present, and hand them on batch by batch.
 
     Args:
-      subject: who answers, with the mesh in use that its parameters are on.
-      problems: all that are asked for.
-      drawing: how.
-      present: pairs of problem and sample that were drawn before, with the same settings. A batch of which some are
-        missing is drawn again as a whole, so that every row has the neighbours that it had.
+      subject: the model and its task; its parameters are on the mesh in use.
+      problems: all problems of the evaluation.
+      drawing: settings.
+      present: pairs that were drawn before with the same settings. A batch of which some are missing is drawn again as
+        a whole, so that every row has the same neighbours as before.
       keep: called with the new responses of a batch, while the device draws the next one.
     """
     width = usable_problems(subject.task, problems).width
@@ -82,25 +84,20 @@ def draw_missing(
         own = pairs[start : start + rows]
         if all(pair in present for pair in own):
             continue
-        # Filled up with copies, so that one shape is compiled, and the longest response stays the longest.
-        samples = _start(subject, problems, drawing, own + [own[-1]] * (rows - len(own)), width)
+        # Filled up with copies, so that only one shape is compiled and no response is longer than the batch's own.
+        filled = own + [own[-1]] * (rows - len(own))
+        prompts = encode_prompts(subject.task, [problems[problem] for problem, _ in filled], width)
+        keys, tokenizer = response_keys(drawing.seed, filled), subject.task.tokenizer
+        (samples,) = sample_in_chunks(subject.policy, subject.params, prompts, keys, drawing.sampler, tokenizer, 1)
         if waiting is not None:
-            keep(_finish(subject, problems, waiting, present))
+            keep(_judge_batch(subject, problems, waiting, present))
         waiting = _Batch(own, samples)
     if waiting is not None:
-        keep(_finish(subject, problems, waiting, present))
+        keep(_judge_batch(subject, problems, waiting, present))
 
 
-def _start(subject: Subject, problems: Sequence[Any], drawing: Drawing, pairs: list[Pair], width: int) -> Samples:
-    prompts = encode_prompts(subject.task, [problems[problem] for problem, _ in pairs], width)
-    keys = response_keys(drawing.seed, pairs)
-    tokenizer = subject.task.tokenizer
-    (samples,) = sample_in_chunks(subject.policy, subject.params, prompts, keys, drawing.sampler, tokenizer, 1)
-    return samples
-
-
-def _finish(subject: Subject, problems: Sequence[Any], batch: _Batch, present: Container[Pair]) -> list[Response]:
-    """Waits for a batch and judges it; the responses in it that are not present yet."""
+def _judge_batch(subject: Subject, problems: Sequence[Any], batch: _Batch, present: Container[Pair]) -> list[Response]:
+    """Wait for a batch and judge it; return its responses that are not present yet."""
     asked = [problems[problem] for problem, _ in batch.pairs]
     judged = judge(subject.task, asked, [batch.samples])
     lengths = fetch(batch.samples.mask).sum(axis=1)
@@ -122,7 +119,7 @@ def _finish(subject: Subject, problems: Sequence[Any], batch: _Batch, present: C
 
 
 def _answers(task: Task, problems: list[Any], judged: Judged) -> list[str | None]:
-    """What each response votes for; one that was cut off does not."""
+    """Return the answer that each response votes for; a response that was cut off does not vote."""
     answers: list[str | None] = [None] * len(problems)
     if isinstance(task, Votes):
         ended = [row for row in range(len(problems)) if not judged.truncated[row]]

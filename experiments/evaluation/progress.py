@@ -1,7 +1,4 @@
-"""How an evaluation is going, and how fast: a line that is kept up to date on a terminal, and plain lines elsewhere.
-
-This file must never know how responses are drawn.
-"""
+"""Progress and speed of an evaluation: one line that is updated on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -14,29 +11,29 @@ import rich.text
 
 from experiments.evaluation.responses import Response
 
-_REPORTS = 20
+_REPORTS = 20  # lines that an output other than a terminal gets, about
 
 
 class Throughput(NamedTuple):
-    """How fast responses were drawn and judged."""
+    """Speed of drawing and judging responses."""
 
     responses_per_second: float
     tokens_per_second: float
-    """Of responses; those of prompts are not counted."""
+    """Tokens of responses; those of prompts are not counted."""
     compilation_included: bool
-    """Whether there was but one batch: of several, the first is left out, as it is mostly compilation."""
+    """True if there was only one batch; the first of several is left out, as it is mostly compilation."""
 
 
 class _Mark(NamedTuple):
-    """What was drawn up to a moment."""
+    """Numbers of responses and tokens drawn up to a moment."""
 
     seconds: float
     responses: int
     tokens: int
 
 
-class Progress:
-    """Shows and measures. A context manager."""
+class EvaluationProgress:
+    """A context manager that shows and measures the progress of an evaluation."""
 
     def __init__(
         self,
@@ -45,13 +42,13 @@ class Progress:
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepares the display; entering the context shows it and starts the clock.
+        """Prepare the display; entering the context shows it and starts the clock.
 
         Args:
-          total: responses asked for.
-          present: those of them that are there already.
-          console: where to print; standard output by default.
-          clock: the time in seconds, from any origin.
+          total: number of responses that the evaluation consists of.
+          present: responses that were drawn before.
+          console: the console to print to; standard output by default.
+          clock: returns the time in seconds, from any origin.
         """
         self._total, self._clock = total, clock
         self._done, self._right = len(present), sum(response.correct for response in present)
@@ -75,7 +72,7 @@ class Progress:
             self._live.stop()
 
     def update(self, responses: Sequence[Response]) -> None:
-        """Counts a batch that is done."""
+        """Count a batch that is done."""
         last, before = self._marks[-1], self._done
         tokens = sum(response.tokens for response in responses)
         self._marks.append(_Mark(self._clock(), last.responses + len(responses), last.tokens + tokens))
@@ -88,7 +85,7 @@ class Progress:
 
     @property
     def throughput(self) -> Throughput | None:
-        """Of what was drawn since the start; None before the first batch is done."""
+        """The speed since the start; None before the first batch is done."""
         if len(self._marks) < 2:
             return None
         first, last = self._marks[1 if len(self._marks) > 2 else 0], self._marks[-1]
@@ -102,15 +99,15 @@ class Progress:
             parts.append(f"{self._right / self._done:.1%} right")
         if throughput := self.throughput:
             parts += _rates(throughput)
-            if throughput.compilation_included:  # which says nothing about the time left
+            if throughput.compilation_included:  # too slow to estimate the time left
                 return rich.text.Text(", ".join(parts))
             seconds = round((self._total - self._done) / max(throughput.responses_per_second, 1e-9))
             parts.append(f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left")
         return rich.text.Text(", ".join(parts))
 
 
-def describe(drawn: int, throughput: Throughput | None) -> str:
-    """One line at the end: how many responses were drawn since the start, and how fast."""
+def describe_throughput(drawn: int, throughput: Throughput | None) -> str:
+    """Return the last line of an evaluation: the number of responses drawn since the start, and the speed."""
     if throughput is None:
         return "all responses were there already"
     compilation = ", compilation included" if throughput.compilation_included else ""
@@ -125,13 +122,14 @@ def _rates(throughput: Throughput) -> tuple[str, str]:
 
 
 def print_plain(console: rich.console.Console, text: str) -> None:
-    """Prints text as it is, without markup, colours or line breaks of its own; an output that cannot show a character
-    gets a question mark."""
+    """Print text as it is, without markup, colours or added line breaks.
+
+    Characters that the output cannot encode become question marks.
+    """
     encodable = text.encode(console.encoding, errors="replace").decode(console.encoding)
     console.print(rich.text.Text(encodable), soft_wrap=True)
 
 
 def make_console() -> rich.console.Console:
-    """Standard output; colours may be forced where there is no terminal, where a line that redraws itself would fill
-    the log."""
+    """Return a console on standard output that redraws lines only on a terminal, even if colours are forced."""
     return rich.console.Console(force_interactive=None if sys.stdout.isatty() else False)

@@ -1,8 +1,7 @@
-"""The folder of an evaluation: its settings, one line a response as they come, and the summary at the end.
+"""The folder of an evaluation: its settings, one line per response as they come, and the summary at the end.
 
-`settings.json` says what was asked, `responses.jsonl` has a JSON object a response, `summary.json` what came of them.
-An evaluation that is interrupted loses the responses that were still being drawn, and no others. This file must never
-know how a response is drawn or judged.
+`settings.json` holds the settings, `responses.jsonl` one JSON object per response, `summary.json` the estimates. An
+interrupted evaluation loses only the responses that were still being drawn.
 """
 
 import contextlib
@@ -15,6 +14,7 @@ from typing import Any, Self
 
 from etils import epath
 
+from experiments.config import flatten
 from rspo_jax.records import GrowingFiles, is_bucket, replace_file, write_json
 
 SETTINGS_FILE, RESPONSES_FILE, SUMMARY_FILE = "settings.json", "responses.jsonl", "summary.json"
@@ -27,44 +27,45 @@ class Response:
     """One line of `responses.jsonl`."""
 
     problem: int
-    """Index in the split."""
+    """Index of the problem in its split."""
     sample: int
-    """Which of the responses to that problem, from 0."""
+    """Index of the response among those to the problem."""
     reward: float
     correct: bool
     truncated: bool
-    """Cut off before its stop token; then it is not right, whatever it says."""
+    """True if the response was cut off before its stop token; it then counts as wrong, whatever it says."""
     tokens: int
-    """The stop token included."""
+    """Number of tokens, including the stop token."""
     answer: str | None
-    """What it votes for; None for a task without votes, or a response without an answer."""
+    """The answer that the response votes for; None for a task without votes, or a response without an answer."""
     text: str
 
 
 class ResponseFolder:
-    """Keeps responses in a folder, or at an address in a bucket, and knows those that are there. A context manager."""
+    """A context manager that keeps responses in a folder, or at an address in a bucket."""
 
     def __init__(self, path: epath.Path, settings: Mapping[str, Any]) -> None:
-        """Opens the folder, which is made if there is none; nothing of it is changed where this raises.
+        """Open the folder, which is made if it does not exist; if this raises, nothing in it is changed.
 
         Args:
           path: the folder.
-          settings: all that decides what a response is, as JSON has it. How many responses are wanted is none of it:
-            more may be asked for later.
+          settings: everything that determines a response, in types that JSON has. The number of responses is not part
+            of it: more may be asked for later.
 
         Raises:
-          ValueError: if the folder holds an evaluation with other settings, or anything else; or a line of its
-            responses is damaged, except for a last one that was cut while being written, which is dropped.
+          ValueError: if the folder holds an evaluation with other settings, or anything else; or if a line of its
+            responses is damaged, except for a last line that was cut while being written, which is dropped.
         """
         self.path, self.settings = path, dict(settings)
         _check_settings(path, settings)
         self.responses: dict[tuple[int, int], Response] = {}
-        """By problem and sample."""
-        lines, cut = _read_lines(path / RESPONSES_FILE)
+        """The responses in the folder, by problem and sample."""
+        content = (path / RESPONSES_FILE).read_bytes() if (path / RESPONSES_FILE).exists() else b""
+        *lines, cut = content.split(b"\n")
         for number, line in enumerate(lines, start=1):
             response = _parse(line, f"{path / RESPONSES_FILE}, line {number}")
             self.responses.setdefault((response.problem, response.sample), response)
-        if not is_bucket(path):  # which has no folders
+        if not is_bucket(path):  # buckets have no folders
             path.mkdir(parents=True, exist_ok=True)
         if not (path / SETTINGS_FILE).exists():
             write_json(path / SETTINGS_FILE, settings)
@@ -85,7 +86,7 @@ class ResponseFolder:
         self.close()
 
     def append(self, responses: Sequence[Response]) -> None:
-        """Keeps responses that are not there yet; a kill after this does not lose them."""
+        """Write responses that are not there yet; a kill after this does not lose them."""
         for response in responses:
             place = response.problem, response.sample
             if place in self.responses:
@@ -96,30 +97,31 @@ class ResponseFolder:
         self._files.copy_soon()
 
     def read_summary(self) -> dict[str, Any]:
-        """What an earlier `write_summary` wrote; empty if there was none."""
+        """Return what an earlier `write_summary` wrote; empty if there was none."""
         path = self.path / SUMMARY_FILE
         return json.loads(path.read_text()) if path.exists() else {}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Writes `summary.json`, whole or not at all, once all responses are where they belong."""
+        """Write `summary.json`, whole or not at all, once all responses are in the folder."""
         self._files.copy()
         write_json(self.path / SUMMARY_FILE, summary)
 
     def close(self) -> None:
-        """A second call does nothing."""
+        """Close the files; a second call does nothing."""
         self._open_files.close()
 
 
 def _check_settings(path: epath.Path, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the folder is empty, or holds an evaluation with these settings."""
     if not (path / SETTINGS_FILE).exists():
         if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise ValueError(f"{path} is not empty and holds no evaluation: choose another --output")
         return
     try:
-        stored = _flat(json.loads((path / SETTINGS_FILE).read_text()))
+        stored = flatten(json.loads((path / SETTINGS_FILE).read_text()))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path / SETTINGS_FILE} is damaged: {error}; choose another --output") from error
-    given = _flat(json.loads(json.dumps(settings)))
+    given = flatten(json.loads(json.dumps(settings)))
     changes = [
         f"{name}: {stored.get(name)} -> {given.get(name)}"
         for name in sorted(stored.keys() | given.keys())
@@ -130,21 +132,6 @@ def _check_settings(path: epath.Path, settings: Mapping[str, Any]) -> None:
             f"{path} holds an evaluation with other settings ({'; '.join(changes[:3])}"
             f"{'; …' if len(changes) > 3 else ''}): choose another --output"
         )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _read_lines(path: epath.Path) -> tuple[list[bytes], bool]:
-    """The whole lines of a file, and whether there is a part of one after them."""
-    content = path.read_bytes() if path.exists() else b""
-    *lines, rest = content.split(b"\n")
-    return lines, bool(rest)
 
 
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -160,6 +147,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def _parse(line: bytes, where: str) -> Response:
+    """Read a line; `where` names it in error messages."""
     try:
         values = json.loads(line)
     except ValueError:

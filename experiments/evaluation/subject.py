@@ -1,7 +1,6 @@
-"""What is evaluated: a model with its parameters on the mesh, and the task that it answers.
+"""The subject of an evaluation: a model with its parameters on the mesh, and the task that it answers.
 
-Whatever the model comes from, the rest of an evaluation sees a `Subject` and nothing else. This file must never know
-how responses are drawn or counted.
+The rest of an evaluation sees only a `Subject`, whether the model comes from a run or from a Hugging Face folder.
 """
 
 import dataclasses
@@ -30,11 +29,11 @@ from rspo_jax.types import Params, Policy, Task
 
 @runtime_checkable
 class Votes(Protocol):
-    """What a task offers besides `rspo_jax.types.Task` if its answers can be put to a vote (maj@k)."""
+    """A task whose answers can be put to a vote (maj@k), besides being a `rspo_jax.types.Task`."""
 
     def answers(self, problems: Sequence[Any], responses: Sequence[str]) -> list[str | None]:
-        """The answer that each response gives, so written that answers which mean the same are equal; None where a
-        response gives none."""
+        """Return the answer of each response, in a form in which answers of the same meaning are equal; None if a
+        response gives no answer."""
         ...
 
 
@@ -55,29 +54,29 @@ FOLDER_TASKS: dict[str, Callable[[str, "Source", HuggingFaceTokenizer], Task]] =
     **dict.fromkeys(SETS, _math_task),
     "code": _code_task,
 }
-"""What a model of a Hugging Face folder can be asked to solve."""
+"""Tasks for a model from a Hugging Face folder: name -> function that makes the task."""
 DEFAULT_MAX_NEW_TOKENS = 3072
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the model is, and what it is to solve."""
+    """The model to evaluate, and the task to solve."""
 
     run_dir: Annotated[Place | None, tyro.conf.Positional] = None
-    """The folder of a run, or its address in a bucket. It knows its task, and its newest checkpoint is taken."""
+    """The folder of a run, or its address in a bucket. The task is the run's, and the newest checkpoint is used."""
     model: Path | None = None
     """Instead of a run: a Hugging Face folder with config.json, *.safetensors and a tokenizer."""
     task: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(FOLDER_TASKS) + "}")] = None
-    """What the model is to solve."""
+    """The task that the model is to solve."""
     problems: str | None = None
-    """The file of the problems, a JSON object a line. Only gsm8k can do without, through TensorFlow Datasets."""
+    """The file of the problems, with a JSON object per line. Only gsm8k works without, through TensorFlow Datasets."""
     chat: ChatConfig = ChatConfig()
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the model's activations and parameters; what the folder's weights are in when absent."""
+    """Type of the model's activations and parameters; that of the folder's weights by default."""
     max_prompt_tokens: int | None = None
-    """Problems of --task with longer prompts are left out and counted."""
+    """Longest prompt in tokens. Problems of --task with longer prompts are left out and counted."""
     run_untrusted_code: bool = False
-    """For the task code: read docs/code_rewards.md first."""
+    """Allow the task code to run the responses: read docs/code_rewards.md first."""
 
     def __post_init__(self) -> None:
         if self.run_dir is not None and self.model is None and self.task is None:
@@ -94,26 +93,30 @@ class Subject:
     """A model and its task."""
 
     title: str
-    """Names both, for a reader."""
+    """Name of model and task for a reader."""
     identity: dict[str, Any]
-    """The same for two subjects only if they draw the same responses; as JSON has it."""
+    """Equal for two subjects only if they draw the same responses; in types that JSON has."""
     policy: Policy
     params: Params
-    """As the sampler wants them, on the mesh in use."""
+    """Parameters in the form that the sampler needs, on the mesh in use."""
     task: Task
     max_new_tokens: int
-    """Where nothing else is asked for."""
+    """Longest response in tokens unless the flags set one."""
     max_prompt_tokens: int | None
-    """Problems with longer prompts are left out."""
+    """Longest prompt in tokens; problems with longer prompts are left out."""
     home: epath.Path
-    """Its evaluations go into folders in here."""
+    """The folder that holds the folders of its evaluations."""
 
 
 def open_subject(source: Source, mesh: MeshConfig) -> Subject:
-    """Loads what is named, for the mesh in use (`jax.set_mesh`), which is made from `mesh`.
+    """Load a model and its task, for the mesh in use (`jax.set_mesh`).
+
+    Args:
+      source: the model and the task.
+      mesh: the configuration from which the mesh in use was made.
 
     Raises:
-      ValueError: if what is named is not there, or does not fit the mesh.
+      ValueError: if the source does not exist, or does not fit the mesh.
       CheckpointError: if all checkpoints of a run are damaged.
     """
     return _open_folder(source, mesh) if source.run_dir is None else _open_run(source.run_dir, mesh)
@@ -126,9 +129,14 @@ def _open_run(run_dir: epath.Path, mesh: MeshConfig) -> Subject:
     policy = models.Transformer(model)
     init_params, regularizers = functools.partial(models.init_params, model), run.learner().regularizers
     restored = restore_params(policy, init_params, config, run_dir, regularizers.needs_reference)
+    address = os.fspath(run_dir)
     return Subject(
         title=f"{run_dir}, step {restored.step}",
-        identity={"run": _absolute(run_dir), "checkpoint": restored.index, "task_name": name},
+        identity={
+            "run": address if "://" in address else os.path.realpath(address),
+            "checkpoint": restored.index,
+            "task_name": name,
+        },
         policy=policy,
         params=sampling_params(policy, restored.params, config),
         task=run.build_task(),
@@ -146,6 +154,9 @@ def _open_folder(source: Source, mesh: MeshConfig) -> Subject:
     tokenizer.check_model(config.vocab_size)
     config, params = models.load_hf(source.model, config.dtype, config.dtype, rules=mesh.sampling_rules)
     files = sorted(source.model.glob("*.safetensors"))
+    # The longest response that the folder's authors generate, if they name one.
+    path = source.model / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.is_file() else {}
     return Subject(
         title=f"{source.model}, {source.task}",
         identity={
@@ -157,19 +168,7 @@ def _open_folder(source: Source, mesh: MeshConfig) -> Subject:
         policy=models.Transformer(config),
         params=params,
         task=task,
-        max_new_tokens=_max_new_tokens(source.model),
+        max_new_tokens=generation.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS,
         max_prompt_tokens=source.max_prompt_tokens,
         home=epath.Path("evaluations") / f"{source.model.resolve().name}-{source.task}",
     )
-
-
-def _max_new_tokens(folder: Path) -> int:
-    """What the folder's authors generate at most, if they say so."""
-    path = folder / "generation_config.json"
-    said = json.loads(path.read_text()) if path.is_file() else {}
-    return said.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS
-
-
-def _absolute(path: epath.Path) -> str:
-    text = os.fspath(path)
-    return text if "://" in text else os.path.realpath(text)

@@ -1,7 +1,4 @@
-"""What is said of an evaluation's responses: estimates with intervals, as JSON and as a table.
-
-This file must never know how a response was drawn.
-"""
+"""The summary of an evaluation's responses: estimates with intervals, as JSON and as a table."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,28 +9,29 @@ import rich.table
 from experiments.evaluation.estimates import avg_at_k, bootstrap_intervals, majority_at_k, pass_at_k
 from experiments.evaluation.responses import Response
 
-_LONGEST_SHOWN = 400
+_LONGEST_SHOWN = 400  # characters of a prompt, and of a response
 
 
-def summarize(
+def summarize_responses(
     responses: Mapping[tuple[int, int], Response], problems: int, samples: int, votes: bool
 ) -> dict[str, Any]:
-    """Estimates, each with the bounds of its 95 % bootstrap interval over problems, and lengths of responses.
+    """Return estimates with their 95 % bootstrap intervals over problems, and lengths of responses.
 
     Args:
-      responses: by problem and sample; at least `samples` of each problem, of which the first are looked at.
-      problems: how many problems there are.
-      samples: how many responses to each are counted.
-      votes: whether the answers can be put to a vote.
+      responses: responses by problem and sample, at least `samples` to each problem.
+      problems: number of problems.
+      samples: number of responses to each problem that count; the first ones do.
+      votes: if true, the answers can be put to a vote.
 
     Returns:
-      What JSON can hold; the same for the same responses, however they came about.
+      A dict for JSON, which depends on the responses alone.
     """
     table = [[responses[problem, sample] for sample in range(samples)] for problem in range(problems)]
     correct = np.array([[response.correct for response in row] for row in table])
     tokens = np.array([[response.tokens for response in row] for row in table], np.float64)
     values = {"pass@1": avg_at_k(correct), f"avg@{samples}": avg_at_k(correct)}
-    counts = [k for k in _counts(samples) if k > 1]
+    # Estimates of k samples are made for the powers of two up to their number, and for that number.
+    counts = sorted({2**power for power in range(1, samples.bit_length())} | ({samples} - {1}))
     values |= {f"pass@{k}": pass_at_k(correct, k) for k in counts}
     if votes:
         answers = [[response.answer for response in row] for row in table]
@@ -60,17 +58,13 @@ def summarize(
     }
 
 
-def _counts(samples: int) -> list[int]:
-    """The powers of two up to the number of samples, and that number."""
-    return sorted({2**power for power in range(samples.bit_length())} | {samples})
-
-
 def _mean(table: list[list[Response]], value: Callable[[Response], float]) -> np.ndarray:
+    """Return the mean of a value over the responses to each problem, float64 [problems]."""
     return np.array([[value(response) for response in row] for row in table], np.float64).mean(axis=1)
 
 
 def make_table(summary: Mapping[str, Any]) -> rich.table.Table:
-    """The estimates of `summarize`, a line each."""
+    """Return the estimates of `summarize_responses` as a table, one line each."""
     table = rich.table.Table()
     for column in ("", "estimate", "95 % interval"):
         table.add_column(column, justify="left" if column == "" else "right")
@@ -79,22 +73,19 @@ def make_table(summary: Mapping[str, Any]) -> rich.table.Table:
     shown[f"pass@1 = {avg}"] = shown.pop("pass@1")
     del shown[avg]
     for name in sorted(shown, key=lambda name: name != f"pass@1 = {avg}"):
-        table.add_row(*_cells(name, shown[name]))
+        value, low, high = (shown[name][entry] for entry in ("value", "low", "high"))
+        if name == "reward":
+            table.add_row(name, f"{value:.3f}", f"{low:.3f} to {high:.3f}")
+        elif name == "response_tokens":
+            table.add_row("tokens of a response", f"{value:,.1f}", f"{low:,.1f} to {high:,.1f}")
+        else:
+            words = {"truncated": "cut off"}.get(name, name)
+            table.add_row(words, f"{100 * value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %")
     return table
 
 
-def _cells(name: str, estimate: Mapping[str, float]) -> tuple[str, str, str]:
-    value, low, high = estimate["value"], estimate["low"], estimate["high"]
-    if name == "reward":
-        return name, f"{value:.3f}", f"{low:.3f} to {high:.3f}"
-    if name == "response_tokens":
-        return "tokens of a response", f"{value:,.1f}", f"{low:,.1f} to {high:,.1f}"
-    words = {"truncated": "cut off"}.get(name, name)
-    return words, f"{100 * value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
 def describe_lengths(lengths: Mapping[str, Any]) -> str:
-    """One line under the table."""
+    """Return the line about lengths of responses under the table."""
     parts = [f"median {lengths['median']:,.0f}", f"longest {lengths['longest']:,.0f}"]
     for name in ("right", "wrong"):
         mean = lengths[f"mean_if_{name}"]
@@ -103,7 +94,7 @@ def describe_lengths(lengths: Mapping[str, Any]) -> str:
 
 
 def show_response(prompt: str, response: Response) -> str:
-    """A prompt with a response and the verdict; of long ones, how the prompt begins and how the response ends."""
+    """Return a prompt with a response and the verdict; long prompts lose their end, long responses their beginning."""
     begin = prompt if len(prompt) <= _LONGEST_SHOWN else f"{prompt[:_LONGEST_SHOWN]} [...]"
     text = response.text or "(nothing)"
     end = text if len(text) <= _LONGEST_SHOWN else f"[...] {text[-_LONGEST_SHOWN:]}"

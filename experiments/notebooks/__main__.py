@@ -1,8 +1,8 @@
-"""`python -m experiments.notebooks`: runs the notebooks top to bottom and keeps what they show.
+"""`python -m experiments.notebooks`: runs the notebooks top to bottom and keeps their outputs.
 
-A notebook is its own source: edit it, run this, and look at its outputs. They are cleaned of whatever changes from run
-to run or tells of the machine, and stamped with the code that they came from, so that stale ones are noticed. This file
-must never know what a notebook is about.
+A notebook is its own source: edit it, run this command, and check its outputs. They are cleaned of whatever changes
+from run to run or reveals the machine, and stamped with a digest of the code that they came from, so that stale outputs
+are noticed.
 """
 
 import base64
@@ -23,40 +23,50 @@ import tyro
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
+from experiments.errors import complain
+
 FOLDER = Path(__file__).parent
-FAILED, MISTAKE = 1, 2
-"""Exit codes: a cell raised an error; the user has something to mend."""
+FAILED = 1
+"""Exit code: a cell raised an error, or an output is not allowed."""
 STAMP = "rspo_jax"
-"""The entry of a notebook's metadata that says which code its outputs came from."""
-COLOURS = 256
-"""Of a picture, the most that a palette holds."""
-_SECONDS_A_CELL = 1200
+"""The entry of a notebook's metadata with the digest of the code that its outputs came from."""
+PALETTE_SIZE = 256
+"""Number of colours of a picture, the most that a palette holds."""
+_CELL_TIMEOUT = 1200  # seconds
 _MACHINE_PATH = re.compile(r"(?<![\w./:])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|content)/[\w.-]+")
 
 
 @dataclass(frozen=True)
-class Options:
+class NotebookOptions:
     """Run notebooks and keep their outputs."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Files in experiments/notebooks without .ipynb; all of them when absent."""
+    """Files in experiments/notebooks without .ipynb; all of them by default."""
     out: Path | None = None
-    """The folder to write to; the notebooks themselves are written anew when absent."""
+    """The folder to write to; by default the notebooks are overwritten."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or one of those above."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.notebooks")
+    """Run the command; return its exit code: 0, `FAILED` or `MISTAKE`."""
+    options = tyro.cli(NotebookOptions, args=arguments, prog="python -m experiments.notebooks")
     known = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
     for name in options.names:
         if name not in known:
-            print(f"error: there is no notebook {name!r}; there are {', '.join(known)}", file=sys.stderr)
-            return MISTAKE
+            return complain(f"there is no notebook {name!r}; there are {', '.join(known)}")
     for name in options.names or known:
         started = time.monotonic()
         notebook = nbformat.read(known[name], as_version=4)
         try:
-            execute(notebook)
+            # All cells run in a new process and an empty folder.
+            with tempfile.TemporaryDirectory() as folder:
+                nbclient.NotebookClient(
+                    notebook,
+                    timeout=_CELL_TIMEOUT,
+                    kernel_name="python3",
+                    record_timing=False,
+                    coalesce_streams=True,
+                    resources={"metadata": {"path": folder}},
+                ).execute()
             clean(notebook)
         except (CellExecutionError, ValueError) as error:
             print(f"error: {name}: {error}", file=sys.stderr)
@@ -68,26 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def execute(notebook: nbformat.NotebookNode) -> None:
-    """Runs all cells in a new process and an empty folder, and takes over their outputs.
-
-    Raises:
-      CellExecutionError: with the cell and its error.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        client = nbclient.NotebookClient(
-            notebook,
-            timeout=_SECONDS_A_CELL,
-            kernel_name="python3",
-            record_timing=False,
-            coalesce_streams=True,
-            resources={"metadata": {"path": folder}},
-        )
-        client.execute()
-
-
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Leaves of an executed notebook what a reader sees, and stamps it.
+    """Reduce an executed notebook to what a reader sees, and stamp it.
 
     Raises:
       ValueError: if an output holds a warning, an error, or a path of this machine.
@@ -108,27 +100,27 @@ def clean(notebook: nbformat.NotebookNode) -> None:
             if "image/png" in data:
                 picture = compact(base64.b64decode(data["image/png"]))
                 data["image/png"] = base64.b64encode(picture).decode()
-    found = complaints(notebook)
+    found = faults(notebook)
     if found:
         raise ValueError(found[0])
 
 
 def digest(notebook: nbformat.NotebookNode) -> str:
-    """Of all code, in order."""
+    """Return the SHA-256 of all code, in order."""
     sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
 def compact(picture: bytes) -> bytes:
-    """The same PNG in few colours and without metadata, half its size or less."""
-    image = Image.open(io.BytesIO(picture)).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    """Return a PNG in few colours and without metadata, at half its size or less."""
+    image = Image.open(io.BytesIO(picture)).convert("RGB").quantize(PALETTE_SIZE, dither=Image.Dither.NONE)
     small = io.BytesIO()
     image.save(small, "PNG", optimize=True)
     return small.getvalue()
 
 
-def complaints(notebook: nbformat.NotebookNode) -> list[str]:
-    """What the outputs of a notebook must not hold, a sentence each."""
+def faults(notebook: nbformat.NotebookNode) -> list[str]:
+    """Return a sentence for each thing in a notebook's outputs that they must not hold."""
     found = []
     if notebook.metadata.get(STAMP, {}).get("outputs_of") != digest(notebook):
         found.append("the outputs are not those of the code: run python -m experiments.notebooks")

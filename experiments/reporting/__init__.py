@@ -1,1 +1,1 @@
-"""Reports on runs: what the commands `report` and `compare` show, and how a panel is drawn."""
+"""Everything that draws runs: training curves, the reports of `report` and `compare`, and the figures of studies."""

@@ -1,7 +1,4 @@
-"""Pictures of arrays over the steps of a run: layers or bins upwards, steps to the right.
-
-This file must never know what an array means.
-"""
+"""Heat maps of arrays over the steps of a run: layers or bins upwards, steps to the right."""
 
 from collections.abc import Sequence
 
@@ -13,65 +10,60 @@ from matplotlib.colors import LogNorm, Normalize
 from experiments.reporting.curves import GREY, INK
 from experiments.reporting.record import Series
 
-_COLOURS = "viridis"  # even steps for all eyes, and readable in grey
+_COLOUR_MAP = "viridis"  # perceptually uniform, and readable in grey
 
 
 def draw_by_layer(axes: Axes, series: Series, low: float | None = None, high: float | None = None) -> None:
-    """A heat map of [steps, layers]; unless given, the colours end at the values' own ends."""
+    """Draw a heat map of [steps, layers]; the colours span the values unless their ends are given."""
     values = np.where(np.isfinite(series.values), series.values, np.nan)
     finite = values[np.isfinite(values)]
     low = low if low is not None else float(finite.min()) if finite.size else 0.0
     high = high if high is not None else float(finite.max()) if finite.size else 1.0
-    _draw(axes, Series(series.steps, values), Normalize(low, max(high, low + 1e-9)))
+    _draw_columns(axes, Series(series.steps, values), Normalize(low, max(high, low + 1e-9)))
     axes.set_ylabel("layer", color=INK)
     axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
 def draw_histogram(axes: Axes, counts: Series, edges: Sequence[float], quantiles: Series | None, unit: str) -> None:
-    """A heat map of the shares of [steps, bins], with lines for quantiles [steps, n] where there are any.
+    """Draw a heat map of the shares of bins, with lines for quantiles if there are any.
 
     Args:
-      axes: to draw on.
-      counts: of the bins, one more than edges.
-      edges: in rising order.
-      quantiles: in the unit of the edges.
-      unit: what the values are.
+      axes: the panel.
+      counts: counts of the bins, [steps, bins]; one bin more than edges.
+      edges: edges between bins, in rising order.
+      quantiles: quantiles in the unit of the edges, [steps, quantiles].
+      unit: label of the values.
     """
     totals = counts.values.sum(axis=1, keepdims=True)
     shares = np.divide(counts.values, totals, out=np.full(counts.values.shape, np.nan), where=totals > 0)
-    _draw(axes, Series(counts.steps, np.where(shares > 0, shares, np.nan)), LogNorm(1e-4, 1.0))
+    _draw_columns(axes, Series(counts.steps, np.where(shares > 0, shares, np.nan)), LogNorm(1e-4, 1.0))
     axes.set_facecolor("#20113b")  # below the scale's end
     places = np.arange(len(edges)) + 0.5
     if quantiles is not None:
-        for index, width in zip(range(quantiles.values.shape[1]), _widths(quantiles.values.shape[1]), strict=True):
+        count = quantiles.values.shape[1]
+        for index in range(count):
             line = np.interp(quantiles.values[:, index], edges, places)
+            width = 1.6 if index == count // 2 else 0.7  # the line in the middle is the boldest
             axes.plot(quantiles.steps, line, color="#FEFEFE", linewidth=width, alpha=0.9)
     axes.set_ylim(-0.5, len(edges) + 0.5)
+    # Ticks stand at powers of ten; bins to both sides of 0 have the small ones too close to it.
     two_sided = edges[0] < 0
-    shown = [at for at, edge in enumerate(edges) if _is_power_of_ten(abs(edge), 1e-3 if two_sided else 0.0)]
+    powers = np.log10(np.abs(edges))
+    is_power = np.isclose(powers, np.rint(powers), atol=1e-3)
+    shown = [at for at, edge in enumerate(edges) if is_power[at] and abs(edge) >= (1e-3 if two_sided else 0.0)]
     ticks = {places[at]: f"{edges[at]:g}" for at in shown} | ({len(edges) / 2: "0"} if two_sided else {})
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.set_ylabel(unit, color=INK)
 
 
-def _is_power_of_ten(value: float, least: float) -> bool:
-    power = np.log10(value)
-    return value >= least and bool(np.isclose(power, np.rint(power), atol=1e-3))
-
-
-def _widths(count: int) -> list[float]:
-    """The line in the middle is the boldest."""
-    return [1.6 if index == count // 2 else 0.7 for index in range(count)]
-
-
 def draw_load(axes: Axes, load: np.ndarray) -> None:
-    """The load of every expert of every layer, [L, E], as times the mean."""
+    """Draw the load of every expert of every layer, [L, E], relative to the mean."""
     relative = load * load.shape[1]
     image = axes.imshow(
         relative,
         aspect="auto",
         origin="lower",
-        cmap=_COLOURS,
+        cmap=_COLOUR_MAP,
         norm=Normalize(0, max(2.0, float(np.nanmax(relative, initial=0.0)))),
         interpolation="nearest",
     )
@@ -81,8 +73,8 @@ def draw_load(axes: Axes, load: np.ndarray) -> None:
         axis.set_major_locator(ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
 
 
-def _draw(axes: Axes, series: Series, norm: Normalize) -> None:
-    """Columns at their steps; steps without a record stay empty."""
+def _draw_columns(axes: Axes, series: Series, norm: Normalize) -> None:
+    """Draw [steps, rows] with each column at its step; steps without a record stay empty."""
     gaps = np.diff(series.steps)
     pace = int(np.gcd.reduce(gaps)) if gaps.size else 1
     first, last = int(series.steps[0]), int(series.steps[-1])
@@ -90,7 +82,7 @@ def _draw(axes: Axes, series: Series, norm: Normalize) -> None:
     columns[(series.steps - first) // pace] = series.values
     extent = (first - pace / 2, last + pace / 2, -0.5, series.values.shape[1] - 0.5)
     image = axes.imshow(
-        columns.T, aspect="auto", origin="lower", extent=extent, cmap=_COLOURS, norm=norm, interpolation="nearest"
+        columns.T, aspect="auto", origin="lower", extent=extent, cmap=_COLOUR_MAP, norm=norm, interpolation="nearest"
     )
     _add_scale(axes, image)
     axes.set_xlabel("RL step", color=INK)
@@ -98,6 +90,7 @@ def _draw(axes: Axes, series: Series, norm: Normalize) -> None:
 
 
 def _add_scale(axes: Axes, image) -> None:
+    """Add the scale of the colours, and style the panel."""
     figure = axes.get_figure()
     assert figure is not None
     scale = figure.colorbar(image, ax=axes, pad=0.02, aspect=30)

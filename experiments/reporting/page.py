@@ -1,32 +1,37 @@
-"""A page of HTML that holds all it shows: pictures as SVG, in the page's own colours, no scripts, nothing to fetch.
+"""Self-contained pages of HTML: pictures as SVG in the page's own colours, no scripts, nothing to fetch.
 
-Pictures are drawn in the fixed colours of `curves`; here these become variables of the page, so that they are light or
-dark as the page is. This file must never know what a picture shows.
+Pictures are drawn in the fixed colours of `curves`. Here these become variables of the page, so that they are light or
+dark as the page is.
 """
 
 import html
 import io
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-# colour of a picture -> its name, and what it is on a dark page
-_COLOURS = {
-    "#333333": ("ink", "#d6d9df"),
-    "#8a8a8a": ("grey", "#8f96a3"),
+from experiments.reporting.curves import BLUE, BROWN, GREEN, GREY, INK, ORANGE, PURPLE, RED
+from rspo_jax.records import replace_file
+
+_VARIABLES = {
+    INK.lower(): ("ink", "#d6d9df"),
+    GREY.lower(): ("grey", "#8f96a3"),
     "#ffffff": ("paper", "#1b1e24"),
-    "#0072b2": ("blue", "#56b4e9"),
-    "#e69f00": ("orange", "#f0b73c"),
-    "#009e73": ("green", "#2fc49b"),
-    "#d55e00": ("red", "#ff8a3d"),
-    "#cc79a7": ("purple", "#e59cc4"),
-    "#a6761d": ("brown", "#cf9f4a"),
+    BLUE.lower(): ("blue", "#56b4e9"),
+    ORANGE.lower(): ("orange", "#f0b73c"),
+    GREEN.lower(): ("green", "#2fc49b"),
+    RED.lower(): ("red", "#ff8a3d"),
+    PURPLE.lower(): ("purple", "#e59cc4"),
+    BROWN.lower(): ("brown", "#cf9f4a"),
 }
+"""Colour of a picture -> the page's variable for it, and its value on a dark page."""
 
 _STYLE = """
 :root { color-scheme: light dark; %(light)s --line: #e2e4e8; --soft: #f5f6f8; }
@@ -52,17 +57,17 @@ summary { cursor: pointer; margin: 2.2rem 0 .6rem; font-weight: 600; }
 
 
 def make_page(title: str, body: Iterable[str]) -> str:
-    """The whole page.
+    """Return a whole page.
 
     Args:
-      title: as text.
-      body: pieces of HTML.
+      title: the page's title, as text.
+      body: the page's content, pieces of HTML.
     """
     light, dark = (
         " ".join(f"--{name}: {colour};" for name, colour in pairs)
         for pairs in (
-            [(name, colour) for colour, (name, _) in _COLOURS.items()],
-            list(_COLOURS.values()),
+            [(name, colour) for colour, (name, _) in _VARIABLES.items()],
+            list(_VARIABLES.values()),
         )
     )
     style = _STYLE % {"light": light, "dark": dark}
@@ -72,18 +77,29 @@ def make_page(title: str, body: Iterable[str]) -> str:
     )
 
 
+def save_page(path: epath.Path, content: str) -> None:
+    """Write a page to a folder that exists.
+
+    Raises:
+      FileNotFoundError: if the folder does not exist.
+    """
+    if "://" not in os.fspath(path) and not path.parent.exists():
+        raise FileNotFoundError(f"{path.parent} does not exist: make that folder, or choose another --out")
+    replace_file(path, content.encode())
+
+
 def escape(text: object) -> str:
-    """Text as HTML."""
+    """Return text as HTML."""
     return html.escape(str(text))
 
 
 def figure(title: str, caption: str, draw: Callable[[Axes], None]) -> str:
-    """A picture with its words, drawn by `draw`."""
+    """Return a picture with its title and caption; `draw` draws it."""
     drawn = Figure(figsize=(6.4, 3.5), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
     drawn.patch.set_visible(False)
     axes = drawn.subplots()
     draw(axes)
-    # The page's own heading is the title; a blank one, which is not empty, keeps the room for a legend.
+    # The heading of the page is the title; a blank one, which is not empty, leaves room for the legend.
     blank = "" if axes.get_legend() is None else "\N{NO-BREAK SPACE}"
     axes.set_title(blank, loc="left", pad=18, fontsize=1)
     for each in drawn.axes:
@@ -94,28 +110,33 @@ def figure(title: str, caption: str, draw: Callable[[Axes], None]) -> str:
 
 
 def as_svg(drawn: Figure, label: str) -> str:
-    """A figure as an element of a page, in the page's colours."""
+    """Return a figure as an element of a page, in the page's colours."""
     text = io.StringIO()
     FigureCanvasSVG(drawn).print_svg(text, metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
-    return re.sub(r"(?<=[:\s])#[0-9a-f]{6}\b", _variable, svg)
+    return _in_page_colours(svg)
 
 
-def _variable(match: re.Match[str]) -> str:
-    colour = match.group()
-    return f"var(--{_COLOURS[colour][0]})" if colour in _COLOURS else colour
+def _in_page_colours(style: str) -> str:
+    """Replace the fixed colours of a picture by the page's variables."""
+
+    def variable(match: re.Match[str]) -> str:
+        colour = match.group()
+        return f"var(--{_VARIABLES[colour][0]})" if colour in _VARIABLES else colour
+
+    return re.sub(r"(?<=[:\s])#[0-9a-f]{6}\b", variable, style)
 
 
 def grid(pictures: Sequence[str]) -> str:
-    """Figures side by side."""
+    """Return figures side by side."""
     return f'<div class="grid">{"".join(pictures)}</div>'
 
 
 def tiles(values: Mapping[str, tuple[str, str]]) -> str:
-    """Numbers to see first: name -> number and a word about it."""
+    """Return the numbers to see first: name -> number and a few words about it."""
     cells = (
         f'<div class="tile">{escape(name)}<b>{escape(value)}</b><span>{escape(words)}</span></div>'
         for name, (value, words) in values.items()
@@ -124,7 +145,7 @@ def tiles(values: Mapping[str, tuple[str, str]]) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: bool = True) -> str:
-    """A table; all columns but the first are numbers, or text."""
+    """Return a table; if `numbers` is true, all columns but the first are aligned as numbers."""
     kinds = [' class="number"' if numbers and at else "" for at in range(len(columns))]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
     lines = ("".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
@@ -133,14 +154,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: boo
 
 
 def key(entries: Iterable[tuple[str, str, str]]) -> str:
-    """What lines mean: name, colour, and SVG's dash pattern of each."""
+    """Return the key of lines: name, colour, and SVG's dash pattern of each."""
     marks = (
         f'<span><svg viewBox="0 0 34 8"><line x1="0" y1="4" x2="34" y2="4" stroke-width="3" stroke-dasharray="{dash}" '
-        f'style="stroke: {_variable_of(colour)}"/></svg> {escape(name)}</span>'
+        f'style="{_in_page_colours(f"stroke: {colour.lower()}")}"/></svg> {escape(name)}</span>'
         for name, colour, dash in entries
     )
     return f'<div class="key">{"".join(marks)}</div>'
-
-
-def _variable_of(colour: str) -> str:
-    return re.sub(r"#[0-9a-f]{6}\b", _variable, colour.lower())

@@ -1,17 +1,13 @@
-"""The panels of a run's report: what each shows, what it needs, and how it is drawn.
+"""The panels of a run's report: title, caption, the metrics or arrays that each needs, and how it is drawn."""
 
-A panel whose data is missing says what is missing instead. This file must never read a file.
-"""
-
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.reporting import heat_maps, probes
-from experiments.reporting import training_curves as plots
 from experiments.reporting.curves import (
     BLUE,
     DASHED,
@@ -26,99 +22,121 @@ from experiments.reporting.curves import (
     steps_of,
     use_log_scale,
 )
-from experiments.reporting.record import RunRecord, Series
+from experiments.reporting.record import Rows, RunRecord, Series
+from experiments.reporting.training_curves import (
+    draw_clip_fraction,
+    draw_entropy,
+    draw_importance_ratio,
+    draw_reward,
+    draw_router_shift,
+    draw_solve_rate,
+)
 
-Draw = Callable[[Axes, RunRecord], None]
+Lines = Mapping[str, tuple[str, str]]
+"""Metrics that are drawn as lines: name -> colour and label."""
 
 
-class Panel(NamedTuple):
-    """One picture."""
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a report."""
 
     title: str
     caption: str
-    needs: tuple[str, ...]
-    """Metrics, of which one must have been recorded; or arrays, of which all must."""
-    arrays: bool
-    draw: Draw
+    draw: Callable[[Axes, RunRecord], None]
+    metrics: tuple[str, ...] = ()
+    """Metrics of which at least one must have been recorded."""
+    arrays: tuple[str, ...] = ()
+    """Arrays that must all have been recorded."""
 
     def missing(self, record: RunRecord) -> str:
-        """What keeps it from being drawn, as half a sentence; nothing if it can be."""
-        if self.arrays:
-            absent = [name for name in self.needs if record.series(name) is None]
-            return f"diagnostics.jsonl has no {absent[0]}" if absent else ""
-        return "" if any(map(record.recorded, self.needs)) else f"metrics.jsonl has no {' or '.join(self.needs)}"
+        """Return what keeps the panel from being drawn, as half a sentence; an empty string if nothing does."""
+        for name in self.arrays:
+            if record.series(name) is None:
+                return f"diagnostics.jsonl has no {name}"
+        if self.metrics and not any(map(record.recorded, self.metrics)):
+            return f"metrics.jsonl has no {' or '.join(self.metrics)}"
+        return ""
 
 
 class Section(NamedTuple):
-    """Panels that belong together."""
+    """Panels under one heading."""
 
     title: str
     panels: tuple[Panel, ...]
 
 
-def _series(record: RunRecord, name: str) -> Series:
-    series = record.series(name)
-    assert series is not None  # Panel.missing was asked
-    return series
-
-
-def _lines(title: str, label: str, lines: dict[str, tuple[str, str]], log: bool, axes: Axes, record: RunRecord) -> None:
-    """Metrics as lines: name -> colour and label."""
-    for name, (colour, words) in lines.items():
-        plot_with_mean(axes, record.rl, name, colour, words)
-    values = np.concatenate([column(record.rl, name) for name in lines])
-    positive = values[np.isfinite(values) & (values > 0)]
-    if log and positive.size:
-        use_log_scale(axes, float(positive.min()), float(positive.max()))
-    finish(axes, title, label)
-
-
-def _lines_panel(title: str, label: str, caption: str, lines: dict[str, tuple[str, str]], log: bool = False) -> Panel:
-    return Panel(title, caption, tuple(lines), False, functools.partial(_lines, title, label, lines, log))
-
-
-def _share(title: str, label: str, lines: dict[str, tuple[str, str]], axes: Axes, record: RunRecord) -> None:
-    steps = steps_of(record.rl)
-    for name, (colour, words) in lines.items():
-        plot(axes, steps, column(record.rl, name), colour, words)
-    axes.set_ylim(max(0.0, min(axes.get_ylim()[0], 0.9)), 1.01)
-    finish(axes, title, label, percent=True)
-
-
-def _share_panel(title: str, label: str, caption: str, lines: dict[str, tuple[str, str]]) -> Panel:
-    return Panel(title, caption, tuple(lines), False, functools.partial(_share, title, label, lines))
-
-
-def _by_layer(name: str, low: float | None, high: float | None, axes: Axes, record: RunRecord) -> None:
-    heat_maps.draw_by_layer(axes, _series(record, name), low, high)
-
-
-def _layer_panel(title: str, name: str, caption: str, low: float | None = None, high: float | None = None) -> Panel:
-    return Panel(title, caption, (name,), True, functools.partial(_by_layer, name, low, high))
-
-
-def _histogram(name: str, edges: str, quantiles: str | None, unit: str, axes: Axes, record: RunRecord) -> None:
-    lines = None if quantiles is None else record.series(quantiles)
-    heat_maps.draw_histogram(axes, _series(record, name), _series(record, edges).values[-1].tolist(), lines, unit)
-
-
-def _histogram_panel(title: str, name: str, edges: str, quantiles: str | None, unit: str, caption: str) -> Panel:
-    return Panel(title, caption, (name, edges), True, functools.partial(_histogram, name, edges, quantiles, unit))
-
-
-def _of_rows(draw: Callable[[Axes, list], None]) -> Draw:
-    return lambda axes, record: draw(axes, record.rl)
-
-
-def _last_load(axes: Axes, record: RunRecord) -> None:
-    heat_maps.draw_load(axes, _series(record, "expert_load").values[-1])
-
-
-def mark(axes: Axes, record: RunRecord) -> None:
-    """Alarm and collapse, as upright lines over the steps."""
+def mark_events(axes: Axes, record: RunRecord) -> None:
+    """Mark alarm and collapse by upright lines over the steps."""
     for step, colour in ((record.warned.alarm, ORANGE), (record.warned.collapse, RED)):
         if step is not None:
             axes.axvline(step, color=colour, linestyle=DASHED, linewidth=1.4, zorder=6)
+
+
+def _rows_panel(title: str, caption: str, metrics: tuple[str, ...], draw: Callable[[Axes, Rows], None]) -> Panel:
+    """Return a panel that is drawn from the rows of the "rl" phase."""
+    return Panel(title, caption, lambda axes, record: draw(axes, record.rl), metrics)
+
+
+def _lines_panel(title: str, label: str, caption: str, lines: Lines, log: bool = False) -> Panel:
+    """Return a panel of metrics over the steps; `label` names the y axis, which is logarithmic if `log` is true."""
+
+    def draw(axes: Axes, record: RunRecord) -> None:
+        for name, (colour, words) in lines.items():
+            plot_with_mean(axes, record.rl, name, colour, words)
+        if log:
+            use_log_scale(axes, np.concatenate([column(record.rl, name) for name in lines]))
+        finish(axes, title, label)
+
+    return Panel(title, caption, draw, tuple(lines))
+
+
+def _shares_panel(title: str, label: str, caption: str, lines: Lines) -> Panel:
+    """Return a panel of shares near 1; `label` names the y axis, which shows percentages."""
+
+    def draw(axes: Axes, record: RunRecord) -> None:
+        steps = steps_of(record.rl)
+        for name, (colour, words) in lines.items():
+            plot(axes, steps, column(record.rl, name), colour, words)
+        axes.set_ylim(max(0.0, min(axes.get_ylim()[0], 0.9)), 1.01)
+        finish(axes, title, label, percent=True)
+
+    return Panel(title, caption, draw, tuple(lines))
+
+
+def _layers_panel(title: str, name: str, caption: str, low: float | None = None, high: float | None = None) -> Panel:
+    """Return a heat map of an array [steps, layers]; its colours span the values unless their ends are given."""
+
+    def draw(axes: Axes, record: RunRecord) -> None:
+        heat_maps.draw_by_layer(axes, _series(record, name), low, high)
+
+    return Panel(title, caption, draw, arrays=(name,))
+
+
+def _histogram_panel(title: str, counts: str, edges: str, quantiles: str | None, unit: str, caption: str) -> Panel:
+    """Return a heat map of a histogram over the steps.
+
+    Args:
+      title: the panel's title.
+      counts: the name of the array of counts, [steps, bins].
+      edges: the name of the array of edges between bins, [steps, bins - 1].
+      quantiles: the name of an array of quantiles, [steps, n], drawn as lines if it was recorded.
+      unit: the label of the values.
+      caption: the panel's caption.
+    """
+
+    def draw(axes: Axes, record: RunRecord) -> None:
+        lines = None if quantiles is None else record.series(quantiles)
+        bins = _series(record, edges).values[-1].tolist()
+        heat_maps.draw_histogram(axes, _series(record, counts), bins, lines, unit)
+
+    return Panel(title, caption, draw, arrays=(counts, edges))
+
+
+def _series(record: RunRecord, name: str) -> Series:
+    """Return an array that `Panel.missing` has found to be there."""
+    series = record.series(name)
+    assert series is not None
+    return series
 
 
 _QUANTILES = "Colour: share of tokens; lines: median (bold), 1st, 10th, 90th and 99th percentile."
@@ -127,25 +145,23 @@ SECTIONS = (
     Section(
         "Learning",
         (
-            Panel("Reward", "Mean reward of the training samples.", ("reward",), False, _of_rows(plots.draw_reward)),
+            _rows_panel("Reward", "Mean reward of the training samples.", ("reward",), draw_reward),
             Panel(
                 "Solve rate",
                 "Training samples, and held-out problems with 95 % intervals.",
+                lambda axes, record: draw_solve_rate(axes, record.rl, record.warm_start),
                 ("solve_rate", "eval_greedy", "eval_sampled"),
-                False,
-                lambda axes, record: plots.draw_solve_rate(axes, record.rl, record.warm_start),
             ),
-            Panel(
+            _rows_panel(
                 "Token entropy",
-                "Of the policy that drew the responses.",
+                "Entropy of the policy that drew the responses.",
                 ("entropy",),
-                False,
-                _of_rows(plots.draw_entropy),
+                draw_entropy,
             ),
             _lines_panel(
                 "Length",
                 "tokens",
-                "Of the responses of a rollout.",
+                "Length of the responses of a rollout.",
                 {"response_length": (BLUE, "mean"), "longest_response": (GREY, "longest")},
             ),
         ),
@@ -153,12 +169,11 @@ SECTIONS = (
     Section(
         "Stability",
         (
-            Panel(
+            _rows_panel(
                 "Importance ratio",
                 "New over old probability of a token.",
                 ("ratio_max", "ratio_mean"),
-                False,
-                _of_rows(plots.draw_importance_ratio),
+                draw_importance_ratio,
             ),
             _histogram_panel(
                 "Log-ratios",
@@ -168,12 +183,11 @@ SECTIONS = (
                 "log-ratio, nats",
                 _QUANTILES,
             ),
-            Panel(
+            _rows_panel(
                 "Router shift γ",
-                "1 means the same route.",
+                "γ = 1 means the same route.",
                 ("gamma_mean", "gamma_p10", "gamma_min"),
-                False,
-                _of_rows(plots.draw_router_shift),
+                draw_router_shift,
             ),
             _histogram_panel(
                 "Drift, −log γ",
@@ -181,19 +195,18 @@ SECTIONS = (
                 "drift_edges",
                 "drift_quantiles",
                 "−log γ, nats",
-                f"The lowest bin: below 0.0001, no drift. {_QUANTILES}",
+                f"Lowest bin: below 0.0001, no drift. {_QUANTILES}",
             ),
-            Panel(
+            _rows_panel(
                 "Clip fraction",
                 "Tokens without gradient, by the sign of their advantage.",
                 ("clip_fraction", "clip_fraction_positive", "clip_fraction_negative"),
-                False,
-                _of_rows(plots.draw_clip_fraction),
+                draw_clip_fraction,
             ),
-            _share_panel(
+            _shares_panel(
                 "Effective sample size",
                 "share of the tokens",
-                "(Σw)² / (n Σw²), by tokens.",
+                "(Σw)² / (n Σw²) over tokens.",
                 {"effective_sample_size": (BLUE, "ratios w"), "shifted_sample_size": (ORANGE, "w · max(γ, floor)")},
             ),
             _lines_panel(
@@ -206,7 +219,7 @@ SECTIONS = (
             _lines_panel(
                 "KL of an update",
                 "nats per token",
-                "Of the old policy to the new one, estimated.",
+                "Estimated divergence of the old policy from the new one.",
                 {"approx_kl": (BLUE, "old to new")},
                 log=True,
             ),
@@ -215,43 +228,49 @@ SECTIONS = (
     Section(
         "Routing",
         (
-            _layer_panel(
+            _layers_panel(
                 "Drift by layer", "layer_drift", "Mean |log r − log r_old| of the old experts, nats.", low=0.0
             ),
-            _layer_panel("Overlap by layer", "layer_overlap", "Mean share of the experts that stay.", high=1.0),
-            _layer_panel(
+            _layers_panel("Overlap by layer", "layer_overlap", "Mean share of the experts that stay.", high=1.0),
+            _layers_panel(
                 "Routes that stay, by layer", "layer_stays", "Share of tokens that keep all their experts.", high=1.0
             ),
-            _share_panel(
+            _shares_panel(
                 "Routes that stay",
                 "share",
-                "Tokens that keep all their experts in all layers.",
+                "Tokens that keep all their experts in all layers, and experts that stay.",
                 {"route_stays": (BLUE, "whole routes"), "overlap": (ORANGE, "experts")},
             ),
-            _layer_panel("Router entropy by layer", "layer_router_entropy", "Mean, nats."),
-            _layer_panel(
-                "Load violation by layer", "layer_max_violation", "Busiest expert over the mean, − 1.", low=0.0
+            _layers_panel("Router entropy by layer", "layer_router_entropy", "Mean entropy of a layer's router, nats."),
+            _layers_panel(
+                "Load violation by layer",
+                "layer_max_violation",
+                "Load of the busiest expert over the mean, − 1.",
+                low=0.0,
             ),
-            Panel("Expert load, last step", "Times the mean: 1 is even.", ("expert_load",), True, _last_load),
+            Panel(
+                "Expert load, last step",
+                "Relative to the mean: 1 is even.",
+                lambda axes, record: heat_maps.draw_load(axes, _series(record, "expert_load").values[-1]),
+                arrays=("expert_load",),
+            ),
         ),
     ),
     Section(
         "Objectives on the same batch",
         (
-            Panel(
+            _rows_panel(
                 "Cosine to the on-policy gradient",
-                "All objectives at the same parameters, on the responses of the step. 1: as if they were on-policy. "
-                "Grey: between two halves of the on-policy rollout, which are noisy too.",
+                "All objectives at the same parameters, on the responses of the step; 1 means the same direction as "
+                "on-policy. Grey: between two halves of the on-policy rollout, which are noisy too.",
                 (probes.NEEDED,),
-                False,
-                _of_rows(probes.draw_cosine),
+                probes.draw_cosine,
             ),
-            Panel(
+            _rows_panel(
                 "Signal-to-noise ratio of gradients",
                 "All objectives at the same parameters, over parts of the same responses. Noise alone gives about 1.",
                 (probes.NEEDED,),
-                False,
-                _of_rows(probes.draw_signal),
+                probes.draw_signal,
             ),
         ),
     ),
@@ -280,4 +299,4 @@ SECTIONS = (
         ),
     ),
 )
-"""What a report shows, in its order."""
+"""The sections of a report, in their order."""

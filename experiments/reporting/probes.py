@@ -1,7 +1,4 @@
-"""Probes of all objectives' gradients over the steps of a run: one line an objective (`rspo_jax.training.probe`).
-
-Objectives of one family share a colour. This file must never compute a gradient.
-"""
+"""Probes of all objectives' gradients over the steps of a run, one line per objective (`rspo_jax.training.probe`)."""
 
 from typing import Any
 
@@ -10,14 +7,16 @@ from matplotlib.axes import Axes
 
 from experiments.reporting.curves import (
     BLUE,
+    BROWN,
     DASHED,
+    DOTTED,
     FEWEST_FOR_A_MEAN,
     GREEN,
     GREY,
     INK,
     ORANGE,
+    PURPLE,
     RED,
-    Rows,
     column,
     finish,
     mean_window,
@@ -26,55 +25,47 @@ from experiments.reporting.curves import (
     steps_of,
     use_log_scale,
 )
+from experiments.reporting.record import Rows
 
-_PURPLE, _BROWN = "#CC79A7", "#A6761D"
-_DOTTED = (0, (1, 1.5))
 STYLES: dict[str, tuple[str, Any, str]] = {
     "rspo": (BLUE, "-", "RSPO"),
     "gmpo": (BLUE, DASHED, "GMPO"),
     "gspo_rs": (GREEN, "-", "GSPO + shift"),
     "gspo": (GREEN, DASHED, "GSPO"),
-    "gspo_token": (GREEN, _DOTTED, "GSPO-token"),
+    "gspo_token": (GREEN, DOTTED, "GSPO-token"),
     "grpo_rs": (ORANGE, "-", "GRPO + shift"),
     "grpo": (ORANGE, DASHED, "GRPO"),
-    "dr_grpo": (ORANGE, _DOTTED, "Dr. GRPO"),
+    "dr_grpo": (ORANGE, DOTTED, "Dr. GRPO"),
     "dapo": (RED, "-", "DAPO"),
     "cispo": (RED, DASHED, "CISPO"),
-    "sapo": (_PURPLE, "-", "SAPO"),
-    "rloo": (_BROWN, "-", "RLOO"),
-    "reinforce_pp": (_BROWN, DASHED, "REINFORCE++"),
+    "sapo": (PURPLE, "-", "SAPO"),
+    "rloo": (BROWN, "-", "RLOO"),
+    "reinforce_pp": (BROWN, DASHED, "REINFORCE++"),
 }
-"""Colour, dashes and label by the name that the metrics end with."""
+"""Colour, dashes and label by the name that the metrics end with. Objectives of one family share a colour."""
 NEEDED = "probe_reference_cosine_sequence_mean"
-"""Every probe has it."""
+"""The metric that every probe has."""
 
 
 def draw_cosine(axes: Axes, rows: Rows) -> None:
-    """Of each objective's gradient with the on-policy one; that of the halves of the latter in grey."""
-    probed = _probed(rows)
-    _draw(axes, probed, "cosine")
+    """Draw the cosine of each objective's gradient to the on-policy one, and that of the latter's halves in grey."""
+    probed = [row for row in rows if NEEDED in row]
+    _draw_objectives(axes, probed, "cosine")
     plot(axes, steps_of(probed), _smooth(probed, NEEDED), GREY, "halves of on-policy", linewidth=2.2)
     axes.axhline(0, color=GREY, linewidth=0.8, alpha=0.6)
-    _finish(axes, "Cosine to the on-policy gradient", "cosine")
+    _finish_panel(axes, "Cosine to the on-policy gradient", "cosine")
 
 
 def draw_signal(axes: Axes, rows: Rows) -> None:
-    """The signal-to-noise ratio of each objective's gradient."""
-    probed = _probed(rows)
-    values = _draw(axes, probed, "snr")
-    positive = values[np.isfinite(values) & (values > 0)]
-    if positive.size:
-        use_log_scale(axes, float(positive.min()), float(positive.max()))
+    """Draw the signal-to-noise ratio of each objective's gradient."""
+    probed = [row for row in rows if NEEDED in row]
+    use_log_scale(axes, _draw_objectives(axes, probed, "snr"))
     axes.axhline(1, color=GREY, linewidth=0.8, alpha=0.6)
-    _finish(axes, "Signal-to-noise ratio of gradients", "|mean|² / variance of the mean")
+    _finish_panel(axes, "Signal-to-noise ratio of gradients", "|mean|² / variance of the mean")
 
 
-def _probed(rows: Rows) -> Rows:
-    return [row for row in rows if NEEDED in row]
-
-
-def _draw(axes: Axes, probed: Rows, kind: str) -> np.ndarray:
-    """A line for each objective that there is; returns the values."""
+def _draw_objectives(axes: Axes, probed: Rows, kind: str) -> np.ndarray:
+    """Draw a line for each objective that was probed; return all values drawn."""
     drawn = [np.empty(0)]
     for name, (colour, dashes, label) in STYLES.items():
         drawn.append(_smooth(probed, f"probe_{kind}_{name}"))
@@ -87,7 +78,8 @@ def _smooth(probed: Rows, name: str) -> np.ndarray:
     return values if len(probed) < FEWEST_FOR_A_MEAN else running_mean(values, mean_window(probed))
 
 
-def _finish(axes: Axes, title: str, label: str) -> None:
+def _finish_panel(axes: Axes, title: str, label: str) -> None:
+    """Finish a panel whose legend stands beside it, as there are too many lines for one above."""
     finish(axes, title, label, legend=False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(

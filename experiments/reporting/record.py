@@ -1,16 +1,14 @@
-"""What a run's folder tells: configuration, summary, numbers and arrays of its steps, alarm and collapse.
-
-This file must never know how any of it is shown.
-"""
+"""The contents of a run's folder: configuration, summary, numbers and arrays of its steps, alarm and collapse."""
 
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from experiments.config import flatten
 from rspo_jax.records import (
     AlarmRule,
     CollapseRule,
@@ -23,6 +21,9 @@ from rspo_jax.records import (
 )
 
 Rows = list[dict[str, Any]]
+"""Metrics of steps, a dict for each step."""
+Mode = Literal["sampled", "greedy"]
+"""The way in which evaluations draw responses."""
 
 
 class Series(NamedTuple):
@@ -41,31 +42,31 @@ class Rate(NamedTuple):
     low: float
     high: float
     step: int
-    split: str
-    """"test" or "validation"."""
+    split: Literal["test", "validation"]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that a report reads of one run."""
+    """Everything that a report reads of one run."""
 
     path: epath.Path
     config: dict[str, Any] | None
     """Flat: "trainer.steps" -> 150. None without `config.json`."""
     summary: dict[str, Any]
-    """Empty without `summary.json`, which comes at the end of a run."""
+    """Empty without `summary.json`, which a run writes at its end."""
     warm_start: Rows
     rl: Rows
     arrays: Rows
-    """Of the rl phase; none for a run without diagnostics."""
+    """Arrays of the "rl" phase; empty for a run without diagnostics."""
     warned: Warned
 
     @property
     def name(self) -> str:
+        """The name of the folder."""
         return self.path.resolve().name
 
     def series(self, name: str) -> Series | None:
-        """An array of `diagnostics.jsonl`, at the steps at which it has the shape that it has at the last."""
+        """Return an array of `diagnostics.jsonl`, without the steps at which its shape differs from the last one."""
         rows = [row for row in self.arrays if name in row]
         if not rows:
             return None
@@ -73,11 +74,11 @@ class RunRecord:
         return Series(np.array([row["step"] for row in rows], np.int64), np.stack([row[name] for row in rows]))
 
     def recorded(self, name: str) -> bool:
-        """Whether a step of reinforcement learning has the metric, as a finite number."""
+        """Return whether the "rl" phase has the metric as a finite number at any step."""
         return any(math.isfinite(row.get(name, math.nan)) for row in self.rl)
 
-    def rate(self, mode: str, last: bool = True) -> Rate | None:
-        """The last held-out rate of "greedy" or "sampled" responses, or the one before the first step."""
+    def rate(self, mode: Mode, last: bool = True) -> Rate | None:
+        """Return the last held-out solve rate, or the one before the first step; on the test split if it was used."""
         for row in reversed(self.rl) if last else [row for row in self.rl if row["step"] == 0]:
             for split, prefix in (("test", "test"), ("validation", "eval")):
                 rate, low, high = (row.get(f"{prefix}_{mode}{bound}", math.nan) for bound in ("", "_low", "_high"))
@@ -87,18 +88,19 @@ class RunRecord:
 
     @property
     def steps(self) -> int:
+        """The number of the last step."""
         return max([row["step"] for row in self.rl], default=0)
 
 
 def load_run(
     run_dir: FilePath, alarm_rule: AlarmRule = AlarmRule(), collapse_rule: CollapseRule = CollapseRule()
 ) -> RunRecord:
-    """Reads a run's folder; a run that still goes on will do.
+    """Read the folder of a run, which may still be in progress.
 
     Args:
       run_dir: the folder, or its address in a bucket.
-      alarm_rule: by which the alarm is judged anew.
-      collapse_rule: by which a collapse is.
+      alarm_rule: the rule by which the alarm is judged anew.
+      collapse_rule: the rule by which a collapse is.
 
     Raises:
       FileNotFoundError: if there is no `metrics.jsonl`.
@@ -110,7 +112,7 @@ def load_run(
     config = _read_json(path / "config.json")
     return RunRecord(
         path,
-        None if config is None else dict(_flat(config)),
+        None if config is None else flatten(config),
         _read_json(path / "summary.json") or {},
         [row for row in rows if row["phase"] == "warm_start"],
         rl,
@@ -127,12 +129,5 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no object")
+        raise ValueError(f"{path} is damaged: it is not a JSON object")
     return content
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for name, value in nested.items():
-        pairs += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-    return pairs

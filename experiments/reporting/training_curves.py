@@ -1,7 +1,7 @@
-"""The training curves of a run as one picture, drawn from its `metrics.jsonl` alone.
+"""Training curves of a run as one picture, drawn from its `metrics.jsonl` alone.
 
-Uses matplotlib's objects and its Agg renderer directly: no display, no global state, safe in any thread. This file
-must never know how a metric is computed, and never need a metric to be there.
+Matplotlib's objects and its Agg renderer are used directly: no display, no global state, safe in any thread. Any metric
+may be missing.
 """
 
 import io
@@ -25,7 +25,6 @@ from experiments.reporting.curves import (
     INK,
     ORANGE,
     RED,
-    Rows,
     column,
     finish,
     mean_window,
@@ -35,17 +34,18 @@ from experiments.reporting.curves import (
     style_axis,
     use_log_scale,
 )
+from experiments.reporting.record import Rows
 from rspo_jax.records import files, metrics
 
 
 def draw_curves(run_dir: str | os.PathLike[str]) -> epath.Path:
-    """Draws a run's curves into its `curves.png`, in place of an older one.
+    """Draw a run's curves as `curves.png` in its folder, replacing an older picture.
 
     Six panels over the steps of the "rl" phase: reward, solve rate, entropy, router shift γ, clip fraction and
-    importance ratio. A metric that was not recorded leaves its line out, NaN leaves a gap.
+    importance ratio. A metric that was not recorded has no line; NaN leaves a gap.
 
     Args:
-      run_dir: the run's folder, with `metrics.jsonl`.
+      run_dir: the run's folder, which holds `metrics.jsonl`.
 
     Returns:
       The path of the picture.
@@ -71,7 +71,7 @@ def draw_curves(run_dir: str | os.PathLike[str]) -> epath.Path:
     draw_clip_fraction(panels[1, 1], rl)
     draw_importance_ratio(panels[1, 2], rl)
     last = max([1, *(row["step"] for row in rl)])
-    for axes in figure.axes:  # the same steps in all panels, whatever was recorded at which
+    for axes in figure.axes:  # all panels span the same steps, whichever metrics were recorded
         axes.set_xlim(-0.02 * last, 1.02 * last)
     picture = io.BytesIO()
     canvas.print_png(picture)
@@ -81,11 +81,13 @@ def draw_curves(run_dir: str | os.PathLike[str]) -> epath.Path:
 
 
 def draw_reward(axes: Axes, rows: Rows) -> None:
+    """Draw the mean reward of training samples."""
     plot_with_mean(axes, rows, "reward", BLUE, "training samples")
     finish(axes, "Reward", "mean reward")
 
 
 def draw_solve_rate(axes: Axes, rows: Rows, warm_start: Rows) -> None:
+    """Draw solve rates in training and on held-out problems, with the last of the warm start as a baseline."""
     plot_with_mean(axes, rows, "solve_rate", GREY, "training")
     baseline = False
     for kind, colour, marker in (("greedy", BLUE, "o"), ("sampled", ORANGE, "s")):
@@ -103,7 +105,7 @@ def draw_solve_rate(axes: Axes, rows: Rows, warm_start: Rows) -> None:
 
 
 def _plot_evaluations(axes: Axes, rows: Rows, kind: str, colour: str, marker: str) -> None:
-    """A held-out solve rate with its interval, over the steps at which it was measured."""
+    """Draw a held-out solve rate with its interval, over the steps at which it was measured."""
     rows = [row for row in rows if math.isfinite(row.get(f"eval_{kind}", math.nan))]
     if not rows:
         return
@@ -115,11 +117,13 @@ def _plot_evaluations(axes: Axes, rows: Rows, kind: str, colour: str, marker: st
 
 
 def draw_entropy(axes: Axes, rows: Rows) -> None:
+    """Draw the token entropy of the policy, in nats."""
     plot_with_mean(axes, rows, "entropy", BLUE, "training samples")
     finish(axes, "Token entropy", "nats per token")
 
 
 def draw_router_shift(axes: Axes, rows: Rows) -> None:
+    """Draw the router-shift ratio γ, and on a right axis the share of tokens at its floor."""
     steps, floored = steps_of(rows), column(rows, "gamma_floor_fraction")
     plot(axes, steps, column(rows, "gamma_mean"), BLUE, "mean", linewidth=2)
     plot(axes, steps, column(rows, "gamma_p10"), ORANGE, "10th percentile")
@@ -130,7 +134,7 @@ def draw_router_shift(axes: Axes, rows: Rows) -> None:
         right = axes.twinx()
         right.fill_between(steps, floored, color=GREY, alpha=0.25, linewidth=0)
         plot(right, steps, floored, GREY, linewidth=0.8)
-        # The lowest third of the panel where it can be: what happens to γ is the matter here.
+        # Confined to the lowest third of the panel where possible, so that γ stays readable.
         right.set_ylim(0, np.clip(3 * np.nanmax(floored), 0.01, 1))
         right.set_ylabel("share of tokens at the floor", color=GREY)
         style_axis(right, percent=True)
@@ -143,6 +147,7 @@ def draw_router_shift(axes: Axes, rows: Rows) -> None:
 
 
 def draw_clip_fraction(axes: Axes, rows: Rows) -> None:
+    """Draw the share of clipped tokens, for all tokens and by the sign of their advantage."""
     plot_with_mean(axes, rows, "clip_fraction", INK, "all")
     plot_with_mean(axes, rows, "clip_fraction_positive", GREEN, "advantage > 0")
     plot_with_mean(axes, rows, "clip_fraction_negative", RED, "advantage < 0")
@@ -151,14 +156,15 @@ def draw_clip_fraction(axes: Axes, rows: Rows) -> None:
 
 
 def draw_importance_ratio(axes: Axes, rows: Rows) -> None:
+    """Draw mean and largest importance ratio on a logarithmic scale."""
     steps = steps_of(rows)
     mean, largest = (column(rows, f"ratio_{name}") for name in ("mean", "max"))
-    # The scale has no 0, and can hold what float32 can but not all that float64 can.
+    # A logarithmic scale has no 0, and matplotlib's covers the range of float32 but not all of float64.
     mean, largest = (np.where((x > 1e-45) & (x < 1e39), x, np.nan) for x in (mean, largest))
     plot(axes, steps, largest, ORANGE, "largest")
     plot(axes, steps, mean, BLUE, "mean", linewidth=2)
     values = np.concatenate([mean, largest])
     if np.isfinite(values).any():
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":", zorder=1)
-        use_log_scale(axes, min(np.nanmin(values), 1.0), max(np.nanmax(values), 1.0))
+        use_log_scale(axes, np.append(values, 1.0))
     finish(axes, "Importance ratio", "new over old probability")

@@ -1,24 +1,16 @@
 """Router shift on Countdown: does it help GRPO, GSPO and GMPO, and when does training without it collapse?
 
-Every method in four settings: three levels of off-policyness (updates that a rollout is cut into) at the learning rate
-that `countdown_tuning` found for all of them, and a harsh one, with a rate that is too high. The rigid alternatives
-to router shift and the ablations of RSPO are there in two of them: the most off-policy one, and the harsh one, where
-methods differ most.
+Every method runs in four settings: three levels of off-policyness (numbers of updates per rollout) at the learning rate
+that `countdown_tuning` found for all of them, and a harsh setting whose rate is too high. The rigid alternatives to
+router shift and the ablations of RSPO run in two of them, where methods differ most: the most off-policy one, and the
+harsh one.
 """
 
-from experiments.ablation.figures import (
-    BLUE,
-    GREEN,
-    RED,
-    CollapseRates,
-    FinalScores,
-    Improvement,
-    LearningCurves,
-    Sensitivity,
-)
 from experiments.ablation.grid import Grid, choose, vary
 from experiments.ablation.study import Study, Style
 from experiments.config import CountdownRun
+from experiments.reporting.curves import BLUE, GREEN, RED
+from experiments.reporting.study_figures import CollapseRates, FinalScores, Improvement, LearningCurves, Sensitivity
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
 from models import TransformerConfig
 from rspo_jax.rollouts import SamplerConfig
@@ -27,10 +19,10 @@ from rspo_jax.training import CheckpointConfig, EvaluationConfig, OptimizerConfi
 STEPS = 100
 SEEDS = (0, 1, 2, 3, 4)
 TUNED_RATE, HARSH_RATE = 1e-4, 1e-3
-"""The best of five for each of the methods, as `countdown_tuning` found; and one that is ten times that."""
+"""The best of five rates for each of the methods, as `countdown_tuning` found; and ten times that rate."""
 
-# Rollouts are drawn, and evaluations made, 512 responses at a time: the two shapes that differ only in how they sample
-# are all that a run has to trace.
+# Rollouts and evaluations both draw 512 responses at a time, so a run traces only two programs of the sampler, which
+# differ in their temperature.
 BASE = CountdownRun(
     task=CountdownConfig(train=12_000, validation=512, test=1_536),
     model=TransformerConfig(vocab_size=CharacterTokenizer.vocabulary_size, expert_size=96),
@@ -62,11 +54,11 @@ RIGID = {
     f"gmpo_{routing}": {"objective.objective": "gmpo", "objective.routing": routing}
     for routing in ("frozen", "copy", "replay_trainer", "replay_sampler")
 }
-"""What the paper compares router shift with."""
+"""Alternatives that the paper compares router shift with."""
 
 
 def setting(name: str, updates: int, learning_rate: float = TUNED_RATE) -> Grid:
-    """How far off-policy the last updates of a rollout are: by their number, and by how far each goes."""
+    """Return a setting: how far off-policy the last updates of a rollout are, by the number and the size of updates."""
     return choose(
         "setting", {name: {"trainer.mini_batches": updates, "trainer.optimizer.learning_rate": learning_rate}}
     )
@@ -76,14 +68,15 @@ HARDEST, HARSH = setting("updates_32", 32), setting("harsh", 16, HARSH_RATE)
 SETTINGS = setting("updates_4", 4) + setting("updates_16", 16) + HARDEST + HARSH
 
 BALANCE = vary("balance", "objective.regularizers.load_balance_coefficient", 0.01)
-"""The router shift beside a load-balance loss, which moves routers too."""
+"""A load-balance loss, which moves routers as well."""
 
 WIDER = {
     "wide_good": {"objective.clip_high": 0.016},
     "wide": {"objective.clip_low": 0.016, "objective.clip_high": 0.016},
 }
-"""GSPO without router shift and with wider bounds, about as far as router shift moves that of good responses: a mean γ
-of 0.988, which GSPO has at 16 updates, amounts to 0.012, and RSPO's of 0.984 to 0.016. For them alone, and for all."""
+"""GSPO without router shift but with wider bounds: for good responses alone, and for all. Their width is about the
+distance by which router shift moves the bound of good responses: a mean γ of 0.988, which GSPO has at 16 updates,
+amounts to 0.012, and RSPO's mean γ of 0.984 to 0.016."""
 
 DEFAULTS = {
     "clip": "narrow",
@@ -140,7 +133,6 @@ STYLES = {
     "rspo": Style(BLUE),
 }
 
-
 RSPO = choose("method", {"rspo": METHODS["rspo"]})
 BALANCED = {name: METHODS[name] for name in ("gmpo", "rspo")}
 
@@ -151,7 +143,7 @@ ABLATIONS = (
     + vary("layers", "objective.layer_aggregation", "sum")
     + vary("scale", "objective.adaptive_shift.rule", "quantile", "sample_size")
 )
-"""Each changes one thing of RSPO."""
+"""Cells that each change one thing about RSPO."""
 
 TUNED_SETTINGS = ("updates_4", "updates_16", "updates_32")
 MAIN = {"method": tuple(METHODS)}

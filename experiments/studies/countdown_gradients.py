@@ -1,14 +1,13 @@
-"""What every objective would do with the same responses at the same parameters: its gradient against the on-policy one.
+"""Gradients of all objectives, on the same responses at the same parameters, against the on-policy gradient.
 
-Three runs of RSPO in each of the two settings of the study `countdown` that are the most off-policy; after every tenth
-step `rspo_jax.training.probe` takes the gradients of all objectives. The runs differ from those of `countdown` in
-nothing else.
+RSPO runs three times in each of the two settings of the study `countdown` that are the most off-policy; after every
+tenth step `rspo_jax.training.probe` takes the gradients of all objectives. Otherwise the runs are those of `countdown`.
 """
 
 import dataclasses
 
-from experiments.ablation.figures import MeansOfSteps
 from experiments.ablation.study import METRICS, Study
+from experiments.reporting.study_figures import MeansOfSteps
 from experiments.studies.countdown import BASE, HARDEST, HARSH, LABELS, RSPO
 from rspo_jax.objectives import AGGREGATIONS
 from rspo_jax.training.probe import PROBED
@@ -22,7 +21,7 @@ REFERENCES = {f"reference_{kind}_{way}": f"on-policy, {way}" for kind in ("cosin
 
 
 def metrics_of(kind: str) -> tuple[str, ...]:
-    """The probe's metrics of one kind: first the references, which are the ceiling, then all objectives."""
+    """Return the probe's metrics of one kind: the references, which are the ceiling, then those of all objectives."""
     references = [f"probe_{name}" for name in REFERENCES if name.startswith(f"reference_{kind}_")]
     return (*references, *(f"probe_{kind}_{name}" for name in PROBED))
 

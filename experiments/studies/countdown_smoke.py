@@ -1,9 +1,9 @@
-"""A study of seconds, to see that the harness works: two objectives, two levels of off-policyness, two seeds."""
+"""A tiny study to check the harness within a minute: two objectives, two levels of off-policyness, two seeds."""
 
-from experiments.ablation.figures import CollapseRates, FinalScores, Improvement, LearningCurves, Sensitivity
 from experiments.ablation.grid import choose, vary
 from experiments.ablation.study import Study
 from experiments.config import CountdownRun
+from experiments.reporting.study_figures import CollapseRates, FinalScores, Improvement, LearningCurves, Sensitivity
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
 from models import TransformerConfig
 from rspo_jax.rollouts import SamplerConfig

@@ -1,12 +1,12 @@
-"""A learning rate for every method of the study `countdown`: all get the same rates, seeds and steps.
+"""A learning rate for every method of the study `countdown`: all get the same rates, seed and steps.
 
-They are judged by the responses that they train on in the last 10 steps, 10,240 of them to prompts that were seen once:
-the 512 of an evaluation do not tell neighbouring rates apart. Seeds are others than the study's.
+Rates are judged by the responses of the last 10 training steps: 10,240 responses to prompts that were seen once, as the
+512 of an evaluation do not tell neighbouring rates apart. The seed is not one of the study's.
 """
 
-from experiments.ablation.figures import Sensitivity
 from experiments.ablation.grid import choose, vary
 from experiments.ablation.study import Study
+from experiments.reporting.study_figures import Sensitivity
 from experiments.studies.countdown import BASE, LABELS, METHODS, RIGID, STYLES
 
 UPDATES = (16,)

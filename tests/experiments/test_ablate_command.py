@@ -1,5 +1,5 @@
-"""`python -m experiments.ablate` as its user meets it. The processes of the runs are stand-ins that leave what a run
-leaves; one slow test has real ones, and kills everything half-way."""
+"""The command `python -m experiments.ablate`. Stand-ins for runs leave the files of a run; one slow test has real
+runs, and kills everything half-way."""
 
 import json
 import os
@@ -16,15 +16,16 @@ from experiments import ablate
 from experiments.ablation import jobs
 from experiments.ablation.study import plan_study
 from experiments.config import load_config
+from experiments.errors import MISTAKE, STOPPED
 from rspo_jax.records import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
 STUDY = """
-from experiments.ablation.figures import FinalScores
 from experiments.ablation.grid import choose, vary
 from experiments.ablation.study import Study
 from experiments.config import CountdownRun
+from experiments.reporting.study_figures import FinalScores
 STUDY = Study(
     name="a_study",
     base=CountdownRun(),
@@ -36,7 +37,7 @@ STUDY = Study(
 )
 """
 
-# A run in a hundredth of a second. It fails where a file says so.
+# A run of a hundredth of a second, which fails if there is a file with its name.
 STAND_IN = """
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
@@ -54,7 +55,7 @@ rows = [{"phase": "rl", "step": step, "reward": score, "eval_sampled": score, "t
 
 @pytest.fixture
 def failing(tmp_path, monkeypatch):
-    """The folder with the names of runs that fail; runs are stand-ins from here on."""
+    """Replace runs by stand-ins; return the folder in which a file with a run's name makes that run fail."""
     folder = tmp_path / "failing"
     folder.mkdir()
     command = [sys.executable, "-S", "-c", STAND_IN]
@@ -71,7 +72,7 @@ def study(tmp_path):
 
 
 def call(capsys, *arguments):
-    """Exit code, and what was said."""
+    """Run the command; return its exit code and its output."""
     code = ablate.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.out + captured.err
@@ -104,7 +105,7 @@ def test_a_study_from_its_start_to_its_figures(capsys, tmp_path, study, failing)
     run_dir = out / "work" / "runs" / names[0]
     assert not (run_dir / "checkpoints").exists()
     assert load_config(run_dir / "config.json")[1] == plan_study(ablate.load_study(str(study))).runs[0].run
-    # Once more: nothing is run, and the files say the same.
+    # The second time nothing is run, and the files stay the same.
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     shutil.rmtree(out / "work")
     code, said = call(capsys, study, "--out", out)
@@ -159,14 +160,14 @@ def test_a_name_means_one_configuration(capsys, tmp_path, study, failing):
         if not keep_folders:
             shutil.rmtree(out / "work")
         code, said = call(capsys, study, "--out", out)
-        assert code == ablate.MISTAKE
+        assert code == MISTAKE
         assert "4 runs in" in said
-        assert "(data_dir: None -> elsewhere): choose another --out, or drop what they did with --forget" in said
+        assert "(data_dir: None -> elsewhere): choose another --out, or delete their results with --forget" in said
     code, said = call(capsys, study, "--out", out, "--forget", "seed=0", "--only", "updates=4,seed=0")
     assert code == 0, said
-    assert "forgot what 4 runs did" in said
+    assert "deleted the results of 4 runs" in said
     assert [row["run"] for row in run_rows(out)] == [f"method={name},updates=4,seed=0" for name in ("gmpo", "rspo")]
-    # More cells and seeds are no other configuration, and results are kept when cells go.
+    # More cells and seeds do not change the configuration, and results outlive their cells.
     study.write_text(study.read_text().replace("seeds=(0, 1)", "seeds=(1,)").replace("4, 16", "4, 8"))
     code, said = call(capsys, study, "--out", out)
     assert code == 0, said
@@ -190,7 +191,7 @@ def test_what_is_refused(capsys, tmp_path, study, arguments, message):
         code, said = call(
             capsys, *[places.get(argument, argument) for argument in arguments], "--out", tmp_path / "out"
         )
-    except SystemExit as error:  # from the parser, which draws a box
+    except SystemExit as error:  # from the parser, which prints a box
         code, said = error.code, " ".join(capsys.readouterr().err.replace("│", "").split())
     assert code == 2
     assert message in said
@@ -200,7 +201,7 @@ def test_what_is_refused(capsys, tmp_path, study, arguments, message):
 def test_an_impossible_cell_is_refused_before_anything_runs(capsys, tmp_path, study, failing):
     study.write_text(STUDY.replace("4, 16", "4, 5"))
     code, said = call(capsys, study, "--out", tmp_path / "out")
-    assert code == ablate.MISTAKE
+    assert code == MISTAKE
     assert "method=gmpo,updates=5,seed=0" in said
     assert "do not divide into 5 mini_batches" in said
     assert not (tmp_path / "out").exists()
@@ -248,7 +249,7 @@ def finish(process):
 
 
 def begun(out, count):
-    """How many steps of reinforcement learning all runs together have a row of, at least `count`."""
+    """Return whether all runs together have rows of at least `count` steps of reinforcement learning."""
     rows = [read_metrics(path.parent) for path in (out / "work" / "runs").glob("*/metrics.jsonl")]
     return sum(row["step"] > 0 for run in rows for row in run) >= count
 
@@ -271,7 +272,7 @@ def test_a_study_that_is_killed_ends_as_one_that_is_left_alone(tmp_path):
         else:
             process.send_signal(end)
         said, _ = process.communicate(timeout=600)
-        assert process.returncode == (-end if end == signal.SIGKILL else ablate.STOPPED), said
+        assert process.returncode == (-end if end == signal.SIGKILL else STOPPED), said
     said = finish(start(killed, environment, "--only", "seed=0"))
     assert "warm_start=0 done" not in said
     assert (killed / "steps.jsonl.gz").read_bytes() == (alone / "steps.jsonl.gz").read_bytes()

@@ -18,7 +18,7 @@ import pytest
 import models
 from experiments import evaluate
 from experiments.config import CountdownRun, save_config
-from experiments.evaluation.progress import Progress
+from experiments.evaluation.progress import EvaluationProgress
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
 from experiments.tasks.countdown.task import CountdownTask
 from rspo_jax.records.checkpoint import Checkpoints
@@ -230,10 +230,10 @@ def test_ctrl_c_says_how_to_go_on(taught, evaluated, tmp_path, capsys, monkeypat
 
     output = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "update", interrupted)
+        patch.setattr(EvaluationProgress, "update", interrupted)
         code, captured = call(capsys, taught[0], *BATCHES, "--output", output)
     assert code == 130
-    assert f"stopped: 3 responses are in {output}; the same command goes on" in captured.out
+    assert f"stopped: 3 responses are in {output}; the same command continues" in captured.out
     assert call(capsys, taught[0], *BATCHES, "--output", output)[0] == 0
     assert read(output) == read(evaluated)
 

@@ -1,4 +1,4 @@
-"""The alarm judged over the tables of a study, on runs made up by hand. Knows no training."""
+"""The alarm, judged over the tables of a study with runs written by hand."""
 
 import pytest
 from etils import epath
@@ -49,23 +49,19 @@ def folder(tmp_path):
     return tmp_path
 
 
-def numbers(line):
-    return line.split()
-
-
 def test_every_run_is_counted_once(folder, capsys):
     assert judge_alarm.main([str(folder), "--by", "rate", "--collapse.window", "4", "--collapse.stays", "6"]) == 0
     head, one, two, everything = capsys.readouterr().out.splitlines()
     assert "warned before" in head
     # Rewards fall at 15: means of four are 0.375, 0.25 and, at 17, 0.125, below half of the best.
-    assert numbers(one) == ["1", "2", "2", "1", "11", "(11–11)", "1", "0", "0"]
-    assert numbers(two) == ["2", "3", "1", "1", "7", "(7–7)", "0", "1", "1"]
-    assert numbers(everything) == ["all", "5", "3", "2", "9", "(7–11)", "1", "1", "1"]
+    assert one.split() == ["1", "2", "2", "1", "11", "(11–11)", "1", "0", "0"]
+    assert two.split() == ["2", "3", "1", "1", "7", "(7–7)", "0", "1", "1"]
+    assert everything.split() == ["all", "5", "3", "2", "9", "(7–11)", "1", "1", "1"]
 
 
 def test_other_thresholds_can_be_tried(folder, capsys):
     assert judge_alarm.main([str(folder), "--alarm.much-kl", "0.3", "--alarm.least-kl", "0.3"]) == 0
-    assert numbers(capsys.readouterr().out.splitlines()[-1])[:4] == ["all", "5", "3", "1"]
+    assert capsys.readouterr().out.splitlines()[-1].split()[:4] == ["all", "5", "3", "1"]
 
 
 def test_steps_that_the_table_does_not_hold_are_not_guessed(folder, capsys):

@@ -1,4 +1,4 @@
-"""Declared grids and the runs that a study makes of them. Nothing is run."""
+"""Declared grids, and the runs that a study plans from them. Nothing is run."""
 
 import dataclasses
 import itertools
@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from experiments.ablation.figures import FinalScores
 from experiments.ablation.grid import Grid, choose, vary
 from experiments.ablation.study import Study, change_run, changed_runs, declaration, plan_study
 from experiments.config import CountdownRun
+from experiments.reporting.study_figures import FinalScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,11 @@ def test_a_product_keeps_the_seeds_of_one_side():
         (lambda: METHODS * METHODS, "both have the factor method"),
         (lambda: UPDATES * vary("other", "trainer.mini_batches", 2), "both have the field trainer.mini_batches"),
         (lambda: METHODS.with_seeds(0) * UPDATES.with_seeds(1), "both have seeds of their own"),
-        (lambda: METHODS + METHODS.with_seeds(0), "once with seeds of its own"),
+        (lambda: METHODS + METHODS.with_seeds(0), "only once with seeds of its own"),
         (lambda: UPDATES + vary("updates", "trainer.epochs", 4), "two cells are called updates=4"),
         (lambda: vary("seed", "trainer.seed", 1), "a column of that name"),
-        (lambda: vary("a factor", "trainer.seed", 1), "'a factor' is to be part of a file's name"),
-        (lambda: choose("method", {"a/b": {}}), "'a/b' is to be part of a file's name"),
+        (lambda: vary("a factor", "trainer.seed", 1), "'a factor' becomes part of a file's name"),
+        (lambda: choose("method", {"a/b": {}}), "'a/b' becomes part of a file's name"),
     ],
 )
 def test_grids_that_are_refused(make, message):
@@ -141,8 +141,11 @@ def test_each_run_makes_its_own_warm_start_where_none_is_shared():
             vary("x", "trainer.mini_batches", 5),
             r"x=5,seed=0 \(trainer.*768 responses to learn from do not divide into 5",
         ),
-        (vary("x", "trainer.mini_batches", "4"), "x=4,seed=0: trainer.mini_batches cannot be '4', it is int"),
-        (vary("x", "trainer.mini_batches", True), "trainer.mini_batches cannot be True, it is int"),
+        (
+            vary("x", "trainer.mini_batches", "4"),
+            "x=4,seed=0: trainer.mini_batches cannot be '4': it must be of type int",
+        ),
+        (vary("x", "trainer.mini_batches", True), "trainer.mini_batches cannot be True: it must be of type int"),
         (vary("x", "objective.objective", "ppo"), r"x=ppo,seed=0 \(objective.objective\): unknown objective 'ppo'"),
         (vary("x", "trainer.seed", 4), "x=4 changes trainer.seed: leave that to the seeds of the study"),
         (

@@ -1,4 +1,4 @@
-"""Processes that are run, watched, stopped and killed. They are stand-ins, small scripts, for what a run does."""
+"""Processes that are run, watched, stopped and killed. Small scripts stand in for runs."""
 
 import contextlib
 import json
@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from experiments.ablation import jobs as jobs_module
-from experiments.ablation.jobs import Failures, Job, Jobs, Stopped, describe_seconds, remaining_seconds, share_cores
+from experiments.ablation.jobs import Failures, Job, Jobs, JobsStopped, describe_seconds, remaining_seconds, share_cores
 from experiments.ablation.worker import locked
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# Counts its starts, and does what the job's own file says: exit codes for one start after the other, or "wait".
+# Counts its starts, and follows the job's own plan: an exit code for each start, "wait" or "die".
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
@@ -48,7 +48,7 @@ def command(job, cores):
 
 
 def make(folder, plans, after=None):
-    """Jobs with what each is to do."""
+    """Return jobs, each with its plan in its folder."""
     result = []
     for name, plan in plans.items():
         job = Job(name, folder / "runs" / name, (after or {}).get(name))
@@ -59,7 +59,7 @@ def make(folder, plans, after=None):
 
 
 def work(folder, jobs, workers=2):
-    """What ended, in order."""
+    """Work jobs off; return the queue, and names and exit codes in the order in which processes ended."""
     ended = []
     runner = Jobs(jobs, folder, workers, command)
     runner.work(lambda job, code, seconds: ended.append((job.name, code)))
@@ -109,14 +109,14 @@ def test_a_failed_job_is_tried_again_a_few_times_and_stops_nobody(tmp_path):
 
 
 def test_a_process_that_leaves_nothing_behind_has_failed(tmp_path):
-    jobs = make(tmp_path, {"a": [-1]})  # says 0 without a summary
+    jobs = make(tmp_path, {"a": [-1]})  # exits with 0 but writes no summary
     runner, ended = work(tmp_path, jobs)
     assert ended == [("a", 1)] * 3
     assert runner.failures.of(jobs[0]) == [1, 1, 1]
 
 
 def when(condition, act):
-    """Does something in another thread as soon as something is so."""
+    """Call `act` in another thread as soon as the condition holds."""
 
     def watch():
         deadline = time.monotonic() + 30
@@ -136,7 +136,7 @@ def test_a_signal_lets_all_save_and_counts_as_nobodys_failure(tmp_path, number):
     thread = when(
         lambda: all((job.folder / "waits").exists() for job in jobs[:2]), lambda: os.kill(os.getpid(), number)
     )
-    with pytest.raises(Stopped, match=signal.Signals(number).name):
+    with pytest.raises(JobsStopped, match=signal.Signals(number).name):
         work(tmp_path, jobs)
     thread.join()
     assert signal.getsignal(number) is before

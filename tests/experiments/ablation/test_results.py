@@ -1,4 +1,4 @@
-"""The table of a study and what is drawn from it. Runs are written by hand."""
+"""The table of a study, the results in it and its figures. Runs are written by hand."""
 
 import dataclasses
 import gzip
@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments.ablation.comparison import Results, collapse_rate, describe, summarize
-from experiments.ablation.figures import (
+from experiments.ablation.grid import choose, vary
+from experiments.ablation.results import Results, collapse_rate, describe_study, summarize_study
+from experiments.ablation.study import Study, Style, plan_study
+from experiments.ablation.table import MOST_STEPS, Table, finished_rows, read_table, run_row, with_factors, write_table
+from experiments.config import CountdownRun
+from experiments.reporting.study_figures import (
     CollapseRates,
     FinalScores,
     Improvement,
@@ -19,10 +23,6 @@ from experiments.ablation.figures import (
     MeansOfSteps,
     Sensitivity,
 )
-from experiments.ablation.grid import choose, vary
-from experiments.ablation.study import Study, Style, plan_study
-from experiments.ablation.table import MOST_STEPS, Table, finished_rows, read_table, run_row, with_factors, write_table
-from experiments.config import CountdownRun
 
 GRID = choose("method", {"gmpo": {"objective.objective": "gmpo"}, "rspo": {"objective.objective": "rspo"}})
 GRID *= vary("updates", "trainer.mini_batches", 4, 16)
@@ -53,7 +53,7 @@ PLAN = plan_study(STUDY)
 
 
 def table(steps=20, score=lambda run: 0.5, **more):
-    """Of runs that are all done."""
+    """Return a table of the plan's runs, all of them done."""
     result = Table({}, {})
     rng = np.random.default_rng(0)
     for run in PLAN.runs:
@@ -68,6 +68,11 @@ def table(steps=20, score=lambda run: 0.5, **more):
 
 def results(of):
     return Results(STUDY, PLAN, of)
+
+
+def described(of, **more):
+    """Return the lines that describe the results of a table, with more entries of the summary."""
+    return describe_study(summarize_study(results(of)) | more).splitlines()
 
 
 # --- the table ---
@@ -241,7 +246,7 @@ def test_the_summary():
     of.runs["method=gmpo,updates=4,seed=1"] |= {"collapsed": True}
     of.runs["method=gmpo,updates=4,seed=2"] = run_row(PLAN.runs[0], "failed", exit_codes=[1, 1, 1])
     del of.runs["method=rspo,updates=16,seed=2"]
-    summary = summarize(results(of))
+    summary = summarize_study(results(of))
     assert summary["states"] == {"done": 12, "failed": 1, "waiting": 1}
     cells = {cell["cell"]: cell for cell in summary["cells"]}
     assert len(cells) == 5
@@ -249,16 +254,16 @@ def test_the_summary():
     assert (broken["runs"], broken["done"], broken["failed"], broken["collapse_rate"]) == (3, 2, 1, 0.5)
     assert broken["score"] == pytest.approx(0.05)
     assert cells["method=gmpo,updates=16"]["score"] == pytest.approx(0.1)
-    text = describe(summary)
+    text = describe_study(summary)
     assert "method=gmpo,updates=4     2/3     5.0 % [  0.0,  10.0]" in text
-    alone = describe({"score": "reward", "cells": [broken | {"done": 1}]})
+    alone = describe_study({"score": "reward", "cells": [broken | {"done": 1}]})
     assert "5.0 % " in alone and "10.0]" not in alone
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
 def test_comparisons_are_over_strata_and_seeds():
     of = table(score=lambda run: 0.1 * run.seed + 0.05 * (run.factors["method"] == "rspo"))
-    numbers = FIGURES[5].numbers(results(of))
+    numbers = FIGURES[5].comparisons(results(of))
     assert [(row["first"], row["second"], row.get("updates")) for row in numbers] == [
         ("rspo", "gmpo", 4),
         ("rspo", "gmpo", 16),
@@ -269,7 +274,7 @@ def test_comparisons_are_over_strata_and_seeds():
         assert row["difference"] == pytest.approx(0.05)
         assert row["difference_interval"] == pytest.approx([0.05, 0.05])
     nothing = {"first": "a", "second": "b", "probability": None, "difference": None}
-    lines = describe(summarize(results(of)) | {"comparisons": {"ours": numbers, "empty": [nothing]}}).splitlines()
+    lines = described(of, comparisons={"ours": numbers, "empty": [nothing]})
     assert lines[-7].startswith("ours ") and lines[-1].split() == ["a", "over", "b,", "all", "together", "–", "–"]
     for line, where in zip(lines[-6:-3], ("4", "16", "all together"), strict=True):
         assert line.startswith(f"rspo over gmpo, {where} ")
@@ -301,7 +306,7 @@ def test_curves_end_at_the_mean_of_their_last_steps():
         del step["reward"]
     nothing = FIGURES[0].means(results(of))
     assert nothing[3]["mean"] is None
-    lines = describe(summarize(results(of)) | {"means": {"rewards": nothing, "ratios": logarithmic}}).splitlines()
+    lines = described(of, means={"rewards": nothing, "ratios": logarithmic})
     titles = [line.split("  ")[0] for line in lines[-7:]]
     assert titles == [
         "rewards: reward in the last 10 steps, 95 %",
@@ -328,7 +333,7 @@ def test_another_score_than_the_studys_is_in_the_summary_too():
         ("before training", 16, pytest.approx(0.25)),
     ]
     assert figure.draw(results(of)) is not None
-    assert FIGURES[2].means(results(of)) == []  # the summary has the study's score of each cell
+    assert FIGURES[2].means(results(of)) == []  # the summary has the study's score for each cell
 
 
 def test_several_metrics_have_their_means_over_all_steps():
@@ -341,9 +346,7 @@ def test_several_metrics_have_their_means_over_all_steps():
     assert [(one["line"], one["panel"]) for one in means] == [("reward", 4), ("late", 4), ("reward", 16), ("late", 16)]
     assert [one["mean"] for one in means[1:]] == [None, pytest.approx(1.0), 4.0]
     assert means[2]["mean_interval"] == pytest.approx([0.0, 2.0])
-    assert (
-        describe(summarize(results(of)) | {"means": {"both": means}}).splitlines()[-3].startswith("both: of two, 95 %")
-    )
+    assert described(of, means={"both": means})[-3].startswith("both: of two, 95 %")
     pixels = matplotlib.image.imread(io.BytesIO(figure.draw(results(of))))
     assert np.ptp(pixels[..., :3]) > 0.5
 
@@ -359,7 +362,7 @@ def test_there_is_no_collapse_rate_without_runs():
 
 
 def odd(of):
-    """A table with most of what can be odd in one."""
+    """Return the table with most of the oddities that a table can have."""
     rows = list(of.runs.values())
     rows[0]["test_sampled"] = None
     rows[1]["collapsed"] = True

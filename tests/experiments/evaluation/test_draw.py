@@ -1,4 +1,4 @@
-"""Which responses an evaluation draws: an interrupted one that goes on ends as one that was not interrupted."""
+"""Responses that an evaluation draws: one that was interrupted ends like one that was not."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ DRAWING = Drawing(SamplerConfig(max_new_tokens=5), samples=3, batch=4, seed=6)
 
 
 class DigitTask:
-    """A response is right if it holds a digit, and votes for its first one."""
+    """A task in which a response is right if it contains a digit, and votes for its first digit."""
 
     tokenizer = CharacterTokenizer()
 
@@ -38,7 +38,7 @@ class DigitTask:
 
 
 class TablePolicy:
-    """The next token depends on the last one alone; the parameters are the table of logits."""
+    """A policy whose next token depends only on the last one; its parameters are the table of logits."""
 
     def apply(self, variables, tokens, positions=None, segment_ids=None, cache=None):
         return ModelOutput(variables["params"][tokens], None, cache)
@@ -58,7 +58,7 @@ def subject():
 
 
 def drawn(subject, drawing=DRAWING, present=()):
-    """The batches that were handed on."""
+    """Return the batches that were handed on."""
     batches = []
     draw_missing(subject, PROBLEMS, drawing, set(present), batches.append)
     return batches
@@ -87,7 +87,7 @@ def test_what_a_response_says_of_itself(whole):
     for response in responses:
         ids = task.tokenizer.encode(response.text)
         padding = response.tokens - len(ids) - (not response.truncated)
-        assert padding >= 0  # the padding token may be drawn, and stands for no text
+        assert padding >= 0  # the padding token may be drawn; it has no text
         if response.truncated:
             assert (response.tokens, response.reward, response.correct, response.answer) == (5, 0.0, False, None)
         else:
@@ -113,7 +113,7 @@ def test_batches_of_which_lines_are_missing_are_made_whole(subject, whole, monke
     present = everything.keys() - set(missing)
     found = by_pair(*drawn(subject, present=present))
     assert found == {pair: everything[pair] for pair in missing}
-    assert rows == [4, 4, 4]  # not the second batch, of which nothing was missing
+    assert rows == [4, 4, 4]  # nothing of the second batch was missing
     assert drawn(subject, present=everything) == []
 
 

@@ -1,4 +1,4 @@
-"""avg@k, pass@k and maj@k against every subset written out, and bootstrap intervals against every resample."""
+"""Estimates avg@k, pass@k and maj@k against every subset, and bootstrap intervals against every resample."""
 
 import itertools
 from fractions import Fraction
@@ -10,7 +10,7 @@ from experiments.evaluation.estimates import avg_at_k, bootstrap_intervals, majo
 
 
 def random_table(seed, problems=6, samples=6):
-    """Answers a, b, c or none; a is right, and now and then the judge sees b otherwise than usual."""
+    """Return answers a to d or None, and verdicts: a is right, and b is now and then, as if the judge wavered."""
     generator = np.random.default_rng(seed)
     answers = generator.choice(np.array(["a", "b", "c", "d", None], object), (problems, samples))
     correct = (answers == "a") | ((answers == "b") & (generator.random(answers.shape) < 0.3))
@@ -18,7 +18,7 @@ def random_table(seed, problems=6, samples=6):
 
 
 def vote(answers, correct):
-    """The chance that the winner of a vote is right, from one ballot after the other."""
+    """Return the probability that the winner of a vote is right, counting one ballot after the other."""
     counts = {}
     for answer in answers:
         if answer is not None:
@@ -77,7 +77,7 @@ def test_one_sample_is_the_share_of_right_ones():
 
 def test_a_thousand_samples_do_not_overflow():
     correct = np.arange(1000)[None, :] < 1
-    # One right answer among a thousand: it is among 500 of them every other time.
+    # The one right answer among a thousand is among 500 of them every other time.
     np.testing.assert_allclose(pass_at_k(correct, 500), [0.5], rtol=1e-12)
     answers = [["right", *["wrong"] * 399, *[None] * 600]]
     np.testing.assert_allclose(majority_at_k(answers, correct, 1), [0.001], rtol=1e-9)
@@ -100,7 +100,7 @@ def test_too_many_votes():
 
 
 def test_the_interval_holds_what_all_resamples_say():
-    """Of the 5^5 equally likely resamples, the bounds are the exact quantiles, whose neighbours are well away."""
+    """The bounds are the exact quantiles of all 5^5 equally likely resamples, whose neighbours are well away."""
     values = np.array([0.0, 0.25, 0.5, 1.0, 1.0])
     means = np.sort([np.mean(values[list(rows)]) for rows in itertools.product(range(5), repeat=5)])
     low, high = bootstrap_intervals(np.stack([values, 2 * values], axis=1), seed=1)
@@ -129,5 +129,5 @@ def test_values_without_spread_have_no_width():
 
 
 def test_nothing_to_resample():
-    with pytest.raises(ValueError, match="1 problem or more"):
+    with pytest.raises(ValueError, match="at least 1 problem"):
         bootstrap_intervals(np.ones((0, 2)))

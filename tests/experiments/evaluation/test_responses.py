@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what is kept over an interruption, and what is refused."""
+"""The folder of an evaluation: responses survive an interruption, and other contents are refused."""
 
 import dataclasses
 import json

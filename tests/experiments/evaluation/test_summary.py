@@ -1,13 +1,13 @@
-"""What is said of responses that are given, and of the time that they took by a clock that is given."""
+"""The summary of given responses, and the speed by a given clock."""
 
 import io
 
 import pytest
 import rich.console
 
-from experiments.evaluation.progress import Progress, Throughput, describe, print_plain
+from experiments.evaluation.progress import EvaluationProgress, Throughput, describe_throughput, print_plain
 from experiments.evaluation.responses import Response
-from experiments.evaluation.summary import describe_lengths, make_table, show_response, summarize
+from experiments.evaluation.summary import describe_lengths, make_table, show_response, summarize_responses
 
 RIGHT = [[1, 1, 0], [0, 0, 0], [1, 0, 1], [1, 0, 0]]
 ANSWERS = [["4", "4", "5"], ["7", None, "7"], ["1", "2", "1"], ["3", "8", "8"]]
@@ -32,7 +32,7 @@ def responses():
 
 
 def test_the_estimates():
-    summary = summarize(responses(), problems=4, samples=3, votes=True)
+    summary = summarize_responses(responses(), problems=4, samples=3, votes=True)
     values = {name: estimate["value"] for name, estimate in summary["estimates"].items()}
     expected = {
         "pass@1": 5 / 12,
@@ -51,21 +51,21 @@ def test_the_estimates():
     assert summary["lengths"] == pytest.approx(
         {"median": 4.5, "longest": 9.0, "mean_if_right": 11 / 5, "mean_if_wrong": 49 / 7}
     )
-    # Of four problems, the mean of 4 draws lies within the range of their values, and not all in one point.
+    # The mean of 4 draws lies within the range of the problems' values, and not always at the same point.
     for estimate in summary["estimates"].values():
         assert estimate["low"] < estimate["value"] < estimate["high"]
-    assert summarize(responses(), 4, 3, votes=True) == summary
+    assert summarize_responses(responses(), 4, 3, votes=True) == summary
 
 
 def test_the_first_samples_only_and_no_votes():
-    summary = summarize(responses(), problems=4, samples=1, votes=False)
+    summary = summarize_responses(responses(), problems=4, samples=1, votes=False)
     assert list(summary["estimates"]) == ["pass@1", "avg@1", "truncated", "reward", "response_tokens"]
     assert summary["estimates"]["avg@1"]["value"] == 3 / 4
 
 
 def test_lengths_where_all_are_right():
     everything = {place: response for place, response in responses().items() if response.correct and place[0] == 0}
-    lengths = summarize(everything, problems=1, samples=2, votes=False)["lengths"]
+    lengths = summarize_responses(everything, problems=1, samples=2, votes=False)["lengths"]
     assert lengths == {"median": 3.0, "longest": 4.0, "mean_if_right": 3.0, "mean_if_wrong": None}
     assert describe_lengths(lengths) == "tokens of a response: median 3, longest 4, mean of right ones 3.0"
 
@@ -76,7 +76,7 @@ def printed(width=100, **options):
 
 def test_the_table():
     console = printed()
-    console.print(make_table(summarize(responses(), 4, 3, votes=True)))
+    console.print(make_table(summarize_responses(responses(), 4, 3, votes=True)))
     rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
     table = {name.strip(): (value.strip(), interval.strip()) for name, value, interval in rows}
     assert list(table) == [
@@ -119,7 +119,7 @@ def batch(size, tokens, correct=True):
 
 def test_the_first_batch_is_compilation():
     clock, console = Clock(), printed(force_terminal=False)
-    progress = Progress(10, batch(2, 5, correct=False), console, clock)
+    progress = EvaluationProgress(10, batch(2, 5, correct=False), console, clock)
     with progress:
         assert progress.throughput is None
         clock.now += 50
@@ -136,13 +136,13 @@ def test_the_first_batch_is_compilation():
         "9/10 responses, 77.8% right, 150 tokens/s, 1.5 responses/s, 0:00:01 left",
         "10/10 responses, 80.0% right, 100 tokens/s, 1.0 responses/s, 0:00:00 left",
     ]
-    assert describe(8, progress.throughput) == "8 responses drawn and judged: 100 tokens/s, 1.0 responses/s"
-    assert describe(0, None) == "all responses were there already"
+    assert describe_throughput(8, progress.throughput) == "8 responses drawn and judged: 100 tokens/s, 1.0 responses/s"
+    assert describe_throughput(0, None) == "all responses were there already"
 
 
 def test_a_log_gets_no_more_than_some_twenty_lines():
     console = printed(force_terminal=False)
-    with Progress(1000, (), console) as progress:
+    with EvaluationProgress(1000, (), console) as progress:
         for _ in range(1000):
             progress.update(batch(1, 1))
     assert 20 <= len(console.file.getvalue().splitlines()) <= 22
@@ -150,7 +150,7 @@ def test_a_log_gets_no_more_than_some_twenty_lines():
 
 def test_a_terminal_gets_one_line_that_is_kept_up_to_date():
     console = printed(force_terminal=True)
-    with Progress(2, (), console, Clock()) as progress:
+    with EvaluationProgress(2, (), console, Clock()) as progress:
         progress.update(batch(2, 1))
     assert "2/2 responses, 100.0% right" in console.file.getvalue()
 

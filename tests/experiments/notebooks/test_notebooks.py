@@ -17,6 +17,7 @@ from PIL import Image
 
 from experiments import ablate
 from experiments.ablation.study import plan_study
+from experiments.errors import MISTAKE
 from experiments.notebooks import __main__ as command
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,7 +50,7 @@ def test_no_notebook_goes_unchecked():
 
 def test_notebooks_are_valid_and_ran_top_to_bottom(notebook):
     nbformat.validate(notebook)
-    assert command.complaints(notebook) == []
+    assert command.faults(notebook) == []
     assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
 
 
@@ -134,7 +135,7 @@ HOME = "/".join(("", "home", "me"))  # no file of the repository holds such a pa
     ],
 )
 def test_what_no_output_may_hold_is_found(output, complaint):
-    found = command.complaints(with_output(read("rspo_loss"), **output))
+    found = command.faults(with_output(read("rspo_loss"), **output))
     assert len(found) == 1
     assert complaint in found[0]
 
@@ -142,14 +143,14 @@ def test_what_no_output_may_hold_is_found(output, complaint):
 def test_outputs_of_other_code_are_found():
     notebook = read("rspo_loss")
     notebook.cells[0].source += " More words change nothing."
-    assert command.complaints(notebook) == []
+    assert command.faults(notebook) == []
     code_cells(notebook)[-1].source += "\n# changed"
-    assert "not those of the code" in command.complaints(notebook)[0]
+    assert "not those of the code" in command.faults(notebook)[0]
 
 
 def test_harmless_outputs_are_left_alone():
     output = {"output_type": "stream", "name": "stdout", "text": "in my_ablation/work, see a.b/tmp/c; 1/2"}
-    assert command.complaints(with_output(read("rspo_loss"), **output)) == []
+    assert command.faults(with_output(read("rspo_loss"), **output)) == []
 
 
 def test_a_compact_picture_looks_the_same():
@@ -163,7 +164,7 @@ def test_a_compact_picture_looks_the_same():
 
 
 def test_an_unknown_notebook_is_refused(capsys):
-    assert command.main(["no_such"]) == command.MISTAKE
+    assert command.main(["no_such"]) == MISTAKE
     assert "there is no notebook 'no_such'; there are rspo_loss, your_own_ablation" in capsys.readouterr().err
 
 
@@ -175,6 +176,6 @@ def test_notebooks_run_top_to_bottom(name, tmp_path):
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     fresh, kept = read(name, tmp_path), read(name)
-    assert command.complaints(fresh) == []
+    assert command.faults(fresh) == []
     assert len(pictures(fresh)) == PICTURES[name]
     assert [cell.source for cell in fresh.cells] == [cell.source for cell in kept.cells]

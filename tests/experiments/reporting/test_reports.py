@@ -1,4 +1,4 @@
-"""Reports on made-up runs: one run as a page, and several beside each other. Warnings are errors, matplotlib's too."""
+"""Reports on synthetic runs: one run as a page, and several beside each other. Matplotlib's warnings are errors too."""
 
 import re
 
@@ -9,8 +9,10 @@ from matplotlib.figure import Figure
 
 from experiments import compare, report
 from experiments.reporting import heat_maps, page, probes
+from experiments.reporting.comparison_page import METRICS, make_comparison, name_runs
 from experiments.reporting.panels import SECTIONS
 from experiments.reporting.record import Series, load_run
+from experiments.reporting.run_page import make_report
 from rspo_jax.records import MetricsLog, write_json
 from rspo_jax.routing import diagnostics
 from rspo_jax.training.probe import PROBED
@@ -23,7 +25,7 @@ def interval(prefix, rate):
 
 
 def fake_run(run_dir, steps=60, collapses=True, arrays=True, **config):
-    """A run that learns, and falls from step 30 on if it collapses."""
+    """Write a run that learns, and whose reward falls from step 30 on if it collapses."""
     rng = np.random.default_rng(steps)
     with MetricsLog(run_dir, None) as log:
         log.write("warm_start", 1, {"loss": 2.0})
@@ -103,7 +105,7 @@ def fake_arrays(rng, trouble):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run that collapses, one that does not, and one without arrays that is not finished."""
+    """The folders of a run that collapses, one that does not, and an unfinished one without arrays."""
     folder = tmp_path_factory.mktemp("runs")
     unfinished = fake_run(folder / "old", arrays=False, steps=25)
     (unfinished / "config.json").unlink()
@@ -114,17 +116,23 @@ def runs(tmp_path_factory):
     }
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Draws, but does not render: the slow part. Gives the axes by title."""
+def without_rendering(make):
+    """Make a page without rendering its pictures, the slow part; return it and the axes by their titles."""
     drawn = {}
 
     def keep(figure, label):
         drawn[label] = figure.axes[0]
         return "<svg></svg>"
 
-    monkeypatch.setattr(page, "as_svg", keep)
-    return drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "as_svg", keep)
+        return make(), drawn
+
+
+@pytest.fixture(scope="module")
+def reports(runs):
+    """The report on each run and its axes by title, pictures not rendered."""
+    return {name: without_rendering(lambda run=run: make_report(load_run(run))) for name, run in runs.items()}
 
 
 PANELS = [panel for section in SECTIONS for panel in section.panels]
@@ -148,45 +156,43 @@ def test_a_report_is_one_file_with_all_panels(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("title", ["Reward", "Router shift γ", "Effective sample size"])
-def test_the_legend_of_a_panel_is_inside_its_picture(runs, undrawn, title):
-    (panel,) = (panel for panel in PANELS if panel.title == title)
-    page.figure(title, "", lambda axes: panel.draw(axes, load_run(runs["rspo"])))
-    figure = undrawn[title].figure
+def test_the_legend_of_a_panel_is_inside_its_picture(reports, title):
+    axes = reports["rspo"][1][title]
+    figure = axes.figure
     FigureCanvasAgg(figure).draw()
-    legend = undrawn[title].get_legend().get_window_extent()
+    legend = axes.get_legend().get_window_extent()
     assert figure.bbox.y0 <= legend.y0 and legend.y1 <= figure.bbox.y1
     assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
 
 
-def test_a_report_says_what_is_left_out_and_why(runs, undrawn):
-    text = report.make_report(load_run(runs["old"]))
-    assert undrawn.keys() == {panel.title for panel in PANELS if not panel.arrays}
+def test_a_report_says_what_is_left_out_and_why(reports):
+    text, drawn = reports["old"]
+    assert drawn.keys() == {panel.title for panel in PANELS if not panel.arrays}
     for panel in PANELS:
         if panel.arrays:
-            row = f"<tr><td>{page.escape(panel.title)}</td><td>diagnostics.jsonl has no {panel.needs[0]}</td></tr>"
+            row = f"<tr><td>{page.escape(panel.title)}</td><td>diagnostics.jsonl has no {panel.arrays[0]}</td></tr>"
             assert row in text
     assert "Configuration: the folder has no config.json" in text and "Summary: the folder has no summary.json" in text
 
 
-def test_alarm_and_collapse_are_told_and_marked(runs, undrawn):
-    record = load_run(runs["grpo"])
-    text = report.make_report(record)
-    warned = record.warned
+def test_alarm_and_collapse_are_told_and_marked(runs, reports):
+    text, drawn = reports["grpo"]
+    warned = load_run(runs["grpo"]).warned
     assert 30 < warned.alarm < warned.collapse
     assert f"<b>step {warned.alarm}</b><span>{page.escape(warned.why)}" in text
     assert f"<b>step {warned.collapse}</b><span>{warned.lead} steps after the alarm" in text
-    for title, axes in undrawn.items():
+    for title, axes in drawn.items():
         upright = [line.get_xdata()[0] for line in axes.lines if list(line.get_ydata()) == [0, 1]]
         assert upright == ([] if title == "Expert load, last step" else [warned.alarm, warned.collapse]), title
-    calm = report.make_report(load_run(runs["rspo"]))
+    calm, _ = reports["rspo"]
     assert "no sign of a collapse" in calm and 'class="key"' not in calm
 
 
-def test_probes_are_drawn_at_the_steps_that_have_one(runs, undrawn):
-    report.make_report(load_run(runs["rspo"]))
+def test_probes_are_drawn_at_the_steps_that_have_one(reports):
+    _, drawn = reports["rspo"]
     labels = {label for _, _, label in probes.STYLES.values()}
     cosine, signal = (
-        {line.get_label(): line for line in undrawn[title].lines if not line.get_label().startswith("_")}
+        {line.get_label(): line for line in drawn[title].lines if not line.get_label().startswith("_")}
         for title in ("Cosine to the on-policy gradient", "Signal-to-noise ratio of gradients")
     )
     assert cosine.keys() == labels | {"halves of on-policy"} and signal.keys() == labels - {"GSPO"}
@@ -197,8 +203,8 @@ def test_probes_are_drawn_at_the_steps_that_have_one(runs, undrawn):
     assert len(set(looks)) == len(looks)
 
 
-def test_numbers_configuration_and_intervals_are_shown(runs, undrawn):
-    text = report.make_report(load_run(runs["rspo"]))
+def test_numbers_configuration_and_intervals_are_shown(runs, reports):
+    text, _ = reports["rspo"]
     assert "countdown · rspo · 60 steps" in text
     assert "<td>objective.gamma_min</td><td>0.8</td>" in text
     greedy = load_run(runs["rspo"]).rate("greedy")
@@ -248,7 +254,7 @@ def test_bins_to_both_sides_have_0_in_the_middle():
     [
         (["nowhere"], "is nowhere the folder of a run"),
         (["damaged"], "config.json is damaged"),
-        (["list"], "config.json is damaged: it holds no object"),
+        (["list"], "config.json is damaged: it is not a JSON object"),
         (["run", "--out", "nowhere/page.html"], "nowhere does not exist: make that folder"),
         (["run", "--alarm.window", "0"], "window must be at least 1"),
     ],
@@ -261,20 +267,21 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, monkeypatch, capsys, argument
     monkeypatch.setattr(report, "make_report", lambda _: "")
     try:
         code = report.main(arguments)
-    except SystemExit as stop:  # the parser's own
+    except SystemExit as stop:  # from the parser
         code = stop.code
     assert code == 2 and message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_comparison_has_a_line_for_every_run(runs, undrawn, tmp_path, monkeypatch, capsys):
+def test_a_comparison_has_a_line_for_every_run(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert compare.main([str(runs[name]) for name in ("grpo", "rspo", "old")]) == 0
+    code, drawn = without_rendering(lambda: compare.main([str(runs[name]) for name in ("grpo", "rspo", "old")]))
+    assert code == 0
     assert capsys.readouterr().out == "comparison: comparison.html\n"
     text = (tmp_path / "comparison.html").read_text()
-    assert undrawn.keys() == {metric.title for metric in compare.METRICS} - {
+    assert drawn.keys() == {metric.title for metric in METRICS} - {
         "Load violation", "Router entropy", "Time of a step",
     } | {"Held-out solve rate, greedy"}  # fmt: skip
-    for title, axes in undrawn.items():
+    for title, axes in drawn.items():
         assert [line.get_label() for line in axes.lines] == ["grpo", "rspo", "old"], title
         assert len({line.get_color() for line in axes.lines}) == 3
     assert "<td>Time of a step</td><td>no run has recorded step_seconds</td>" in text
@@ -287,23 +294,23 @@ def test_a_comparison_has_a_line_for_every_run(runs, undrawn, tmp_path, monkeypa
     assert "(validation)" in cells
 
 
-def test_configurations_are_compared_field_by_field(runs, undrawn):
-    text = compare.make_comparison([load_run(runs["grpo"]), load_run(runs["rspo"])])
+def test_configurations_are_compared_field_by_field(runs):
+    text, _ = without_rendering(lambda: make_comparison([load_run(runs["grpo"]), load_run(runs["rspo"])]))
     rows = text[text.index("Differences in configuration") :]
     assert "<td>objective.objective</td><td>grpo</td><td>rspo</td>" in rows
     assert "<td>objective.gamma_min</td><td>None</td><td>0.8</td>" in rows
     assert "trainer.steps" not in rows
-    alike = compare.make_comparison([load_run(runs["grpo"])] * 2)
+    alike, _ = without_rendering(lambda: make_comparison([load_run(runs["grpo"])] * 2))
     assert '<p class="quiet">None.</p>' in alike
-    assert alike.count(f"<td>{runs['grpo']}</td>") == 2  # of one name: by their paths
+    assert alike.count(f"<td>{runs['grpo']}</td>") == 2  # runs of one name go by their paths
 
 
 def test_many_runs_are_told_apart_by_colour_and_dashes(runs):
-    named = compare.name_runs([load_run(runs["grpo"])] * 20)
+    named = name_runs([load_run(runs["grpo"])] * 20)
     assert len({(run.colour, run.dashes) for run in named}) == 20
 
 
 def test_a_comparison_needs_two_runs(runs, capsys):
     with pytest.raises(SystemExit) as stop:
         compare.main([str(runs["grpo"])])
-    assert stop.value.code == 2 and "two runs or more" in capsys.readouterr().err
+    assert stop.value.code == 2 and "two or more runs" in capsys.readouterr().err

@@ -1,5 +1,6 @@
-"""The picture of a run, from records of many odd kinds. Warnings are errors here, matplotlib's included."""
+"""The training curves of a run, from records of many odd kinds. Matplotlib's warnings are errors too."""
 
+import functools
 import json
 import os
 import runpy
@@ -8,8 +9,11 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from experiments.reporting import training_curves as plots
+from experiments.reporting import training_curves
+from experiments.reporting.training_curves import draw_curves
 
 FLAT = {
     "reward": 0.3,
@@ -58,28 +62,31 @@ def real_rows():
     return rows
 
 
+STEPS = range(1, 20)
 CASES = {
     "real": real_rows(),
     "no_rows": [],
     "one_row": [row(1, FLAT | EVALUATION)],
     "two_rows": [row(1, FLAT), row(2, FLAT | EVALUATION)],
     "only_warm_start": [row(1, {"loss": 2.0}, "warm_start"), row(2, {"loss": 1.0} | EVALUATION, "warm_start")],
-    "only_nan": [row(step, dict.fromkeys(FLAT | EVALUATION)) for step in range(1, 20)],
-    "constant": [row(step, FLAT) for step in range(1, 20)],
-    "one_column": [row(step, {"reward": float(step)}) for step in range(1, 20)],
-    "unknown_columns": [row(step, {"something": 1.0}) for step in range(1, 20)],
-    "gaps": [row(step, {name: value if step % 3 else None for name, value in FLAT.items()}) for step in range(1, 20)],
-    "lone_values": [row(step, {name: None if step % 3 else v for name, v in FLAT.items()}) for step in range(1, 20)],
-    "evaluation_without_interval": [row(step, {"eval_greedy": 0.1 * step}) for step in range(1, 4)],
-    "half_an_interval": [row(1, {"eval_greedy": 0.5, "eval_greedy_low": 0.4, "eval_sampled": None} | FLAT)],
-    "only_step_0": [row(0, FLAT)],
-    "zero_ratio": [row(step, {"ratio_mean": 0.0, "ratio_max": 0.0}) for step in range(1, 20)],
-    "exploding": [
-        row(step, FLAT | {"ratio_max": 10.0 ** (2 * step), "reward": -(10.0**step)}) for step in range(1, 20)
+    "only_nan": [row(step, dict.fromkeys(FLAT | EVALUATION)) for step in STEPS],
+    "constant": [row(step, FLAT) for step in STEPS],
+    "few_columns": [
+        row(step, {"reward": float(step), "ratio_mean": 0.0, "ratio_max": 0.0, "unknown": 1.0})
+        | ({"eval_greedy": 0.1 * step} if step < 4 else {})
+        for step in STEPS
     ],
+    "gaps": [row(step, FLAT if step % 3 else dict.fromkeys(FLAT)) for step in STEPS],
+    "lone_values": [row(step, dict.fromkeys(FLAT) if step % 3 else FLAT) for step in STEPS],
+    "step_0_and_half_an_interval": [
+        row(0, {"eval_greedy": 0.5, "eval_greedy_low": 0.4, "eval_sampled": None} | FLAT),
+    ],
+    "exploding": [row(step, FLAT | {"ratio_max": 10.0 ** (2 * step), "reward": -(10.0**step)}) for step in STEPS],
     "float64_extremes": [row(step, {"ratio_mean": 1e-300, "ratio_max": 1e300, "reward": 1e300}) for step in (1, 2, 3)],
-    "all_at_the_floor": [row(step, FLAT | {"gamma_mean": 0.5, "gamma_floor_fraction": 1.0}) for step in range(1, 20)],
+    "all_at_the_floor": [row(step, FLAT | {"gamma_mean": 0.5, "gamma_floor_fraction": 1.0}) for step in STEPS],
 }
+WHOLE = ("real", "no_rows", "exploding", "float64_extremes")
+"""Cases drawn at full size. The others are drawn small and without constrained layout, in half of the time."""
 
 
 def write(run_dir, rows):
@@ -88,24 +95,30 @@ def write(run_dir, rows):
     return run_dir
 
 
-@pytest.fixture
-def panels(monkeypatch, tmp_path):
-    """Draws rows and gives the panels by their titles; the right axis of γ is called "right"."""
+def draw_panels(run_dir, rows):
+    """Draw rows without rendering the picture; return the panels by title, and γ's right axis as "right"."""
     figures = []
 
-    class RecordedFigure(plots.Figure):
+    class RecordedFigure(Figure):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             figures.append(self)
 
-    monkeypatch.setattr(plots, "Figure", RecordedFigure)
-    monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", lambda *_: None)  # the slow part, of no use here
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_curves, "Figure", RecordedFigure)
+        patch.setattr(FigureCanvasAgg, "print_png", lambda *_: None)
+        draw_curves(write(run_dir, rows))
+    return {axes.get_title(loc="left") or "right": axes for axes in figures[-1].axes}
 
-    def draw(rows):
-        plots.draw_curves(write(tmp_path / "run", rows))
-        return {axes.get_title(loc="left") or "right": axes for axes in figures[-1].axes}
 
-    return draw
+@pytest.fixture
+def panels(tmp_path):
+    return functools.partial(draw_panels, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def real_panels(tmp_path_factory):
+    return draw_panels(tmp_path_factory.mktemp("real"), CASES["real"])
 
 
 def labelled_lines(axes):
@@ -113,29 +126,35 @@ def labelled_lines(axes):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_any_record_gives_a_picture(tmp_path, name):
+def test_any_record_gives_a_picture(tmp_path, monkeypatch, name):
+    class SmallFigure(Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"dpi": 30, "layout": "none"})
+
+    if name not in WHOLE:
+        monkeypatch.setattr(training_curves, "Figure", SmallFigure)
     run_dir = write(tmp_path / name, CASES[name])
-    path = plots.draw_curves(run_dir)
+    path = draw_curves(run_dir)
     assert path == run_dir / "curves.png"
     image = matplotlib.image.imread(path)
-    height, width, _ = image.shape
-    assert height >= 800 and width >= 1400
+    assert image.shape[:2] == ((990, 1760) if name in WHOLE else (270, 480))
     assert image.std() > 0.01
     assert sorted(entry.name for entry in run_dir.iterdir()) == ["curves.png", "metrics.jsonl"]
 
 
 def test_the_name_of_the_folder_is_text(tmp_path):
-    assert plots.draw_curves(write(tmp_path / "$_^{$ 50% <b>", CASES["no_rows"])).is_file()
+    assert draw_curves(write(tmp_path / "$_^{$ 50% <b>", CASES["no_rows"])).is_file()
 
 
 def test_the_folder_may_be_a_string_and_relative(tmp_path, monkeypatch):
     write(tmp_path, CASES["no_rows"])
     monkeypatch.chdir(tmp_path)
-    assert plots.draw_curves(".").resolve() == tmp_path / "curves.png"
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda *_: None)
+    assert draw_curves(".").resolve() == tmp_path / "curves.png"
 
 
-def test_every_panel_is_named_and_labelled(panels):
-    drawn = panels(CASES["real"])
+def test_every_panel_is_named_and_labelled(real_panels):
+    drawn = real_panels
     assert [title for title in drawn if title != "right"] == TITLES
     for axes in drawn.values():
         assert axes.get_ylabel()
@@ -145,17 +164,16 @@ def test_every_panel_is_named_and_labelled(panels):
 
 
 def test_a_panel_without_data_says_so(panels):
-    drawn = panels(CASES["one_column"])
+    drawn = panels([row(step, {"reward": float(step)}) for step in STEPS])
     assert "right" not in drawn
     for title in TITLES:
         told = [text.get_text() for text in drawn[title].texts]
         assert told == ([] if title == "Reward" else ["not recorded"])
 
 
-def test_lines_hold_the_record(panels):
-    rows = CASES["real"]
-    rl = [row for row in rows if row["phase"] == "rl"]
-    drawn = panels(rows)
+def test_lines_hold_the_record(real_panels):
+    rl = [row for row in CASES["real"] if row["phase"] == "rl"]
+    drawn = real_panels
     ratio = labelled_lines(drawn["Importance ratio"])
     shift = labelled_lines(drawn["Router shift γ"])
     for line, name in [
@@ -176,7 +194,7 @@ def test_lines_hold_the_record(panels):
     np.testing.assert_array_equal(raw, [[row[name] for row in rl] for name in names])
 
 
-# 9 steps are 5 % of 170, made odd; 5 are the fewest.
+# 5 % of 170 steps, made odd, are 9; a window has at least 5.
 @pytest.mark.parametrize(("count", "reach"), [(170, 4), (99, 2)])
 def test_bold_lines_are_running_means_of_what_is_finite(panels, count, reach):
     rng = np.random.default_rng(1)
@@ -203,9 +221,9 @@ def test_lone_values_are_dots(panels):
     assert line.get_marker() == "o" and line.get_markevery() == [0, 5]
 
 
-def test_held_out_rates_stand_at_their_steps_with_intervals(panels):
+def test_held_out_rates_stand_at_their_steps_with_intervals(real_panels):
     rl = [row for row in CASES["real"] if row["phase"] == "rl" and "eval_greedy" in row]
-    axes = panels(CASES["real"])["Solve rate"]
+    axes = real_panels["Solve rate"]
     lines = labelled_lines(axes)
     for kind in ("greedy", "sampled"):
         np.testing.assert_array_equal(lines[f"held-out {kind}"].get_xdata(), [20, 40, 60])
@@ -219,8 +237,8 @@ def test_held_out_rates_stand_at_their_steps_with_intervals(panels):
     np.testing.assert_array_equal(bars, expected)
 
 
-def test_the_baseline_is_the_last_evaluation_of_the_warm_start(panels):
-    axes = panels(CASES["real"])["Solve rate"]
+def test_the_baseline_is_the_last_evaluation_of_the_warm_start(panels, real_panels):
+    axes = real_panels["Solve rate"]
     assert "warm start" in labelled_lines(axes)
     at_zero = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0]]
     assert at_zero == [EVALUATION["eval_greedy"], EVALUATION["eval_sampled"]]
@@ -233,29 +251,30 @@ def test_all_panels_show_the_same_steps(panels):
     assert limits == {(-1.0, 51.0)}
 
 
-@pytest.mark.parametrize("failing", [(plots.FigureCanvasAgg, "print_png"), (os, "replace")], ids=["drawing", "disk"])
+@pytest.mark.parametrize("failing", [(FigureCanvasAgg, "print_png"), (os, "replace")], ids=["drawing", "disk"])
 def test_an_older_picture_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch, failing):
+    pictures = iter([b"first", b"second", b"third"])
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda _, file: file.write(next(pictures)))
     run_dir = write(tmp_path, CASES["no_rows"])
-    before = plots.draw_curves(run_dir).read_bytes()
-    write(run_dir, CASES["one_column"])
-    monkeypatch.setattr(*failing, lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        plots.draw_curves(run_dir)
-    assert (run_dir / "curves.png").read_bytes() == before
-    monkeypatch.undo()
-    assert plots.draw_curves(run_dir).read_bytes() != before
+    assert draw_curves(run_dir).read_bytes() == b"first"
+    with monkeypatch.context() as patch:
+        patch.setattr(*failing, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            draw_curves(run_dir)
+    assert (run_dir / "curves.png").read_bytes() == b"first"
+    assert draw_curves(run_dir).read_bytes() in (b"second", b"third")
 
 
 def test_a_folder_without_a_record_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="folder of a run"):
-        plots.draw_curves(tmp_path)
+        draw_curves(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"phase": "rl"}\n')
     with pytest.raises(ValueError, match="line 1 is not a row"):
-        plots.draw_curves(tmp_path)
+        draw_curves(tmp_path)
     assert not (tmp_path / "curves.png").exists()
 
 
 def test_drawing_needs_no_pyplot(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it is an error now
-    fresh = runpy.run_path(plots.__file__)
+    fresh = runpy.run_path(training_curves.__file__)
     assert fresh["draw_curves"](write(tmp_path, CASES["no_rows"])).is_file()

@@ -1,6 +1,6 @@
-"""What a study found, in numbers: scores and collapse rates of every cell, and comparisons between levels of a factor.
+"""Results of a study in numbers: scores and collapse rates of every cell, and comparisons between levels of a factor.
 
-Reads the table, never the folders of runs. Figures and the summary both take their numbers from here.
+They come from the study's table, never from the folders of runs. Figures and the summary both take their numbers here.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.ablation.grid import Level
-from experiments.ablation.statistics import (
+from experiments.ablation.intervals import (
     Estimate,
     estimate,
     paired_difference,
@@ -24,23 +24,25 @@ from experiments.ablation.table import Row, Table
 _ENDS = ("value", "low", "high")
 _COMPARED = ("first", "second", "probability", "probability_interval", "difference", "difference_interval")
 Where = Mapping[str, Level | tuple[Level, ...]]
-"""Levels that a factor is held at; one of several where it is a tuple."""
+"""Levels at which factors are held; a tuple allows any of several."""
+Strata = Sequence[tuple[Sequence[Row], Sequence[Row]]]
+"""Runs of the one and runs of the other, by stratum."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """The table of a study, as figures ask for it."""
+    """A study with its table, and the questions that figures ask of them."""
 
     study: Study
     plan: Plan
     table: Table
 
     def runs(self, free: Sequence[str], where: Where) -> list[Row]:
-        """The rows of runs that are done, in the order of the plan.
+        """Return the rows of runs that are done, in the order of the plan.
 
         Args:
-          free: factors of which the runs may have any level, but must have one.
-          where: levels of other factors; those named in neither are at their default.
+          free: factors that may have any level, but must have one.
+          where: levels of other factors. Factors named in neither are at their default.
         """
         rows = [self.table.runs.get(planned.name) for planned in self.plan.runs]
         return [row for row in rows if row is not None and row["state"] == "done" and self._fits(row, free, where)]
@@ -56,7 +58,7 @@ class Results:
         return True
 
     def levels(self, factor: str, rows: Sequence[Row]) -> list[Level]:
-        """Those that some of the runs have: numbers by size, others as declared."""
+        """Return the levels that some of the runs have: numbers by size, others in the order of declaration."""
         present = {row[factor] for row in rows}
         declared = [planned.factors[factor] for planned in self.plan.runs]
         levels = [level for level in dict.fromkeys(declared) if level in present]
@@ -64,42 +66,46 @@ class Results:
         return [*sorted(numbers)] if len(numbers) == len(levels) else levels
 
     def by_level(self, factor: str | None, rows: Sequence[Row]) -> list[tuple[Level | None, list[Row]]]:
-        """The rows that have each level of a factor; all of them under None without a factor."""
+        """Return the rows of each level of a factor; without a factor, all rows under None."""
         if factor is None:
             return [(None, list(rows))]
         return [(level, [row for row in rows if row[factor] == level]) for level in self.levels(factor, rows)]
 
     def score(self, rows: Sequence[Row], metric: str | None = None) -> Estimate | None:
-        """The interquartile mean of a score over runs, with its interval; None without any."""
+        """Return the interquartile mean of a score over runs, by default the study's; None without any."""
         scores = list(self.table.scores(metric or self.study.score, rows).values())
         return estimate([scores]) if scores else None
 
-    def improvement(self, strata: Sequence[tuple[Sequence[Row], Sequence[Row]]]) -> Estimate | None:
-        """The probability that a run of the first has a better score than one of the second; None without runs."""
+    def improvement(self, strata: Strata) -> Estimate | None:
+        """Return the probability that a run of the one scores better than one of the other; None without runs."""
         sides = [(list(ours.values()), list(theirs.values())) for ours, theirs in self._by_seed(strata)]
         sides = [(ours, theirs) for ours, theirs in sides if ours and theirs]
         if not sides:
             return None
         return probability_of_improvement([ours for ours, _ in sides], [theirs for _, theirs in sides])
 
-    def comparison(self, strata: Sequence[tuple[Sequence[Row], Sequence[Row]]]) -> dict[str, Any]:
-        """The same and the mean difference on common seeds, each with its interval, for a JSON file."""
+    def comparison(self, strata: Strata) -> dict[str, Any]:
+        """Return `improvement` and the mean difference on common seeds, with intervals, as entries of a JSON file."""
         sides = self._by_seed(strata)
         difference = None
         if any(ours.keys() & theirs.keys() for ours, theirs in sides):
             difference = paired_difference([ours for ours, _ in sides], [theirs for _, theirs in sides])
         return flat("probability", self.improvement(strata)) | flat("difference", difference)
 
+    def _by_seed(self, strata: Strata) -> list[tuple[dict[int, float], dict[int, float]]]:
+        score = self.study.score
+        return [(self.table.scores(score, ours), self.table.scores(score, theirs)) for ours, theirs in strata]
+
     def mean_of_steps(
         self, metric: str, rows: Sequence[Row], log: bool = False, last: int | None = None
     ) -> Estimate | None:
-        """The interquartile mean over runs of a metric's mean over steps, with its interval; None without any.
+        """Return the interquartile mean over runs of a metric's mean over steps; None if it was never recorded.
 
         Args:
-          metric: of steps, where it was recorded.
+          metric: a metric of the table of steps; steps without it are left out.
           rows: the runs.
-          log: take means of logarithms; values must then be positive.
-          last: only these many last steps.
+          log: if true, means are geometric, and values must be positive.
+          last: the number of last steps to use; all steps by default.
         """
         values = []
         for row in rows:
@@ -113,20 +119,26 @@ class Results:
         mean = estimate([values])
         return mean._replace(**{end: float(np.exp(getattr(mean, end))) for end in _ENDS}) if log else mean
 
-    def _by_seed(
-        self, strata: Sequence[tuple[Sequence[Row], Sequence[Row]]]
-    ) -> list[tuple[dict[int, float], dict[int, float]]]:
-        score = self.study.score
-        return [(self.table.scores(score, ours), self.table.scores(score, theirs)) for ours, theirs in strata]
+    def curves(self, rows: Sequence[Row], metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a metric of runs over the steps at which any of them recorded it.
+
+        Returns:
+          The steps, int64 [steps], and the values, float64 [runs, steps], NaN where a run has none.
+        """
+        recorded = [self.table.steps.get(row["run"], []) for row in rows]
+        found = [{step["step"]: step[metric] for step in run if step.get(metric) is not None} for run in recorded]
+        steps = sorted({step for values in found for step in values})
+        values = [[values.get(step, np.nan) for step in steps] for values in found]
+        return np.array(steps, np.int64), np.array(values, np.float64).reshape(len(rows), len(steps))
 
 
 def collapse_rate(rows: Sequence[Row]) -> Estimate | None:
-    """The share of runs that collapsed (`rspo_jax.records.alarm`); None without any."""
+    """Return the share of runs that collapsed (`rspo_jax.records.alarm`); None without any."""
     return rate([bool(row["collapsed"]) for row in rows]) if rows else None
 
 
-def summarize(results: Results) -> dict[str, Any]:
-    """What `summary.json` holds: for each cell its runs, its score, its collapse rate and its costs."""
+def summarize_study(results: Results) -> dict[str, Any]:
+    """Return the content of `summary.json`: runs, score, collapse rate and costs of each cell."""
     cells = []
     states = {
         planned.name: results.table.runs.get(planned.name, {}).get("state", "waiting") for planned in results.plan.runs
@@ -147,16 +159,34 @@ def summarize(results: Results) -> dict[str, Any]:
 
 
 def flat(name: str, found: Estimate | None) -> dict[str, Any]:
-    """An estimate as two entries of a JSON file, its value and its interval; one of None if there is none."""
+    """Return an estimate as entries of a JSON file, its value and its interval; only a null value for None."""
     return {name: None} if found is None else {name: found.value, f"{name}_interval": [found.low, found.high]}
 
 
-def describe(summary: Mapping[str, Any]) -> str:
-    """The summary as plain text: a table of the cells, and one for each figure that compares, or has means of steps."""
+def describe_study(summary: Mapping[str, Any]) -> str:
+    """Return the summary as plain text: a table of the cells, and one for each figure with comparisons or means."""
     parts = [_describe_cells(summary)]
     parts += [_describe_comparisons(name, found) for name, found in summary.get("comparisons", {}).items()]
     parts += [_describe_means(name, found) for name, found in summary.get("means", {}).items()]
     return "\n\n".join(parts)
+
+
+def _describe_cells(summary: Mapping[str, Any]) -> str:
+    width = max(len(cell["cell"]) for cell in summary["cells"])
+    lines = [f"{'cell':{width}}   runs   {summary['score']} (interquartile mean, 95 %)   collapsed"]
+    for cell in summary["cells"]:
+        runs = f"{cell['done']}/{cell['runs']}"
+        score = collapsed = "–"
+        if cell["score"] is not None:
+            low, high = cell["score_interval"]
+            score = f"{100 * cell['score']:5.1f} %"
+            if cell["done"] > 1:  # a single run says nothing about how runs differ
+                score += f" [{100 * low:5.1f}, {100 * high:5.1f}]"
+        if cell["collapse_rate"] is not None:
+            low, high = cell["collapse_rate_interval"]
+            collapsed = f"{100 * cell['collapse_rate']:3.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+        lines.append(f"{cell['cell']:{width}}  {runs:>5}   {score:<{len(summary['score']) + 29}}   {collapsed}")
+    return "\n".join(lines)
 
 
 def _describe_comparisons(name: str, found: Sequence[Mapping[str, Any]]) -> str:
@@ -179,7 +209,7 @@ def _describe_comparisons(name: str, found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _describe_means(name: str, found: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each curve or metric, a column for each panel."""
+    """Return a table with a line for each curve or metric and a column for each panel."""
     panels = list(dict.fromkeys(one["panel"] for one in found))
     title = f"{name}: {found[0]['what']}, 95 %"
     lines = [[title, *("" if panel is None else str(panel) for panel in panels)]]
@@ -194,21 +224,3 @@ def _describe_means(name: str, found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(
         "   ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
-
-
-def _describe_cells(summary: Mapping[str, Any]) -> str:
-    width = max(len(cell["cell"]) for cell in summary["cells"])
-    lines = [f"{'cell':{width}}   runs   {summary['score']} (interquartile mean, 95 %)   collapsed"]
-    for cell in summary["cells"]:
-        runs = f"{cell['done']}/{cell['runs']}"
-        score = collapsed = "–"
-        if cell["score"] is not None:
-            low, high = cell["score_interval"]
-            score = f"{100 * cell['score']:5.1f} %"
-            if cell["done"] > 1:  # one run says nothing of how runs differ
-                score += f" [{100 * low:5.1f}, {100 * high:5.1f}]"
-        if cell["collapse_rate"] is not None:
-            low, high = cell["collapse_rate_interval"]
-            collapsed = f"{100 * cell['collapse_rate']:3.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-        lines.append(f"{cell['cell']:{width}}  {runs:>5}   {score:<{len(summary['score']) + 29}}   {collapsed}")
-    return "\n".join(lines)

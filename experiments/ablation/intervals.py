@@ -1,12 +1,11 @@
-"""What the scores of a few runs allow to say: interquartile means, stratified bootstrap intervals, the probability of
-improvement, collapse rates and paired differences.
+"""Estimates with intervals from the scores of a few runs: interquartile means, probabilities of improvement, paired
+differences and rates.
 
-Pure functions of numpy arrays, in float64. Scores come in strata: one array for each task, or level of difficulty,
-with one score a run; runs are drawn again within each stratum, never across. The estimators are those of Agarwal et
+Pure functions of numpy arrays, in float64. Scores come in strata, one array per task or level of difficulty with one
+score per run; runs are drawn again within each stratum, never across strata. The estimators are those of Agarwal et
 al., "Deep reinforcement learning at the edge of the statistical precipice", 2021 (arXiv 2108.13264; their library
-rliable), written anew here. With a handful of runs a stratum, percentile intervals of the bootstrap are somewhat too
-narrow, and those of a single run have no width at all: they are no substitute for more seeds. This file must never
-know where the scores are from.
+rliable), reimplemented here. With a handful of runs per stratum, percentile intervals of the bootstrap are somewhat too
+narrow, and those of a single run have no width at all: they are no substitute for more seeds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,8 @@ import numpy as np
 from rspo_jax.records import wilson_interval
 
 RESAMPLES = 10_000
-_VALUES_AT_ONCE = 2**22  # so that memory stays below some 100 MB
+"""Number of times that the bootstrap draws all runs again."""
+_VALUES_AT_ONCE = 2**22  # keeps memory below some 100 MB
 
 
 class Estimate(NamedTuple):
@@ -27,17 +27,19 @@ class Estimate(NamedTuple):
     low: float
     high: float
     runs: int
-    """That it rests on."""
+    """Number of scores that the value rests on."""
 
 
+Strata = Sequence[Sequence[float] | np.ndarray]
+"""Finite scores by stratum, at least one in each."""
 Statistic = Callable[[list[np.ndarray]], np.ndarray]
-"""From strata, each [resamples, runs], to one value a resample."""
+"""A function of strata, each [resamples, runs], that returns [resamples]."""
 
 
 def pooled_interquartile_mean(strata: list[np.ndarray]) -> np.ndarray:
-    """The mean of the middle half of all scores of all strata; up to 3 scores are all in the middle half.
+    """Return the mean of the middle half of all scores of all strata; up to 3 scores all belong to it.
 
-    As rliable does, a quarter of the scores, rounded down, is left out on either side.
+    As in rliable, a quarter of the scores, rounded down, is left out on either side.
     """
     scores = np.sort(np.concatenate(strata, axis=-1), axis=-1)
     cut = scores.shape[-1] // 4
@@ -45,28 +47,28 @@ def pooled_interquartile_mean(strata: list[np.ndarray]) -> np.ndarray:
 
 
 def mean_of_strata(strata: list[np.ndarray]) -> np.ndarray:
-    """The mean over strata of their means, so that each counts alike whatever its number of runs."""
+    """Return the mean over strata of their means, so that each stratum counts the same whatever its number of runs."""
     return np.mean([scores.mean(axis=-1) for scores in strata], axis=0)
 
 
 def estimate(
-    strata: Sequence[Sequence[float] | np.ndarray],
+    strata: Strata,
     statistic: Statistic = pooled_interquartile_mean,
     seed: int = 0,
     resamples: int = RESAMPLES,
     level: float = 0.95,
 ) -> Estimate:
-    """A statistic of scores with its stratified bootstrap interval (percentiles).
+    """Return a statistic of scores with its stratified bootstrap interval (percentiles).
 
     Args:
-      strata: the scores of each stratum, finite, in any number from 1.
-      statistic: of them.
-      seed: of the draws.
-      resamples: how often all runs are drawn again.
-      level: the share of the resamples that lies inside.
+      strata: the scores.
+      statistic: the statistic.
+      seed: seed of the draws.
+      resamples: number of times that all runs are drawn again.
+      level: share of the resamples inside the interval.
 
     Raises:
-      ValueError: if there is no stratum, or one is empty or holds what is not finite.
+      ValueError: if there is no stratum, or one is empty or holds a value that is not finite.
     """
     arrays = _checked(strata)
     value = float(statistic([scores[None] for scores in arrays])[0])
@@ -75,26 +77,26 @@ def estimate(
 
 
 def probability_of_improvement(
-    scores: Sequence[Sequence[float] | np.ndarray],
-    others: Sequence[Sequence[float] | np.ndarray],
+    scores: Strata,
+    others: Strata,
     seed: int = 0,
     resamples: int = RESAMPLES,
     level: float = 0.95,
 ) -> Estimate:
-    """How likely a run of the one has a better score than a run of the other: P(X > Y) + P(X = Y) / 2.
+    """Return the probability that a run X of the one scores better than a run Y of the other.
 
-    In each stratum over all pairs of runs (the Mann-Whitney statistic divided by their number), then the mean over
-    strata. Both sides are drawn again independently.
+    P(X > Y) + P(X = Y) / 2 is taken over all pairs of runs of a stratum (the Mann-Whitney statistic divided by their
+    number) and averaged over strata. Both sides are drawn again independently.
 
     Args:
-      scores: of the one, by stratum.
-      others: of the other, by the same strata.
-      seed: of the draws.
-      resamples: how often.
-      level: of the interval.
+      scores: the scores of the one.
+      others: the scores of the other, by the same strata.
+      seed: seed of the draws.
+      resamples: number of times that all runs are drawn again.
+      level: share of the resamples inside the interval.
 
     Raises:
-      ValueError: if the strata are not as many, or not as `estimate` wants them.
+      ValueError: if the numbers of strata differ, or `estimate` refuses one of them.
     """
     ours, theirs = _checked(scores), _checked(others)
     if len(ours) != len(theirs):
@@ -118,20 +120,20 @@ def paired_difference(
     resamples: int = RESAMPLES,
     level: float = 0.95,
 ) -> Estimate:
-    """The mean difference between runs with the same seed: mean over strata, seeds drawn again within each.
+    """Return the mean difference between runs of the same seed: mean over strata, seeds drawn again within each.
 
-    Runs with one seed share their warm start and the order of their prompts, so that the difference varies less than
-    either score. Seeds that only one side has are left out, and strata without a common seed.
+    Runs of one seed share their warm start and the order of their prompts, so the difference varies less than either
+    score. Seeds that only one side has are left out, as are strata without a common seed.
 
     Args:
-      scores: of the one, by stratum and seed.
-      others: of the other, by the same strata and seeds.
-      seed: of the draws.
-      resamples: how often.
-      level: of the interval.
+      scores: the scores of the one, by stratum and seed.
+      others: the scores of the other, by the same strata and seeds.
+      seed: seed of the draws.
+      resamples: number of times that all seeds are drawn again.
+      level: share of the resamples inside the interval.
 
     Raises:
-      ValueError: if the strata are not as many, or no seed is common.
+      ValueError: if the numbers of strata differ, or no seed is common to both sides.
     """
     if len(scores) != len(others):
         raise ValueError(f"both sides need the same strata, got {len(scores)} and {len(others)}")
@@ -146,24 +148,25 @@ def paired_difference(
 
 
 def rate(events: Sequence[bool] | np.ndarray) -> Estimate:
-    """The share of runs to which something happened, with its Wilson interval."""
+    """Return the share of runs to which an event happened, with its 95 % Wilson interval."""
     happened, count = int(np.sum(events)), len(events)
     low, high = wilson_interval(happened, count)
     return Estimate(happened / count, low, high, count)
 
 
-def _checked(strata: Sequence[Sequence[float] | np.ndarray]) -> list[np.ndarray]:
+def _checked(strata: Strata) -> list[np.ndarray]:
     arrays = [np.asarray(scores, np.float64) for scores in strata]
     if not arrays or any(scores.ndim != 1 or scores.size == 0 for scores in arrays):
-        raise ValueError(f"each stratum needs a list of 1 score or more, got {[scores.shape for scores in arrays]}")
+        raise ValueError(f"each stratum needs a list of at least 1 score, got {[scores.shape for scores in arrays]}")
     if not all(np.isfinite(scores).all() for scores in arrays):
-        raise ValueError("a score is not finite: leave such runs out, and say so, or give them the worst score")
+        raise ValueError("a score is not finite: leave such runs out and report it, or give them the worst score")
     return arrays
 
 
 def _bootstrap(
     strata: list[np.ndarray], statistic: Statistic, seed: int, resamples: int, level: float
 ) -> tuple[float, float]:
+    """Return the bounds between which a share `level` of the resampled statistics lies."""
     generator = np.random.default_rng(seed)
     largest = max(len(scores) for scores in strata)
     block = max(1, _VALUES_AT_ONCE // (largest**2 * len(strata)))

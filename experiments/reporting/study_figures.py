@@ -1,11 +1,11 @@
-"""The figures of a study: learning curves, final scores, collapse rates, probabilities of improvement, sensitivities.
+"""Figures of a study: learning curves, final scores, collapse rates, probabilities of improvement, sensitivities.
 
-A figure is declared as a frozen dataclass that names factors, and drawn from the table alone. Factors that it does not
-name are held at the study's defaults. This file must never read a run's folder or make a statistic of its own.
+A figure is declared as a frozen dataclass that names factors, and drawn from the study's table alone. Factors that it
+does not name are held at the study's defaults.
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,55 +15,39 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 
-from experiments.ablation.comparison import Results, Where, collapse_rate, flat
 from experiments.ablation.grid import Level
-from experiments.ablation.statistics import Estimate
+from experiments.ablation.results import Results, Where, collapse_rate, flat
 from experiments.ablation.study import Style
 from experiments.ablation.table import LATE_STEPS, Row
-from experiments.reporting.curves import BLUE, DASHED, GREEN, GREY, INK, ORANGE, RED, running_mean
+from experiments.reporting.curves import DASHED, GREY, INK, running_mean
+from experiments.reporting.study_canvas import (
+    CURVE_HEIGHT,
+    ROW_HEIGHT,
+    StudyCanvas,
+    draw_dot,
+    draw_runs,
+    format_numbers,
+)
 
-PURPLE, SKY = "#CC79A7", "#56B4E9"  # of the same palette as the others
-_COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, INK)
-_TINY = 1e-30  # for logarithms
+_TINY = 1e-30  # in place of 0 under a logarithm
 _WINDOW, _FEWEST_TO_SMOOTH = 5, 40
-_PANEL_WIDTH, _ROW_HEIGHT, _CURVE_HEIGHT = 3.3, 0.34, 2.7
-_WORDS = {
-    "test_sampled": "test solve rate, sampled",
-    "test_greedy": "test solve rate, greedy",
-    "eval_sampled": "validation solve rate, sampled",
-    "eval_greedy": "validation solve rate, greedy",
-    "solve_rate": "training solve rate",
-    "late_solve_rate": "training solve rate, last 10 steps",
-    "reward": "mean reward",
-    "entropy": "token entropy (nats)",
-    "gamma_mean": "mean γ per token",
-    "gamma_floor_fraction": "share of tokens with γ at its floor",
-    "clip_fraction": "share of tokens clipped",
-    "clip_fraction_positive": "share clipped, good responses",
-    "clip_fraction_negative": "share clipped, bad responses",
-    "ratio_max": "largest importance ratio",
-    "approx_kl": "divergence from the old policy (nats a token)",
-    "route_stays": "share of tokens whose experts all stay",
-    "max_violation": "busiest expert over its share, less 1",
-    "effective_sample_size": "effective sample size of the ratios, a share",
-}
 
 
 @dataclass(frozen=True)
 class StudyFigure:
-    """What all figures have."""
+    """Fields and methods common to all figures."""
 
     name: str
-    """Of the file."""
+    """The name of the file, without its ending."""
     panels: str | None = None
     """The factor with a panel for each level."""
     where: Where = field(default_factory=dict)
-    """Levels to show of factors, one or a tuple; those not named here or elsewhere are at the study's default."""
+    """The levels of factors to show, one or a tuple. Factors named nowhere in the figure are at the study's default."""
     title: str = ""
 
     FREE: ClassVar[tuple[str, ...]] = ("panels",)
+    """Fields that name a factor of which all levels are shown."""
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -71,7 +55,11 @@ class StudyFigure:
         return tuple(factor for name in self.FREE if (factor := getattr(self, name)) is not None)
 
     def check(self, factors: Sequence[str], defaults: Mapping[str, Level]) -> None:
-        """Raises ValueError if a factor is unknown, or is neither named nor has a default."""
+        """Check the figure's factors against those of the study.
+
+        Raises:
+          ValueError: if a factor is unknown, or one of the study's is neither named in the figure nor has a default.
+        """
         named = {*self.free, *self.where}
         for factor in named - set(factors):
             raise ValueError(f"figure {self.name}: no cell has the factor {factor}; there are {', '.join(factors)}")
@@ -82,51 +70,54 @@ class StudyFigure:
                 )
 
     def draw(self, results: Results) -> bytes | None:
-        """The picture as PNG; None while no run that it shows is done."""
+        """Return the picture as PNG, or None as long as none of its runs is done."""
         rows = results.runs(self.free, self.where)
         if not rows:
             return None
         figure = Figure(dpi=110, facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
         canvas = FigureCanvasAgg(figure)
-        self.draw_rows(_Canvas(figure, results), rows)
+        self.draw_rows(StudyCanvas(figure, results), rows)
         if self.title:
             figure.suptitle(self.title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
         picture = io.BytesIO()
         canvas.print_png(picture)
         return picture.getvalue()
 
-    def draw_rows(self, canvas: "_Canvas", rows: list[Row]) -> None:
+    def draw_rows(self, canvas: StudyCanvas, rows: list[Row]) -> None:
+        """Draw the runs on a canvas."""
         raise NotImplementedError
 
-    def numbers(self, results: Results) -> list[dict[str, Any]]:
-        """The comparisons that it shows, for the summary."""
+    def comparisons(self, results: Results) -> list[dict[str, Any]]:
+        """Return the comparisons that the figure shows, for the summary."""
         return []
 
     def means(self, results: Results) -> list[dict[str, Any]]:
-        """The means over steps that it shows, or that its curves end with, for the summary."""
+        """Return the means over steps that the figure shows, or that its curves end with, for the summary."""
         return []
 
 
 @dataclass(frozen=True)
 class LearningCurves(StudyFigure):
-    """A metric over steps: mean over seeds, and the range that 95 % of the bootstrap's means lie in."""
+    """A metric over steps: mean over seeds, with its 95 % bootstrap interval."""
 
     metric: str = "eval_sampled"
     lines: str = "method"
+    """The factor with a line for each level."""
     log: bool = False
-    """Of the metric: its axis and its means."""
+    """If true, the metric's axis is logarithmic and its means are geometric."""
 
     FREE: ClassVar[tuple[str, ...]] = ("panels", "lines")
 
-    def draw_rows(self, canvas: "_Canvas", rows: list[Row]) -> None:
+    def draw_rows(self, canvas: StudyCanvas, rows: list[Row]) -> None:
         levels = canvas.results.levels(self.lines, rows)
         note = "mean over seeds, 95 % bootstrap interval"
-        for axes, panel in canvas.panels(self.panels, rows, _CURVE_HEIGHT, share_y=True):
+        for axes, panel in canvas.panels(self.panels, rows, CURVE_HEIGHT):
             for level in levels:
-                steps, values = canvas.curves([row for row in panel if row[self.lines] == level], self.metric)
+                runs = [row for row in panel if row[self.lines] == level]
+                steps, values = canvas.results.curves(runs, self.metric)
                 if not steps.size:
                     continue
-                style = canvas.style(self.lines, level, levels)
+                style = canvas.style(level, levels)
                 values = np.log(np.maximum(values, _TINY)) if self.log else values
                 if steps.size > _FEWEST_TO_SMOOTH:
                     values = np.stack([running_mean(run, _WINDOW) for run in values])
@@ -139,9 +130,10 @@ class LearningCurves(StudyFigure):
             axes.set_xlabel("step", color=INK)
             axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
             axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
-            _format(axes.yaxis, self.metric, self.log)
-        canvas.first.set_ylabel(canvas.word(self.metric), color=INK)
-        canvas.legend(self.lines, levels, note)
+            format_numbers(axes.yaxis, self.metric, self.log)
+        canvas.axes[0].set_ylabel(canvas.word(self.metric), color=INK)
+        canvas.legend(self.lines, levels)
+        canvas.note(note)
 
     def means(self, results: Results) -> list[dict[str, Any]]:
         rows = results.runs(self.free, self.where)
@@ -161,20 +153,20 @@ class MeansOfSteps(StudyFigure):
 
     metrics: tuple[str, ...] = ()
     what: str = ""
-    """What they have in common: the name of the axis."""
+    """The quantity that the metrics have in common: the label of the x axis."""
 
-    def draw_rows(self, canvas: "_Canvas", rows: list[Row]) -> None:
+    def draw_rows(self, canvas: StudyCanvas, rows: list[Row]) -> None:
         results = canvas.results
-        for axes, panel in canvas.panels(self.panels, rows, _ROW_HEIGHT * len(self.metrics) + 0.9, share_y=True):
+        for axes, panel in canvas.panels(self.panels, rows, ROW_HEIGHT * len(self.metrics) + 0.9):
             for place, metric in enumerate(self.metrics):
-                style = canvas.style(None, metric, self.metrics)
+                style = canvas.style(metric, self.metrics)
                 for run in panel:
                     alone = results.mean_of_steps(metric, [run])
                     if alone is not None:
-                        axes.plot(alone.value, place + 0.22, "o", color=style.colour, alpha=0.35, markersize=3)
-                _dot(axes, place, results.mean_of_steps(metric, panel), style)
+                        draw_runs(axes, place, [alone.value], style)
+                draw_dot(axes, place, results.mean_of_steps(metric, panel), style)
             axes.set_xlabel(self.what, color=INK, fontsize=9)
-        canvas.name_rows([canvas.word(metric) for metric in self.metrics])
+        canvas.name_lines([canvas.word(metric) for metric in self.metrics])
         canvas.note("large: interquartile mean over runs, 95 % bootstrap interval; small: runs")
 
     def means(self, results: Results) -> list[dict[str, Any]]:
@@ -190,18 +182,18 @@ class FinalScores(StudyFigure):
     """A score of each run: a dot for each run, and interquartile means with their 95 % intervals."""
 
     groups: str = "method"
+    """The factor with a line of dots for each level."""
     metric: str | None = None
-    """Of the table of runs; the study's score if none is given."""
+    """A column of the table of runs; the study's score by default."""
 
     FREE: ClassVar[tuple[str, ...]] = ("panels", "groups")
 
-    def draw_rows(self, canvas: "_Canvas", rows: list[Row]) -> None:
+    def draw_rows(self, canvas: StudyCanvas, rows: list[Row]) -> None:
         results, score = canvas.results, self.metric or canvas.results.study.score
 
         def draw(axes: Axes, place: int, runs: list[Row], style: Style) -> None:
-            values = list(results.table.scores(score, runs).values())
-            axes.plot(values, np.full(len(values), place + 0.22), "o", color=style.colour, alpha=0.35, markersize=3)
-            _dot(axes, place, results.score(runs, score), style)
+            draw_runs(axes, place, list(results.table.scores(score, runs).values()), style)
+            draw_dot(axes, place, results.score(runs, score), style)
 
         canvas.dots(self.panels, self.groups, rows, draw)
         for axes, panel in canvas.drawn:
@@ -209,11 +201,11 @@ class FinalScores(StudyFigure):
             if starts:
                 axes.axvline(float(np.mean(starts)), color=GREY, linestyle=":", linewidth=1.2, zorder=1)
             axes.set_xlabel(canvas.word(score), color=INK, fontsize=9)
-            _format(axes.xaxis, score)
+            format_numbers(axes.xaxis, score)
         canvas.note("large: interquartile mean, 95 % bootstrap interval; small: runs; dotted line: before training")
 
     def means(self, results: Results) -> list[dict[str, Any]]:
-        if self.metric is None:  # the summary holds it for each cell
+        if self.metric is None:  # the summary has the study's score for each cell
             return []
         found, rows = [], results.runs(self.free, self.where)
         for panel, runs in results.by_level(self.panels, rows):
@@ -231,13 +223,14 @@ class CollapseRates(StudyFigure):
     """The share of runs that collapsed, with Wilson intervals."""
 
     groups: str = "method"
+    """The factor with a line of dots for each level."""
 
     FREE: ClassVar[tuple[str, ...]] = ("panels", "groups")
 
-    def draw_rows(self, canvas: "_Canvas", rows: list[Row]) -> None:
+    def draw_rows(self, canvas: StudyCanvas, rows: list[Row]) -> None:
         def draw(axes: Axes, place: int, runs: list[Row], style: Style) -> None:
             found = collapse_rate(runs)
-            _dot(axes, place, found, style)
+            draw_dot(axes, place, found, style)
             if found is not None:
                 text = f"{round(found.value * found.runs)}/{found.runs}"
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
@@ -248,38 +241,39 @@ class CollapseRates(StudyFigure):
             axes.set_xlim(-0.03, 1.22)
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
             axes.set_xlabel("share of runs that collapsed", color=INK, fontsize=9)
-            _format(axes.xaxis, "collapse_fraction")
+            format_numbers(axes.xaxis, "collapse_fraction")
         canvas.note("with 95 % Wilson interval, and collapsed runs of all")
 
 
 @dataclass(frozen=True)
 class Improvement(StudyFigure):
-    """How likely a run of one level has a better final score than a run of another, in each panel and over all."""
+    """The probability that a run of one level scores better than a run of another, in each panel and over all."""
 
     factor: str = "method"
+    """The factor whose levels are compared."""
     pairs: tuple[tuple[Level, Level], ...] = ()
+    """Pairs of levels; the first is the one that may be better."""
 
     FREE: ClassVar[tuple[str, ...]] = ("panels", "factor")
 
-    def draw_rows(self, canvas: "_Canvas", rows: list[Row]) -> None:
+    def draw_rows(self, canvas: StudyCanvas, rows: list[Row]) -> None:
         results, columns = canvas.results, self._columns(canvas.results, rows)
-        canvas.grid(len(columns), _ROW_HEIGHT * len(self.pairs) + 0.9, share_y=True)
+        canvas.make_grid(len(columns), ROW_HEIGHT * len(self.pairs) + 0.9)
         for axes, (level, strata) in zip(canvas.axes, columns, strict=True):
             for place, (ours, theirs) in enumerate(self.pairs):
-                style = canvas.style(self.factor, ours, [first for first, _ in self.pairs])
-                _dot(axes, place, results.improvement(self._sides(strata, ours, theirs)), style)
+                style = canvas.style(ours, [first for first, _ in self.pairs])
+                draw_dot(axes, place, results.improvement(self._sides(strata, ours, theirs)), style)
             axes.axvline(0.5, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
             axes.set_xlim(-0.04, 1.04)
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
             axes.set_xlabel("P(first better)", color=INK, fontsize=9)
             title = canvas.title(self.panels, level) if level is not None else "all together"
             axes.set_title(title if self.panels else "", loc="left", fontsize=10, color=INK)
-            _format(axes.xaxis, "improvement_fraction")
-        labels = [f"{canvas.word(ours)} over {canvas.word(theirs)}" for ours, theirs in self.pairs]
-        canvas.name_rows(labels)
+            format_numbers(axes.xaxis, "improvement_fraction")
+        canvas.name_lines([f"{canvas.word(ours)} over {canvas.word(theirs)}" for ours, theirs in self.pairs])
         canvas.note("probability of improvement, 95 % bootstrap interval stratified by panel")
 
-    def numbers(self, results: Results) -> list[dict[str, Any]]:
+    def comparisons(self, results: Results) -> list[dict[str, Any]]:
         rows = results.runs(self.free, self.where)
         found = []
         for level, strata in self._columns(results, rows):
@@ -290,12 +284,13 @@ class Improvement(StudyFigure):
         return found
 
     def _columns(self, results: Results, rows: list[Row]) -> list[tuple[Level, list[list[Row]]]]:
-        """For each panel its level and its strata; the last, of level None, has all of them."""
+        """Return the level and the strata of each panel; several panels are followed by all strata, of level None."""
         found = results.by_level(self.panels, rows)
         alone = [(level, [runs]) for level, runs in found]
         return [*alone, (None, [runs for _, runs in found])] if len(alone) > 1 else alone
 
     def _sides(self, strata: list[list[Row]], ours: Level, theirs: Level) -> list[tuple[list[Row], list[Row]]]:
+        """Return the runs of both levels in each stratum."""
         return [
             ([row for row in runs if row[self.factor] == ours], [row for row in runs if row[self.factor] == theirs])
             for runs in strata
@@ -307,20 +302,21 @@ class Sensitivity(StudyFigure):
     """The study's score against the levels of a numeric factor."""
 
     factor: str = ""
+    """The factor of the x axis."""
     lines: str | None = None
+    """The factor with a line for each level."""
     log: bool = False
-    """The factor's axis."""
+    """If true, the x axis is logarithmic."""
 
     FREE: ClassVar[tuple[str, ...]] = ("panels", "factor", "lines")
 
-    def draw_rows(self, canvas: "_Canvas", rows: list[Row]) -> None:
+    def draw_rows(self, canvas: StudyCanvas, rows: list[Row]) -> None:
         results, score = canvas.results, canvas.results.study.score
         levels = results.levels(self.lines, rows) if self.lines else [None]
-        for axes, panel in canvas.panels(self.panels, rows, _CURVE_HEIGHT, share_y=True):
+        for axes, panel in canvas.panels(self.panels, rows, CURVE_HEIGHT):
             for index, level in enumerate(levels):
                 runs = [row for row in panel if self.lines is None or row[self.lines] == level]
-                style = canvas.style(self.lines, level, levels)
-                self._draw_line(axes, results, runs, style, index - (len(levels) - 1) / 2)
+                self._draw_line(axes, results, runs, canvas.style(level, levels), index - (len(levels) - 1) / 2)
             if self.log:
                 axes.set_xscale("log")
             ticks = [float(level) for level in results.levels(self.factor, rows) if isinstance(level, int | float)]
@@ -328,21 +324,30 @@ class Sensitivity(StudyFigure):
             axes.xaxis.set_minor_locator(ticker.NullLocator())
             axes.set_xlabel(canvas.word(self.factor), color=INK)
             axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
-            _format(axes.yaxis, score)
-        canvas.first.set_ylabel(canvas.word(score), color=INK)
-        note = "interquartile mean, 95 % bootstrap interval"
-        canvas.legend(self.lines, levels, note) if self.lines else canvas.note(note)
+            format_numbers(axes.yaxis, score)
+        canvas.axes[0].set_ylabel(canvas.word(score), color=INK)
+        if self.lines:
+            canvas.legend(self.lines, levels)
+        canvas.note("interquartile mean, 95 % bootstrap interval")
 
     def _draw_line(self, axes: Axes, results: Results, runs: list[Row], style: Style, shift: float) -> None:
-        """One line, its dots a little to the side of their level so that intervals do not hide each other."""
+        """Draw one line, its dots shifted a little to the side so that intervals do not hide each other.
+
+        Args:
+          axes: the panel.
+          results: the results of the study.
+          runs: the runs of the line.
+          style: its style.
+          shift: the place of the line among all lines, from the middle one.
+        """
         levels = [level for level in results.levels(self.factor, runs) if isinstance(level, int | float)]
         found = [(float(level), results.score([row for row in runs if row[self.factor] == level])) for level in levels]
         found = [(x, value) for x, value in found if value is not None]
         if not found:
             return
         x = np.array([x for x, _ in found])
-        spread = np.ptp(np.log(x) if self.log else x) or 1.0
-        x = x * np.exp(0.012 * shift * spread) if self.log else x + 0.012 * shift * spread
+        extent = np.ptp(np.log(x) if self.log else x) or 1.0
+        x = x * np.exp(0.012 * shift * extent) if self.log else x + 0.012 * shift * extent
         values, low, high = (
             np.array([getattr(value, name) for _, value in found]) for name in ("value", "low", "high")
         )
@@ -358,107 +363,16 @@ class Sensitivity(StudyFigure):
         axes.vlines(x, low, high, color=style.colour, linewidth=1.4, alpha=0.7)
 
 
-class _Canvas:
-    """Panels in a row, and what they have in common."""
-
-    def __init__(self, figure: Figure, results: Results) -> None:
-        self.figure, self.results = figure, results
-        self.axes: list[Axes] = []
-        self.drawn: list[tuple[Axes, list[Row]]] = []
-
-    @property
-    def first(self) -> Axes:
-        return self.axes[0]
-
-    def word(self, name: Any) -> str:
-        """What a factor, a level or a metric is called."""
-        return self.results.study.labels.get(name) or _WORDS.get(name) or str(name)
-
-    def title(self, factor: str | None, level: Level | None) -> str:
-        if factor is None:
-            return ""
-        return self.word(level) if isinstance(level, str) else f"{self.word(factor)}: {self.word(level)}"
-
-    def style(self, factor: str | None, level: Level, levels: Sequence[Level]) -> Style:
-        if level in self.results.study.styles:
-            return self.results.study.styles[level]
-        place = list(levels).index(level)
-        return Style(_COLOURS[place % len(_COLOURS)], place >= len(_COLOURS))
-
-    def grid(self, columns: int, height: float, share_y: bool) -> None:
-        width = max(_PANEL_WIDTH * columns + 1.0, 5.5)
-        self.figure.set_size_inches(width, height + 1.0)
-        self.axes = list(np.ravel(self.figure.subplots(1, columns, sharey=share_y, squeeze=False)))
-        for axes in self.axes:
-            axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.spines["bottom"].set_color(GREY)
-            axes.tick_params(which="both", length=0, labelsize=9, colors=INK)
-            axes.set_axisbelow(True)
-
-    def panels(self, factor: str | None, rows: list[Row], height: float, share_y: bool) -> list[tuple[Axes, list[Row]]]:
-        """A panel for each level of a factor, with its rows."""
-        found = self.results.by_level(factor, rows)
-        self.grid(len(found), height, share_y)
-        self.drawn = []
-        for axes, (level, panel) in zip(self.axes, found, strict=True):
-            axes.set_title(self.title(factor, level), loc="left", fontsize=10, color=INK)
-            self.drawn.append((axes, panel))
-        return self.drawn
-
-    def dots(
-        self,
-        panels: str | None,
-        groups: str,
-        rows: list[Row],
-        draw: Callable[[Axes, int, list[Row], Style], None],
-    ) -> None:
-        """A line of each panel for each group."""
-        levels = self.results.levels(groups, rows)
-        for axes, panel in self.panels(panels, rows, _ROW_HEIGHT * len(levels) + 0.9, share_y=True):
-            for place, level in enumerate(levels):
-                draw(axes, place, [row for row in panel if row[groups] == level], self.style(groups, level, levels))
-        self.name_rows([self.word(level) for level in levels])
-
-    def name_rows(self, names: Sequence[str]) -> None:
-        for axes in self.axes:
-            axes.set_yticks(range(len(names)), names)
-            axes.set_ylim(len(names) - 0.4, -0.6)
-            axes.grid(axis="y", color=GREY, alpha=0.18, linewidth=0.8)
-
-    def curves(self, runs: list[Row], metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """The steps at which a metric was recorded, int [S], and its values, float64 [runs, S], NaN where missing."""
-        found = [
-            {
-                row["step"]: row[metric]
-                for row in self.results.table.steps.get(run["run"], [])
-                if row.get(metric) is not None
-            }
-            for run in runs
-        ]
-        steps = sorted({step for values in found for step in values})
-        values = [[values.get(step, np.nan) for step in steps] for values in found]
-        return np.array(steps, np.int64), np.array(values, np.float64).reshape(len(runs), len(steps))
-
-    def legend(self, factor: str, levels: Sequence[Level], note: str) -> None:
-        handles = []
-        for level in levels:
-            style = self.style(factor, level, levels)
-            line = Line2D([], [], color=style.colour, linewidth=2, linestyle=DASHED if style.dashed else "-")
-            line.set_label(self.title(factor, level))
-            handles.append(line)
-        columns = max(1, min(len(handles), int(self.figure.get_figwidth() / 1.5)))
-        self.figure.legend(
-            handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK
-        )
-        self.note(note)
-
-    def note(self, text: str) -> None:
-        """What the marks mean, below all panels."""
-        self.figure.supxlabel(text, x=0.99, ha="right", fontsize=8, color=GREY)
-
-
 def _mean_band(values: np.ndarray, resamples: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over runs at each step, [S], and the bounds of its bootstrap interval; runs without a value are left out."""
+    """Return means over runs at each step, and the bounds of their bootstrap intervals.
+
+    Args:
+      values: float64 [runs, steps]; NaN where a run has no value, which leaves it out at that step.
+      resamples: number of times that the runs are drawn again.
+
+    Returns:
+      Three arrays, float64 [steps].
+    """
     drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     weights = np.stack([np.bincount(row, minlength=len(values)) for row in drawn]).astype(np.float64)
     there = np.isfinite(values).astype(np.float64)
@@ -466,20 +380,3 @@ def _mean_band(values: np.ndarray, resamples: int = 1000) -> tuple[np.ndarray, n
     means = np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
     low, high = np.nanquantile(means, [0.025, 0.975], axis=0)
     return np.nanmean(values, axis=0), low, high
-
-
-def _dot(axes: Axes, place: int, found: Estimate | None, style: Style) -> None:
-    if found is None:
-        return
-    axes.hlines(place, found.low, found.high, color=style.colour, linewidth=2.4, alpha=0.6)
-    face = "white" if style.dashed else style.colour
-    axes.plot(found.value, place, "o", color=style.colour, markerfacecolor=face, markersize=7, markeredgewidth=1.8)
-
-
-def _format(axis: Any, metric: str, log: bool = False) -> None:
-    """Plain numbers, or per cent for a share."""
-    is_share = metric.startswith(("test_", "eval_")) or "_fraction" in metric or metric.endswith("solve_rate")
-    factor, unit = (100, " %") if is_share else (1, "")
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{factor * value:g}{unit}"))
-    if log:
-        axis.set_minor_formatter(ticker.NullFormatter())

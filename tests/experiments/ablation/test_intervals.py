@@ -1,4 +1,4 @@
-"""Estimates from few runs, against SciPy, against every possible resample, and against textbook values."""
+"""Estimates from a few runs, against SciPy, every possible resample and textbook values."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments.ablation.statistics import (
+from experiments.ablation.intervals import (
     estimate,
     mean_of_strata,
     paired_difference,
@@ -22,7 +22,7 @@ def scores(*counts, seed=0):
 
 
 def every_resample(strata):
-    """All ways to draw each stratum's runs again."""
+    """Return all ways to draw each stratum's runs again."""
     drawn = [
         [scores[list(chosen)] for chosen in itertools.product(range(len(scores)), repeat=len(scores))]
         for scores in strata
@@ -54,7 +54,7 @@ def test_intervals_are_the_quantiles_of_all_resamples(statistic, counts):
     strata = scores(*counts)
     values = [float(statistic([drawn[None] for drawn in draw])[0]) for draw in every_resample(strata)]
     found = estimate(strata, statistic, resamples=30_000, level=0.8)
-    # The bounds are two of finitely many values; the chance of the next one over is what is left of 30,000 draws.
+    # The bounds are two of finitely many values; with 30,000 draws they are hardly ever a neighbouring value.
     low, high = (np.quantile(values, level, method="inverted_cdf") for level in (0.1, 0.9))
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9)
 

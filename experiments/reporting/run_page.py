@@ -1,0 +1,81 @@
+"""The report on a run as one page of HTML: key numbers, all panels that its record allows, configuration, summary."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from experiments.reporting import page
+from experiments.reporting.curves import ORANGE, RED
+from experiments.reporting.panels import SECTIONS, Panel, mark_events
+from experiments.reporting.record import RunRecord
+from experiments.reporting.words import describe_alarm, describe_collapse, describe_interval, percent
+
+
+def make_report(record: RunRecord) -> str:
+    """Return the page."""
+    body = [f"<h1>{page.escape(record.name)}</h1>", f'<p class="quiet">{page.escape(_subtitle(record))}</p>']
+    body += [page.tiles(_key_numbers(record))]
+    marks = (("alarm", ORANGE, record.warned.alarm), ("collapse", RED, record.warned.collapse))
+    entries = [(name, colour, "6 4") for name, colour, step in marks if step is not None]
+    body += [page.key(entries)] if entries else []
+    left_out: list[tuple[str, str]] = []
+    for section in SECTIONS:
+        drawn = []
+        for panel in section.panels:
+            missing = panel.missing(record)
+            if missing:
+                left_out.append((panel.title, missing))
+            else:
+                drawn.append(_picture(panel, record))
+        if drawn:
+            body += [f"<h2>{page.escape(section.title)}</h2>", page.grid(drawn)]
+    if left_out:
+        body += ["<h2>Left out</h2>", page.table(("panel", "why"), left_out, numbers=False)]
+    body += _details("Configuration", record.config, "the folder has no config.json")
+    unfinished = "the folder has no summary.json, which comes at the end of a run"
+    body += _details("Summary", record.summary or None, unfinished)
+    return page.make_page(record.name, body)
+
+
+def _picture(panel: Panel, record: RunRecord) -> str:
+    def draw(axes: Axes) -> None:
+        panel.draw(axes, record)
+        if axes.get_xlabel() == "RL step":
+            mark_events(axes, record)
+
+    return page.figure(panel.title, panel.caption, draw)
+
+
+def _subtitle(record: RunRecord) -> str:
+    """Return task, objective, seed and number of steps, as far as they are known."""
+    config = record.config or {}
+    named = [("task_name", "{}"), ("objective.objective", "{}"), ("trainer.seed", "seed {}")]
+    parts = [words.format(config[name]) for name, words in named if name in config]
+    planned = config.get("trainer.steps")
+    parts.append(f"{record.steps} steps" if planned in (None, record.steps) else f"{record.steps} of {planned} steps")
+    return " · ".join(parts)
+
+
+def _key_numbers(record: RunRecord) -> dict[str, tuple[str, str]]:
+    """Return held-out solve rates, alarm, collapse and training time: name -> number and a few words about it."""
+    numbers = {}
+    for mode in ("sampled", "greedy"):
+        last, first = record.rate(mode), record.rate(mode, last=False)
+        if last is not None:
+            compared = first is not None and first.split == last.split and first.step < last.step
+            before = f", before {percent(first.value)}" if first is not None and compared else ""
+            words = f"{describe_interval(last)}, step {last.step}{before}"
+            numbers[f"{last.split}, {mode}"] = (percent(last.value), words)
+    numbers["Alarm"] = describe_alarm(record.warned)
+    numbers["Collapse"] = describe_collapse(record.warned)
+    if "wall_seconds" in record.summary:
+        numbers["Time"] = (f"{record.summary['wall_seconds']:,.0f} s", "of training")
+    return numbers
+
+
+def _details(title: str, values: Mapping[str, Any] | None, missing: str) -> list[str]:
+    """Return a table that is folded away, or a sentence if there are no values."""
+    if values is None:
+        return [f'<p class="quiet">{title}: {page.escape(missing)}.</p>']
+    return [f"<details><summary>{title}</summary>", page.table(("", ""), values.items(), numbers=False), "</details>"]
