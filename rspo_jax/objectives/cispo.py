@@ -16,10 +16,10 @@ from rspo_jax.types import Array
 
 @dataclass(frozen=True)
 class CISPOConfig(RouterShiftOptions):
-    """Settings of CISPO (arXiv 2506.13585): the ratio, a weight without gradient, is clipped to
-    [1 − clip_low, 1 + clip_high].
+    """Settings of CISPO (arXiv 2506.13585).
 
-    An absolute cap of c on the ratio is clip_high = c − 1: 4 for TRL's cap of 5. The default of 0.2 is verl's.
+    The ratio, a weight without gradient, is clipped to [1 − clip_low, 1 + clip_high]. An absolute cap of c on the ratio
+    is clip_high = c − 1: 4 for TRL's cap of 5. The default of 0.2 is verl's.
     """
 
     aggregation: ClassVar[Aggregation] = "token_mean"

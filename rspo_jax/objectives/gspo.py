@@ -17,11 +17,11 @@ from rspo_jax.types import Array
 
 @dataclass(frozen=True)
 class GSPOConfig(RouterShiftOptions):
-    """Settings of GSPO (arXiv 2507.18071): the sequence ratio, router shift included, is clipped to
-    [1 − clip_low, 1 + clip_high]. The bounds are those of §5.1.
+    """Settings of GSPO (arXiv 2507.18071).
 
-    With bounds that narrow, a mean γ̃ below 1 − clip_low cuts every response with a negative advantage and none with a
-    positive one: watch the clip fractions by sign.
+    The sequence ratio, router shift included, is clipped to [1 − clip_low, 1 + clip_high]. The defaults are the bounds
+    of §5.1. They are so narrow that a mean γ̃ below 1 − clip_low cuts every response with a negative advantage and none
+    with a positive one: watch the clip fractions by sign.
     """
 
     aggregation: ClassVar[Aggregation] = "sequence_mean"
@@ -36,7 +36,7 @@ class GSPOConfig(RouterShiftOptions):
 
 @dataclass(frozen=True)
 class GSPOTokenConfig(GSPOConfig):
-    """Settings of GSPO-token (arXiv 2507.18071, §4.3); those of GSPO."""
+    """Settings of GSPO-token (arXiv 2507.18071, §4.3): the same as for GSPO."""
 
 
 def gspo(batch: Responses, config: GSPOConfig) -> tuple[Mean, Array]:

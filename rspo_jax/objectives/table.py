@@ -28,7 +28,7 @@ class Objective(NamedTuple):
     name: str
     """The row's key."""
     summary: str
-    """What sets the objective apart, in a few words."""
+    """The objective's distinguishing features, in a few words."""
     config_type: type[ObjectiveConfig]
     """The class of its config."""
     formula: Callable[[Responses, Any], tuple[Mean, Array]]
