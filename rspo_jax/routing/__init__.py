@@ -11,7 +11,7 @@ from rspo_jax.routing.diagnostics import (
     routing_reader,
     routing_statistics,
 )
-from rspo_jax.routing.hold import ROUTINGS, Routing, freeze, records_route, scoring_route, update_route
+from rspo_jax.routing.hold import ROUTINGS, Routing, records_route, scoring_route, update_route
 from rspo_jax.routing.shift import (
     LAYER_AGGREGATIONS,
     ROUTE_AXES,
@@ -40,7 +40,6 @@ __all__ = [
     "drift_reader",
     "drift_reading",
     "expert_fractions",
-    "freeze",
     "gamma_of",
     "join_readers",
     "load_balance_reader",

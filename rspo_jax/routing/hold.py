@@ -14,9 +14,8 @@ Under both replays the weights come from the current logits at the old experts, 
 choice is held: γ is computed from the natural current logits, at the old experts, and still moves.
 """
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
 
 from rspo_jax.routing.shift import forced_route_of
@@ -82,16 +81,3 @@ def update_route(routing: Routing, old_route: RouterTrace | None) -> ForcedRoute
     if routing == "frozen":
         return None
     return forced_route_of(old_route, with_weights=routing == "copy")
-
-
-def freeze(tree: Any, frozen: Any) -> Any:
-    """Return a pytree with zeros in place of the arrays that belong to frozen parameters.
-
-    An update needs it twice: for the gradient, before its norm and before the optimizer, whose moments then stay 0; and
-    for the changes that the optimizer returns, because weight decay makes some without any gradient.
-
-    Args:
-      tree: arrays, such as a gradient.
-      frozen: bools, a pytree like it (`Policy.router_params`).
-    """
-    return jax.tree.map(lambda leaf, is_frozen: jnp.zeros_like(leaf) if is_frozen else leaf, tree, frozen)

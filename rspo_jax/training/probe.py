@@ -54,7 +54,7 @@ from rspo_jax.objectives import (
     weighted_gradient,
 )
 from rspo_jax.rollouts import unpack
-from rspo_jax.routing import drift_reader, freeze, gamma_of, update_route
+from rspo_jax.routing import drift_reader, gamma_of, update_route
 from rspo_jax.sharding import MeshConfig
 from rspo_jax.training.config import LearnerConfig
 from rspo_jax.training.loss import score_rows
@@ -68,7 +68,7 @@ from rspo_jax.training.stages import (
     with_advantages,
 )
 from rspo_jax.training.state import RunState
-from rspo_jax.training.update import keep_like_params, route_to_device
+from rspo_jax.training.update import freeze, keep_like_params, route_to_device
 from rspo_jax.types import Array, Params, Policy, ScoredBatch
 
 

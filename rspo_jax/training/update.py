@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from rspo_jax.rollouts import unpack
-from rspo_jax.routing import ROUTE_AXES, freeze, mismatch_statistics, scoring_route, trace_of, trace_reader
+from rspo_jax.routing import ROUTE_AXES, mismatch_statistics, scoring_route, trace_of, trace_reader
 from rspo_jax.sharding import MeshConfig, constrain, free_axes
 from rspo_jax.statistics import Mean, Statistic, Sum, masked_mean
 from rspo_jax.training.config import LearnerConfig, OptimizerConfig
@@ -206,6 +206,15 @@ def _apply(
         "grad_norm": Mean(gradient_norm, jnp.ones_like(gradient_norm)),
         "skipped_updates": Sum(skipped.astype(jnp.float32)),
     }
+
+
+def freeze(tree: Params, frozen: Any) -> Params:
+    """Return a pytree like the parameters, such as a gradient, with zeros in place of what belongs to frozen ones.
+
+    Optax's transform by itself, outside of the chain: the tree of the optimizer's state stays as it is.
+    """
+    freezer = optax.transforms.freeze(frozen)
+    return freezer.update(tree, freezer.init(tree))[0]  # pyright: ignore[reportReturnType]
 
 
 def keep_like_params(policy: Policy, tree: Params, mesh: MeshConfig) -> Params:

@@ -20,7 +20,7 @@ from rspo_jax.objectives import GRPOConfig, GSPOConfig, RSPOConfig
 from rspo_jax.routing import drift_reader, gamma_of, numbers_and_arrays, router_shift, trace_router
 from rspo_jax.statistics import reduce
 from rspo_jax.training import LearnerConfig, OptimizerConfig, init_train_state, score, score_rows, update
-from rspo_jax.training.update import route_to_device, route_to_host, split_parts, supervised_update
+from rspo_jax.training.update import freeze, route_to_device, route_to_host, split_parts, supervised_update
 from rspo_jax.types import ModelOutput, PackedBatch, PackedRows, RolloutBatch, RouterReading
 
 VOCABULARY, LAYERS, EXPERTS, K = 6, 2, 4, 2
@@ -508,6 +508,35 @@ def test_schedules_by_hand(warmup, decay):
             progress = min((step - warmup) / (decay - warmup), 1)
             expected = 0.3 * (1 + math.cos(math.pi * progress)) / 2
         assert float(schedule(step)) == pytest.approx(expected, abs=1e-7), step
+
+
+# --- frozen parameters ---
+
+
+def test_a_frozen_parameter_meets_no_part_of_an_update():
+    """Neither norm, nor moments, nor weight decay; the others move as if it were not there."""
+    params = {"frozen": jnp.array([3.0, -2.0]), "free": jnp.array([1.0, 5.0])}
+    frozen = {"frozen": True, "free": False}
+    gradient = {"frozen": jnp.array([1e3, jnp.nan]), "free": jnp.array([0.3, -0.4])}
+    optimizer = optax.chain(optax.clip_by_global_norm(0.25), optax.adamw(0.1, weight_decay=0.5))
+
+    def step(params, state, gradient, frozen):
+        gradient = freeze(gradient, frozen)
+        changes, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, freeze(changes, frozen)), state, optax.tree.norm(gradient)
+
+    alone = {"free": params["free"]}
+    state, state_alone = optimizer.init(params), optimizer.init(alone)
+    with jax.numpy_dtype_promotion("standard"):  # Optax promotes
+        for _ in range(2):
+            params, state, norm = step(params, state, gradient, frozen)
+            alone, state_alone, _ = step(alone, state_alone, {"free": gradient["free"]}, {"free": False})
+            assert norm == pytest.approx(0.5)
+    np.testing.assert_array_equal(params["frozen"], [3.0, -2.0])
+    np.testing.assert_array_equal(params["free"], alone["free"])
+    assert np.all(params["free"] != jnp.array([1.0, 5.0]))
+    adam = optax.tree.get(state, "ScaleByAdamState", filtering=lambda _, node: hasattr(node, "mu"))
+    assert not np.any(adam.mu["frozen"]) and not np.any(adam.nu["frozen"])
 
 
 # --- updates that are not finite ---
