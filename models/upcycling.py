@@ -1,8 +1,7 @@
 """Upcycling: a dense model becomes a mixture of experts that computes the same, to be trained further.
 
 Experts are copies of each layer's feed-forward network, or of its parts, behind a new router (Komatsuzaki et al.,
-"Sparse Upcycling", arXiv 2212.05055). Pure functions of configurations and parameters. This file must never know a
-folder of weights.
+"Sparse Upcycling", arXiv 2212.05055). All functions are pure, of configurations and parameters.
 """
 
 import dataclasses
@@ -23,26 +22,27 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class UpcyclingConfig:
-    """How experts are made of a feed-forward network."""
+    """Settings for making experts of a feed-forward network."""
 
     num_experts: int = 8
     """Experts of each layer, E."""
     num_experts_per_token: int = 2
     """Experts that a token activates, K."""
     expert_split: int = 1
-    """Into how many parts the hidden width of the feed-forward network is split; each expert is a copy of one part.
-    With as many experts a token as there are parts, a token costs what it cost the dense model. The parts of one copy
-    start with the same router weights, so that at first a token goes through all of them or none ("virtual groups",
-    arXiv 2410.07524), and their outputs are scaled up by the number of parts; a power of two changes no digit."""
+    """Number of parts that the hidden width of the feed-forward network is split into; each expert is a copy of one
+    part. With as many experts per token as there are parts, a token costs what it cost in the dense model. The parts of
+    one copy start with the same router weights, so that at first a token goes through all of them or none ("virtual
+    groups", arXiv 2410.07524), and their outputs are scaled up by the number of parts; a power of two changes no
+    digit."""
     noise: float = 0.0
-    """Standard deviation of what is added to the experts, relative to that of each matrix. Without noise all copies
-    compute the same, so the loss does not depend on which of them are chosen: the router gets no gradient until the
-    copies differ, and they differ only by the tokens that they happen to see."""
+    """Standard deviation of the noise added to the experts, relative to that of each matrix. Without noise all copies
+    compute the same, so the loss does not depend on the choice among them: the router gets no gradient until the copies
+    differ, and they come to differ only through the tokens that each happens to see."""
     router_std: float = 0.02
     """Standard deviation of the new router's weights."""
     shared_expert_size: int = 64
     """Hidden width of the shared expert, where there has to be one: models with biases of queries, keys and values but
-    without norms of them (Qwen2, Qwen2.5) become Qwen2-MoE, which always has one. It starts with an output of zero."""
+    without norms of them (Qwen2, Qwen2.5) become Qwen2-MoE, which always has one. Its output is zero at first."""
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_experts_per_token", "expert_split", "shared_expert_size"):
@@ -51,7 +51,7 @@ class UpcyclingConfig:
         if self.num_experts_per_token > self.num_experts:
             raise ValueError(
                 f"num_experts_per_token is {self.num_experts_per_token}, but a layer has only {self.num_experts} "
-                "experts: lower the one or raise the other"
+                "experts: lower the former or raise the latter"
             )
         for name in ("num_experts", "num_experts_per_token"):
             if getattr(self, name) % self.expert_split:
@@ -66,13 +66,17 @@ class UpcyclingConfig:
 
 
 def upcycled_config(config: TransformerConfig, upcycling: UpcyclingConfig = UpcyclingConfig()) -> TransformerConfig:
-    """The configuration of the mixture of experts that a dense model becomes.
+    """Return the configuration of the mixture of experts that a dense model becomes.
 
-    It is one that a family of Hugging Face models expresses, with a shared expert only if there is no other way.
+    A family of Hugging Face models can express it. It has a shared expert only if there is no other way.
+
+    Args:
+      config: the dense model's configuration.
+      upcycling: number and form of the experts.
 
     Raises:
-      ValueError: if the model has experts already, its width cannot be split so, or no family has experts beside its
-        kind of attention.
+      ValueError: if the model has experts already, its width cannot be split this way, or no family combines experts
+        with its kind of attention.
     """
     if config.num_experts:
         raise ValueError(
@@ -81,7 +85,7 @@ def upcycled_config(config: TransformerConfig, upcycling: UpcyclingConfig = Upcy
     size, rest = divmod(config.dense_size, upcycling.expert_split)
     if rest:
         raise ValueError(
-            f"the feed-forward network's hidden width, {config.dense_size}, is no multiple of expert_split "
+            f"the feed-forward network's hidden width, {config.dense_size}, is not a multiple of expert_split "
             f"({upcycling.expert_split})"
         )
     without_shared = dataclasses.replace(
@@ -101,7 +105,7 @@ def upcycled_config(config: TransformerConfig, upcycling: UpcyclingConfig = Upcy
         if any(family.expresses(candidate) for family in FAMILIES.values()):
             return candidate
     raise ValueError(
-        f"no family of Hugging Face models ({', '.join(FAMILIES)}) has experts beside this model's attention, so it "
+        f"no family of Hugging Face models ({', '.join(FAMILIES)}) combines experts with this model's attention, so it "
         f"cannot be upcycled: attention_bias {config.attention_bias!r}, query_key_norm {config.query_key_norm!r}, "
         f"windows in {len(config.sliding_layers)} of {config.num_layers} layers (Qwen3-MoE has them in all or in none)"
     )
@@ -113,17 +117,17 @@ def upcycle(
     upcycling: UpcyclingConfig = UpcyclingConfig(),
     key: Array | None = None,
 ) -> dict[str, Any]:
-    """The parameters of the mixture of experts, for `upcycled_config(config, upcycling)`.
+    """Return the parameters of the mixture of experts, for `upcycled_config(config, upcycling)`.
 
     Without noise its logits are those of the dense model, up to rounding: the weights of the chosen experts sum to 1.
-    What is not copied is shared with `params`. They are made on the default device; for a mesh, save them and load
-    them on it.
+    Parameters that are not copied are shared with `params`. The new ones are made on the default device; to use them
+    on a mesh, save them and load them there.
 
     Args:
-      config: of the dense model.
-      params: its parameters.
-      upcycling: how many experts, and what they are like.
-      key: for the router, the noise and the shared expert; that of seed 0 when absent.
+      config: the dense model's configuration.
+      params: the dense model's parameters.
+      upcycling: number and form of the experts.
+      key: random key for the router, the noise and the shared expert; that of seed 0 when absent.
 
     Raises:
       ValueError: as `upcycled_config`.
@@ -142,7 +146,7 @@ def upcycle(
 def _all_mixtures(
     dense: dict[str, Array], key: Array, target: TransformerConfig, upcycling: UpcyclingConfig
 ) -> dict[str, Any]:
-    """`moe` of all layers. One is made after the other, and in it one copy: what noise takes may not fit for all."""
+    """Return `moe` of all layers, made one after the other, and copy by copy: noise for all may not fit in memory."""
     keys = jax.random.split(key, target.num_layers)
     return jax.lax.map(lambda layer: _mixture(layer[0], layer[1], target, upcycling), (dense, keys))
 
@@ -150,7 +154,7 @@ def _all_mixtures(
 def _mixture(
     dense: dict[str, Array], key: Array, target: TransformerConfig, upcycling: UpcyclingConfig
 ) -> dict[str, Any]:
-    """`moe` of one layer. Experts of one copy stand together, so that even a tie between copies divides none."""
+    """Return `moe` of one layer. Experts of one copy are adjacent, so that even a tie between copies divides none."""
     router_key, gate_up_key, down_key, shared_key = jax.random.split(key, 4)
     parts, hidden_size = upcycling.expert_split, target.hidden_size
     copies = target.num_experts // parts
@@ -172,7 +176,7 @@ def _mixture(
 
 
 def _copied(parts: Array, matrix_axes: tuple[int, ...], copies: int, noise: float, key: Array) -> Array:
-    """All parts [P, …] so many times, each time with noise of its own: [copies · P, …]."""
+    """Repeat all parts, [P, …], each time with its own noise: [copies · P, …]."""
     if not noise:
         return jnp.tile(parts, (copies,) + (1,) * (parts.ndim - 1))
     std = jnp.std(parts.astype(jnp.float32), axis=matrix_axes, keepdims=True)

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import pathlib
 
 import jax
 import numpy as np
@@ -119,7 +118,7 @@ def edited(source, folder, **fields):
     ("options", "words"),
     [
         (("--num-experts", 4, "--num-experts-per-token", 5), "a layer has only 4 experts"),
-        (("--expert-split", 5, "--num-experts", 10, "--num-experts-per-token", 5), "48, is no multiple"),
+        (("--expert-split", 5, "--num-experts", 10, "--num-experts-per-token", 5), "48, is not a multiple"),
         (("--noise", -1), "noise must be 0 or more"),
         (("--seed", -1), "seed must be 0 or more"),
     ],

@@ -1,5 +1,4 @@
-"""Rotary positions against float64 numpy written from the papers: the stretched frequencies, the angles, and both
-orders of the pairs. Knows no model."""
+"""Rotary positions against float64 NumPy written from the papers: scaled frequencies, angles, both orders of pairs."""
 
 import math
 
@@ -25,7 +24,7 @@ def plain_frequencies(dim, theta):
 
 
 def yarn_frequencies(dim, theta, factor, length, fast, slow, truncate):
-    """Section 3.2 of arXiv 2309.00071, but with the ramp over the pairs, as all code has it."""
+    """Section 3.2 of arXiv 2309.00071, but with the ramp over the pairs, as every implementation has it."""
     ends = [dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(theta)) for turns in (fast, slow)]
     if truncate:
         ends = [math.floor(ends[0]), math.ceil(ends[1])]
@@ -97,14 +96,19 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_frequencies_and_angles_match_the_papers(name):
     dim, theta, fields, expected, expected_factor = CASES[name]
-    scaling = fields and RopeScaling(**fields)
-    frequencies, factor = inverse_frequencies(dim, theta, scaling)
+    scaling, factors = fields and RopeScaling(**fields), []
+    positions = np.asarray([[0, 1, 2, 500], [7, 3, 3, 40]], np.int32)
+
+    @jax.jit
+    def run(positions):
+        frequencies, factor = inverse_frequencies(dim, theta, scaling)
+        factors.append(factor)
+        return frequencies, rotary_angles(positions, dim, theta, scaling)
+
+    frequencies, (cosine, sine) = run(positions)
     assert frequencies.dtype == jnp.float32 and frequencies.shape == (dim // 2,)
     np.testing.assert_allclose(np.asarray(frequencies, np.float64), expected, rtol=1e-6)
-    assert factor == pytest.approx(expected_factor, rel=1e-12)
-
-    positions = np.asarray([[0, 1, 2, 500], [7, 3, 3, 40]], np.int32)
-    cosine, sine = jax.jit(rotary_angles, static_argnums=(1, 2, 3))(positions, dim, theta, scaling)
+    assert factors == [pytest.approx(expected_factor, rel=1e-12)]
     angles = positions[:, :, None, None] * expected
     for actual, function in ((cosine, np.cos), (sine, np.sin)):
         assert actual.dtype == jnp.float32 and actual.shape == (2, 4, 1, dim // 2)
@@ -113,7 +117,7 @@ def test_frequencies_and_angles_match_the_papers(name):
 
 def test_the_stretch_keeps_the_first_pairs_and_divides_the_last():
     for fields in (YARN, LLAMA3):
-        stretched, _ = inverse_frequencies(128, 5e5, RopeScaling(**fields))
+        stretched = jax.jit(lambda scaling=RopeScaling(**fields): inverse_frequencies(128, 5e5, scaling)[0])()
         ratios = np.asarray(stretched) / plain_frequencies(128, 5e5)
         np.testing.assert_allclose(ratios[0], 1, rtol=1e-6)
         np.testing.assert_allclose(ratios[-1], 1 / fields["factor"], rtol=1e-6)
@@ -121,7 +125,7 @@ def test_the_stretch_keeps_the_first_pairs_and_divides_the_last():
 
 
 def complex_of(x, pairs_of):
-    """[..., R] -> [..., R/2]; pairs_of(x) gives both halves of the pairs."""
+    """Return [..., R] as complex numbers [..., R/2]; pairs_of(x) gives both halves of the pairs."""
     first, second = pairs_of(np.asarray(x, np.float64))
     return first + 1j * second
 
@@ -139,34 +143,37 @@ def test_rotation_multiplies_each_pair_as_a_complex_number(turn, pairs_of):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 5, 3, 8)).astype(np.float32)
     positions = rng.integers(0, 50, size=(2, 5)).astype(np.int32)
-    rotated = turn(x, *rotary_angles(positions, 8, 100.0))
+    rotated = jax.jit(lambda x, positions: turn(x, *rotary_angles(positions, 8, 100.0)))(x, positions)
     expected = complex_of(x, pairs_of) * np.exp(1j * positions[:, :, None, None] * plain_frequencies(8, 100.0))
     np.testing.assert_allclose(rotated, np.concatenate([expected.real, expected.imag], axis=-1), atol=2e-5)
 
 
 @pytest.mark.parametrize("turn", [rotate, rotate_pairs])
 def test_products_depend_on_the_distance_alone_and_scale_with_the_attention_factor(turn):
-    rng = np.random.default_rng(1)
-    query, key = rng.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
-    scaling = RopeScaling(**YARN)
+    query_and_key = np.random.default_rng(1).normal(size=(2, 1, 16)).astype(np.float32)
 
-    def product(query_position, key_position, scaling):
-        turned = [
-            turn(x, *rotary_angles(np.full((1, 1), position, np.int32), 16, 1e4, scaling))
-            for x, position in ((query, query_position), (key, key_position))
-        ]
-        return float(jnp.sum(turned[0] * turned[1]))
+    def products(scaling, *positions):
+        """Return query · key for each pair of their positions."""
+        angles = rotary_angles(jnp.asarray(positions, jnp.int32), 16, 1e4, scaling)
+        turned = turn(jnp.tile(query_and_key, (len(positions), 1, 1, 1)), *angles)
+        return jnp.sum(turned[:, 0] * turned[:, 1], axis=(1, 2))
 
-    assert product(12, 5, scaling) == pytest.approx(product(107, 100, scaling), rel=1e-4)
-    assert abs(product(12, 5, scaling) - product(12, 6, scaling)) > 1e-2
-    assert product(3, 3, None) == pytest.approx(float(np.sum(query * key)), rel=1e-5)
-    assert product(3, 3, scaling) == pytest.approx((1 + math.log(40) / 10) ** 2 * float(np.sum(query * key)), rel=1e-5)
+    run = jax.jit(products, static_argnums=range(4))
+    near, far, other = run(RopeScaling(**YARN), (12, 5), (107, 100), (12, 6)).tolist()
+    assert near == pytest.approx(far, rel=1e-4)
+    assert abs(near - other) > 1e-2
+    plain = float(np.sum(query_and_key[0] * query_and_key[1]))
+    unstretched, *_ = run(None, (3, 3), (3, 3), (3, 3)).tolist()
+    stretched, *_ = run(RopeScaling(**YARN), (3, 3), (3, 3), (3, 3)).tolist()
+    assert unstretched == pytest.approx(plain, rel=1e-5)
+    assert stretched == pytest.approx((1 + math.log(40) / 10) ** 2 * plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("turn", [rotate, rotate_pairs])
 def test_rotation_keeps_the_dtype(turn):
-    x = jnp.ones((1, 2, 1, 4), jnp.bfloat16)
-    assert turn(x, *rotary_angles(jnp.zeros((1, 2), jnp.int32), 4, 1e4)).dtype == jnp.bfloat16
+    x, angles = jax.ShapeDtypeStruct((1, 2, 1, 4), jnp.bfloat16), jax.ShapeDtypeStruct((1, 2, 1, 2), jnp.float32)
+    turned = jax.eval_shape(turn, x, angles, angles)
+    assert (turned.shape, turned.dtype) == (x.shape, jnp.bfloat16)
 
 
 def test_logits_are_scaled_by_mscale_all_dim_alone():
@@ -177,31 +184,30 @@ def test_logits_are_scaled_by_mscale_all_dim_alone():
     assert logit_scale(64, RopeScaling(**YARN, mscale_all_dim=0.0)) == 0.125
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"kind": "dynamic", "factor": 2.0}, "must be one of .* got 'dynamic'"),
-        ({"kind": "linear", "factor": 0.5}, "at least 1, got 0.5"),
-        ({"kind": "linear", "factor": math.nan}, "at least 1, got nan"),
-        ({"kind": "linear", "factor": math.inf}, "at least 1, got inf"),
-        (
-            {"kind": "linear", "factor": 2.0, "original_max_positions": 8},
-            "original_max_positions is not for .*'linear'",
-        ),
-        ({"kind": "linear", "factor": 2.0, "truncate": False}, "truncate is not for .*'linear'"),
-        (YARN | {"low_freq_factor": 1.0}, "low_freq_factor is not for .*'yarn'"),
-        (LLAMA3 | {"mscale": 1.0}, "mscale is not for .*'llama3'"),
-        (YARN | {"original_max_positions": None}, "'yarn' needs original_max_positions"),
-        (YARN | {"original_max_positions": 0}, "original_max_positions .* above 0, got 0"),
-        (LLAMA3 | {"high_freq_factor": None}, "'llama3' needs high_freq_factor"),
-        (YARN | {"beta_fast": 0.0}, "beta_fast .* above 0, got 0.0"),
-        (YARN | {"mscale": -1.0}, "mscale .* 0 or more, got -1.0"),
-        (YARN | {"attention_factor": math.nan}, "attention_factor .* above 0, got nan"),
-        (YARN | {"beta_slow": 32.0}, "beta_fast must be above beta_slow, got 32.0 and 32.0"),
-        (LLAMA3 | {"low_freq_factor": 4.0}, "high_freq_factor must be above low_freq_factor, got 4.0 and 4.0"),
-    ],
-    ids=str,
-)
-def test_scalings_that_make_no_sense_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        RopeScaling(**fields)
+REFUSED = [
+    ({"kind": "dynamic", "factor": 2.0}, "must be one of .* got 'dynamic'"),
+    ({"kind": "linear", "factor": 0.5}, "at least 1, got 0.5"),
+    ({"kind": "linear", "factor": math.nan}, "at least 1, got nan"),
+    ({"kind": "linear", "factor": math.inf}, "at least 1, got inf"),
+    (
+        {"kind": "linear", "factor": 2.0, "original_max_positions": 8},
+        "original_max_positions is not for .*'linear'",
+    ),
+    ({"kind": "linear", "factor": 2.0, "truncate": False}, "truncate is not for .*'linear'"),
+    (YARN | {"low_freq_factor": 1.0}, "low_freq_factor is not for .*'yarn'"),
+    (LLAMA3 | {"mscale": 1.0}, "mscale is not for .*'llama3'"),
+    (YARN | {"original_max_positions": None}, "'yarn' needs original_max_positions"),
+    (YARN | {"original_max_positions": 0}, "original_max_positions .* above 0, got 0"),
+    (LLAMA3 | {"high_freq_factor": None}, "'llama3' needs high_freq_factor"),
+    (YARN | {"beta_fast": 0.0}, "beta_fast .* above 0, got 0.0"),
+    (YARN | {"mscale": -1.0}, "mscale .* 0 or more, got -1.0"),
+    (YARN | {"attention_factor": math.nan}, "attention_factor .* above 0, got nan"),
+    (YARN | {"beta_slow": 32.0}, "beta_fast must be above beta_slow, got 32.0 and 32.0"),
+    (LLAMA3 | {"low_freq_factor": 4.0}, "high_freq_factor must be above low_freq_factor, got 4.0 and 4.0"),
+]
+
+
+def test_scalings_that_make_no_sense_are_refused():
+    for fields, message in REFUSED:
+        with pytest.raises(ValueError, match=message):
+            RopeScaling(**fields)

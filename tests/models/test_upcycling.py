@@ -131,7 +131,7 @@ def test_the_dtype_stays_and_what_is_not_copied_is_shared(params):
 def test_experts_learn_at_once_and_the_router_if_there_is_noise(params):
     """Equal experts make the loss blind to the router: weights that sum to 1 mix what is the same."""
     sparse = upcycled_config(QWEN2, PLAIN)
-    x, pull = np.random.default_rng(7).standard_normal((2, 2, 12, 32), np.float32)
+    x, pull = jnp.asarray(np.random.default_rng(7).standard_normal((2, 2, 12, 32), np.float32))
 
     def loss(moe):
         mixed, _, _ = MixtureOfExperts(sparse).apply({"params": moe}, x)
@@ -178,7 +178,7 @@ def test_settings_that_cannot_be(settings, words):
     [
         (models.TransformerConfig(), UpcyclingConfig(), "has 8 experts a layer already"),
         (QWEN3, UpcyclingConfig(num_experts=8, num_experts_per_token=8, expert_split=8), None),
-        (QWEN3, UpcyclingConfig(num_experts=10, num_experts_per_token=5, expert_split=5), "48, is no multiple"),
+        (QWEN3, UpcyclingConfig(num_experts=10, num_experts_per_token=5, expert_split=5), "48, is not a multiple"),
         (
             dataclasses.replace(QWEN3, sliding_window=4, sliding_layers=(1,)),
             UpcyclingConfig(),
