@@ -20,7 +20,7 @@ class UsableProblems(NamedTuple):
     """The problems of a split whose prompts are short enough."""
 
     problems: Sequence[Any]
-    """In their original order."""
+    """The problems, in their original order."""
     width: int
     """Length of the longest prompt among them, in tokens."""
     dropped: int
@@ -32,7 +32,7 @@ class Problems(NamedTuple):
 
     task: Task
     splits: dict[str, UsableProblems]
-    """By the names in `SPLITS`."""
+    """Split (`SPLITS`) -> its usable problems."""
 
     @property
     def width(self) -> int:

@@ -1,4 +1,4 @@
-"""From prompts to a rollout: responses are drawn on the device, decoded and judged on the host.
+"""Rollouts: responses are drawn on the device for prompts, decoded and judged on the host.
 
 Sampling runs in chunks, so that the host judges one chunk while the device draws the next.
 """

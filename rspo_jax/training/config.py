@@ -76,9 +76,9 @@ class LearnerConfig:
     objective_config: Any = None
     """A config of the objective's own type; its defaults when absent."""
     layer_aggregation: LayerAggregation = "mean"
-    """How the router shift is aggregated over layers (`rspo_jax.routing.shift`)."""
+    """Aggregation of the router shift over layers (`rspo_jax.routing.shift`)."""
     routing: Routing = "free"
-    """Whether routers choose freely or are held (`rspo_jax.routing.hold`)."""
+    """Freedom of the routers: they choose freely, or are held (`rspo_jax.routing.hold`)."""
     regularizers: RegularizerConfig = RegularizerConfig()
     adaptive_shift: AdaptiveShiftConfig = AdaptiveShiftConfig()
     correction: CorrectionConfig = CorrectionConfig()
