@@ -1,7 +1,7 @@
-"""What a run is: one frozen dataclass a task, checked here as a whole and kept as `config.json` in the run's folder.
+"""Configurations of runs: one frozen dataclass per task, checked here as a whole and kept as `config.json`.
 
-The commands build their flags from these dataclasses. This file must never start a computation: everything that can
-be wrong with a run is refused before the first compile.
+The commands build their flags from these dataclasses. Nothing here starts a computation, so that impossible runs are
+refused before the first compile.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from etils import epath
@@ -22,10 +22,11 @@ from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownCon
 from experiments.tasks.countdown.task import CountdownTask
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.text import ChatConfig, HuggingFaceTokenizer
-from rspo_jax.objectives import OBJECTIVES, CorrectionConfig, RegularizerConfig
+from models.config import Dtype, Remat
+from rspo_jax.objectives import OBJECTIVES, Aggregation, CorrectionConfig, GammaUse, Position, RegularizerConfig
 from rspo_jax.records import FilePath, as_path
 from rspo_jax.rollouts import SamplerConfig
-from rspo_jax.routing import ROUTINGS, AdaptiveShiftConfig
+from rspo_jax.routing import AdaptiveShiftConfig, LayerAggregation, Routing
 from rspo_jax.training import (
     EvaluationConfig,
     LearnerConfig,
@@ -48,47 +49,53 @@ Place = Annotated[
     ),
 ]
 """A folder, or an address that starts with gs://."""
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[*OBJECTIVES]  # the choices of the flag come from the one table
 
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """Which objective, and what of its defaults to change. An option that the objective does not have is refused."""
+    """The objective, and changes to its defaults. An option that the objective does not have is refused."""
 
-    objective: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(OBJECTIVES) + "}")] = "rspo"
+    objective: ObjectiveName = "rspo"
     gamma_min: float | None = None
-    """Floor of the router-shift ratio; switches router shift on in objectives that leave it out by default."""
-    gamma_use: str | None = None
+    """Floor of the router-shift ratio; switches the router shift on in objectives that leave it out by default."""
+    gamma_use: GammaUse | None = None
     """The router-shift ratio as a weight, or as a mask (an ablation)."""
     gamma_gradient: bool | None = None
     """Let the gradient flow through the router-shift ratio (an ablation)."""
     clip_low: float | None = None
+    """Width of the clip range below."""
     clip_high: float | None = None
+    """Width of the clip range above."""
     dual_clip: float | None = None
     """Bound of the ratio of bad responses; 3 is usual."""
-    position: str | None = None
-    """Where RSPO's γ enters: pre_clip, post_clip or post_clip_literal."""
-    aggregation: str | None = None
-    """The mean of GRPO and its family: sequence_mean, token_mean or constant_length."""
+    position: Position | None = None
+    """The place at which γ enters RSPO: before the clip or after it."""
+    aggregation: Aggregation | None = None
+    """The mean over a batch in GRPO and its family."""
     constant_length: int | None = None
-    """Tokens that the aggregation constant_length divides by."""
+    """Number of tokens that the aggregation constant_length divides by."""
     tau_positive: float | None = None
     """SAPO's temperature for good responses."""
     tau_negative: float | None = None
-    """SAPO's temperature for the others."""
-    layer_aggregation: str = "mean"
-    """Of the router shift over layers: mean or sum."""
-    routing: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(ROUTINGS) + "}")] = "free"
-    """What is done to the routers: nothing (free), no updates of them (frozen), the old policy's choice and scores
-    (copy), its choice alone (replay_trainer), or the choice of the sampler (replay_sampler)."""
+    """SAPO's temperature for other responses."""
+    layer_aggregation: LayerAggregation = "mean"
+    """Aggregation of the router shift over layers."""
+    routing: Routing = "free"
+    """Treatment of the routers: none (free), no updates (frozen), the old policy's choice and scores (copy), its choice
+    alone (replay_trainer), or the sampler's choice (replay_sampler)."""
     regularizers: RegularizerConfig = RegularizerConfig()
     adaptive_shift: AdaptiveShiftConfig = AdaptiveShiftConfig()
     correction: CorrectionConfig = CorrectionConfig()
     diagnostics: bool = True
-    """Record how routes, experts and ratios spread: arrays of each step in diagnostics.jsonl."""
+    """Record the distributions of routes, experts and ratios: arrays of each step in diagnostics.jsonl."""
     micro_batches: int = 1
     """Parts that a mini-batch is cut into to save memory."""
     row_length: int | None = None
-    """Tokens of a row that responses are packed into; by default as many as the longest possible sequence has."""
+    """Tokens of a row that responses are packed into; the length of the longest possible sequence when absent."""
     route_on_host: bool = False
     """Keep the old route in the host's memory between scoring and update."""
 
@@ -96,7 +103,7 @@ class ObjectiveOptions:
         self.config()
 
     def config(self) -> Any:
-        """The objective's own config.
+        """Return the objective's own config.
 
         Raises:
           ValueError: if the objective is unknown or does not have a given option.
@@ -118,26 +125,28 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True)
 class Run:
-    """What the commands know of a run of any task. Fields and defaults are the task's own."""
+    """A run of any task. The classes of the tasks add fields and set their own defaults."""
 
     objective: Annotated[ObjectiveOptions, tyro.conf.arg(name="")] = ObjectiveOptions()
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig()
 
     def check(self) -> None:
-        """Raises ValueError if something is missing that has no default, or a file says that the run cannot be."""
+        """Raise ValueError if a setting without a default is missing, or a file shows that the run is impossible."""
 
     def architecture(self) -> models.TransformerConfig:
-        """The shape of the model."""
+        """Return the model's configuration."""
         raise NotImplementedError
 
     def build_task(self) -> Task:
+        """Return the problems and their judge."""
         raise NotImplementedError
 
     def load_params(self) -> Params | None:
-        """Parameters to start from, on the mesh in use; None for fresh ones."""
+        """Return parameters to start from, on the mesh in use; None for fresh ones."""
         return None
 
     def learner(self) -> LearnerConfig:
+        """Return the part of the settings that an update needs."""
         return LearnerConfig(
             objective=self.objective.objective,
             objective_config=self.objective.config(),
@@ -175,15 +184,13 @@ class CountdownRun(Run):
         warm_start=WarmStartConfig(steps=150, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
     )
     data_dir: str | None = None
-    """Where the data set is kept; TensorFlow Datasets' own folder when absent."""
+    """The folder of the data set; TensorFlow Datasets' own when absent."""
     start_from: str | None = None
-    """The folder of a run of the same model, with whose newest parameters this one begins, in place of a warm start."""
+    """The folder of a run of the same model: this run begins with its newest parameters, in place of a warm start."""
 
     def __post_init__(self) -> None:
         if self.start_from is not None and self.trainer.warm_start.steps:
-            raise ValueError(
-                f"a run that starts from {self.start_from} has had its warm start: set warm_start.steps to 0"
-            )
+            raise ValueError(f"a run that starts from {self.start_from} needs no warm start: set warm_start.steps to 0")
         self.task.check()
         self.reward.check()
         for split in SPLITS:
@@ -209,7 +216,7 @@ class CountdownRun(Run):
         _, source = load_config(as_path(self.start_from) / "config.json")
         if source.architecture() != self.model:
             changes = "; ".join(differences(source.architecture(), self.model))
-            raise ValueError(f"the run in {self.start_from} has another model ({changes}): give this one the same")
+            raise ValueError(f"the run in {self.start_from} has another model ({changes}): give this run the same")
 
     def architecture(self) -> models.TransformerConfig:
         return self.model
@@ -235,15 +242,15 @@ class FolderRun(Run):
     """A run that starts from a model in a Hugging Face folder, and reads and writes with its tokenizer."""
 
     model: str = ""
-    """The folder: config.json, *.safetensors, and the tokenizer. It has to stay where it is as long as the run goes
-    on. Every process reads it, so all hosts must see it."""
+    """The folder: config.json, *.safetensors and the tokenizer. It must stay in place for the whole run. Every process
+    reads it, so all hosts must see it."""
     chat: ChatConfig = ChatConfig()
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of activations; what the folder's weights are in when absent."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of parameters and optimizer."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass computes again."""
+    dtype: Dtype | None = None
+    """dtype of activations; that of the folder's weights when absent."""
+    param_dtype: Dtype = "float32"
+    """dtype of parameters and optimizer state."""
+    remat: Remat = "full"
+    """Activations that the backward pass computes again."""
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
         steps=200,
         prompts=128,
@@ -266,6 +273,7 @@ class FolderRun(Run):
         )
 
     def tokenizer(self) -> HuggingFaceTokenizer:
+        """Read the folder's tokenizer."""
         return HuggingFaceTokenizer(self.model, self.chat)
 
     def load_params(self) -> Params:
@@ -306,21 +314,21 @@ class CodeRun(FolderRun):
 
 
 RUNS: dict[str, type[Run]] = {"countdown": CountdownRun, "mathematics": MathRun, "code": CodeRun}
-"""The one table of tasks; the commands' choices come from it."""
+"""Task name -> class of its runs. The commands' choices come from this table."""
 
 
 def save_config(path: FilePath, name: str, run: Run) -> None:
-    """Writes `config.json`."""
+    """Write `config.json`."""
     from rspo_jax.records import write_json
 
     write_json(path, {"task_name": name} | dataclasses.asdict(run))
 
 
 def load_config(path: FilePath) -> tuple[str, Run]:
-    """Reads what `save_config` wrote.
+    """Read what `save_config` wrote: the task's name and the run.
 
     Raises:
-      ValueError: if the file is missing, is not such a config, or has a field that is not known (any more).
+      ValueError: if the file is missing, is not such a config, or has an unknown field.
     """
     path = as_path(path)
     if not path.exists():
@@ -340,20 +348,20 @@ def _from_dict(config_type: type[Config], values: dict[str, Any], where: str) ->
     unknown = set(values) - set(hints)
     if unknown:
         raise ValueError(f"{where} has the unknown field {sorted(unknown)[0]!r}")
-    return config_type(**{name: _from_value(hints[name], value, f"{where}: {name}") for name, value in values.items()})
-
-
-def _from_value(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(value, dict):
-        hint = next((option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)), hint)
-        return _from_dict(hint, value, where)
-    if isinstance(value, list) and typing.get_origin(hint) is tuple:
-        return tuple(value)
-    return value
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if isinstance(value, dict):  # a nested config, which may be optional
+            hint = next((option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)), hint)
+            value = _from_dict(hint, value, f"{where}: {name}")
+        elif isinstance(value, list) and typing.get_origin(hint) is tuple:
+            value = tuple(value)
+        fields[name] = value
+    return config_type(**fields)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """One line for each field in which two configs of a type differ: "steps: 100 -> 200"."""
+    """Return one line for each field in which two configs of a type differ: "steps: 100 -> 200"."""
     lines = []
     for option in dataclasses.fields(old):
         before, after = getattr(old, option.name), getattr(new, option.name)

@@ -9,8 +9,8 @@ from rspo_jax.objectives.corrections import CorrectionConfig, correct, weighted_
 from rspo_jax.objectives.grpo import DAPOConfig, DrGRPOConfig, GRPOConfig, ReinforcePPConfig, RLOOConfig
 from rspo_jax.objectives.gspo import GSPOConfig, GSPOTokenConfig
 from rspo_jax.objectives.penalties import RegularizerConfig, entropy_penalty, kl_penalty, token_penalty
-from rspo_jax.objectives.responses import AGGREGATIONS, ObjectiveConfig, RouterShiftOptions
-from rspo_jax.objectives.rspo import GMPOConfig, RSPOConfig
+from rspo_jax.objectives.responses import AGGREGATIONS, Aggregation, GammaUse, ObjectiveConfig, RouterShiftOptions
+from rspo_jax.objectives.rspo import GMPOConfig, Position, RSPOConfig
 from rspo_jax.objectives.sapo import SAPOConfig
 from rspo_jax.objectives.table import OBJECTIVES, Objective, rspo_loss
 
@@ -18,6 +18,7 @@ __all__ = [
     "ADVANTAGES",
     "AGGREGATIONS",
     "OBJECTIVES",
+    "Aggregation",
     "CISPOConfig",
     "CorrectionConfig",
     "DAPOConfig",
@@ -26,8 +27,10 @@ __all__ = [
     "GRPOConfig",
     "GSPOConfig",
     "GSPOTokenConfig",
+    "GammaUse",
     "Objective",
     "ObjectiveConfig",
+    "Position",
     "RLOOConfig",
     "RSPOConfig",
     "RegularizerConfig",

@@ -19,6 +19,7 @@ from unittest import mock
 SECONDS = 240
 """Time after which a process is taken to hang."""
 IMPORTED = ["jax.numpy", "orbax.checkpoint", "pytest", "rspo_jax.hosts", "rspo_jax.records.checkpoint"]
+"""Modules that the server has imported when it forks; `preload` adds more."""
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -98,6 +99,15 @@ def free_port() -> int:
     """Return a port of this machine that nobody listens at."""
     with socket.create_server(("localhost", 0)) as server:
         return server.getsockname()[1]
+
+
+def preload(*modules: str) -> None:
+    """Let the processes that start from now on find these modules imported; the server starts anew where it must."""
+    missing = [module for module in modules if module not in IMPORTED]
+    if missing:
+        IMPORTED.extend(missing)
+        forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
+        _start_server.cache_clear()
 
 
 @functools.cache
