@@ -350,7 +350,7 @@ def _from_dict(config_type: type[Config], values: dict[str, Any], where: str) ->
         raise ValueError(f"{where} has the unknown field {sorted(unknown)[0]!r}")
     fields: dict[str, Any] = {}
     for name, value in values.items():
-        hint = hints[name]
+        hint: Any = hints[name]
         if isinstance(value, dict):  # a nested config, which may be optional
             hint = next((option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)), hint)
             value = _from_dict(hint, value, f"{where}: {name}")

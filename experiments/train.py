@@ -1,6 +1,6 @@
 """`python -m experiments.train TASK`: the command that trains, and the folder that a run leaves.
 
-Wires a task, a model and the trainer together; it must never hold training logic of its own.
+It joins a task, a model and the trainer; the training itself is in `rspo_jax.training`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import models
 from experiments.config import RUNS, Place, Run, differences, load_config, save_config
 from experiments.errors import STOPPED, UserError, complain
 from experiments.reporting.training_curves import draw_curves
-from rspo_jax.hosts import Agreement, ClusterConfig, ClusterError, is_primary, joined
+from rspo_jax.hosts import Agreement, ClusterConfig, ClusterError, is_primary, joined, say
 from rspo_jax.records import as_path, read_metrics, write_json
 from rspo_jax.records.checkpoint import CheckpointError
 from rspo_jax.records.manifest import CheckpointMismatch
@@ -36,25 +36,25 @@ CACHE_FOLDER = "compiled"
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the run lives. Nothing of it is kept in the run's configuration: the next start may have it otherwise."""
+    """The place of a run. It is not part of the run's configuration, so that the next start can choose another."""
 
     run_dir: Place | None = None
-    """Gets configuration, metrics, curves and checkpoints: a folder, or an address in a bucket, gs://BUCKET/RUN.
-    runs/TASK-DATE-TIME when absent, which is for a single process only."""
+    """The folder for configuration, metrics, curves and checkpoints, or its address in a bucket, gs://BUCKET/RUN.
+    runs/TASK-DATE-TIME when absent, which works for a single process only."""
     resume: bool = False
-    """Go on with the run in run_dir (when absent: the newest of this task), with the configuration that it was
-    started with, except for the flags given now."""
+    """Continue the run in run_dir (when absent: the newest of this task) with the configuration that it was started
+    with, except for the flags given now."""
     resume_or_start: bool = False
-    """Go on with the run in run_dir if there is one, and start one there if not: for scripts that start a run again
-    and again until it is done."""
+    """Continue the run in run_dir if there is one, and start one if not: for scripts that restart a run until it is
+    done."""
     compilation_cache: Place | None = None
-    """Keeps compiled programs for the next start. When absent: JAX_COMPILATION_CACHE_DIR, or else compiled/ beside
-    run_dir, but nothing on CPUs, where a program fits the very processor that it was compiled on."""
+    """The folder that keeps compiled programs for the next start. When absent: JAX_COMPILATION_CACHE_DIR, or else
+    compiled/ beside run_dir, but none on CPUs, where a program runs only on the processor that it was compiled for."""
     cluster: ClusterConfig = ClusterConfig()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 after training, `STOPPED` after a stop that saved, `MISTAKE` for a mistake."""
+    """Return the exit code: 0 after training, `STOPPED` after a stop that saved, `MISTAKE` for a mistake."""
     try:
         name, run, folder = parse(sys.argv[1:] if arguments is None else arguments)
         with joined(folder.cluster, way_out="start all processes again with --resume") as membership:
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str]) -> tuple[str, Run, Folder]:
-    """Flags to a task's name, a checked run, and its folder. With --resume the run's own config gives the defaults.
+    """Return the task's name, a checked run and its folder. With --resume, the run's own config gives the defaults.
 
     Raises:
       UserError: if the configuration is not possible.
@@ -109,22 +109,22 @@ def _command(name: str, default: Run) -> Callable[..., tuple[str, Run, Folder]]:
     return command
 
 
-def _flag_value(arguments: list[str], flag: str) -> str | None:
-    for position, argument in enumerate(arguments):
-        if argument == flag and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.removeprefix(f"{flag}=")
-    return None
-
-
 def _resumed_folder(arguments: list[str]) -> epath.Path | None:
-    """The folder whose configuration gives the defaults, if one does."""
-    name, given = arguments[0], _flag_value(arguments, "--run-dir")
-    run_dir = None if given is None else as_path(given)
+    """Return the folder whose configuration gives the defaults, if there is one."""
+    name, run_dir = arguments[0], None
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        if argument == "--run-dir" and following:
+            run_dir = as_path(following)
+        elif argument.startswith("--run-dir="):
+            run_dir = as_path(argument.removeprefix("--run-dir="))
     if "--resume" in arguments:
         if run_dir is None:
-            return _newest_folder(name)
+            candidates = sorted(RUNS_FOLDER.glob(f"{name}-*/config.json"), key=lambda path: path.stat().mtime)
+            if not candidates:
+                raise ValueError(
+                    f"there is no run of {name} in {RUNS_FOLDER}/ to resume; name its folder with --run-dir"
+                )
+            return candidates[-1].parent
         if not (run_dir / "config.json").exists():
             raise ValueError(f"there is no run to resume in {run_dir}; leave --resume out to start one there")
         return run_dir
@@ -133,13 +133,6 @@ def _resumed_folder(arguments: list[str]) -> epath.Path | None:
             raise ValueError("--resume-or-start needs the folder of the run: name it with --run-dir")
         return run_dir if (run_dir / "config.json").exists() else None
     return None
-
-
-def _newest_folder(name: str) -> epath.Path:
-    candidates = sorted(RUNS_FOLDER.glob(f"{name}-*/config.json"), key=lambda path: path.stat().mtime)
-    if not candidates:
-        raise ValueError(f"there is no run of {name} in {RUNS_FOLDER}/ to resume; name its folder with --run-dir")
-    return candidates[-1].parent
 
 
 def check_data(run: Run) -> Problems:
@@ -162,10 +155,10 @@ def check_data(run: Run) -> Problems:
 
 
 def check_devices(run: Run, prompt_width: int) -> None:
-    """Finds what is wrong with a run's mesh on the devices that there are, before anything is written or compiled.
+    """Refuse a mesh that is impossible on the devices of this machine, before anything is written or compiled.
 
     Raises:
-      UserError: if the mesh does not fit the devices, or does not divide what a step works on or a parameter.
+      UserError: if the mesh does not fit the devices, or does not divide the rows of a step or a parameter.
     """
     model = run.architecture()
     try:
@@ -178,7 +171,7 @@ def check_devices(run: Run, prompt_width: int) -> None:
 
 
 def keep_compiled_programs(folder: Folder) -> None:
-    """Switches JAX's persistent compilation cache on; before anything is compiled, or JAX would not look again."""
+    """Switch JAX's persistent compilation cache on, before anything is compiled."""
     place = folder.compilation_cache
     if place is None:
         if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.default_backend() == "cpu":
@@ -188,10 +181,10 @@ def keep_compiled_programs(folder: Folder) -> None:
 
 
 def agree_on_folder(name: str, run: Run, folder: Folder) -> epath.Path:
-    """Lets process 0 prepare the run's folder for all; returns its path.
+    """Let process 0 prepare the run's folder for all processes, and return its path.
 
     Raises:
-      UserError: in every process, if the folder cannot be used, or one of them does not see it or was started with
+      UserError: in every process, if the folder cannot be used, or a process does not see it or was started with
         other flags.
     """
     agreement = Agreement("folder")
@@ -199,32 +192,28 @@ def agree_on_folder(name: str, run: Run, folder: Folder) -> epath.Path:
         raise UserError(
             "several processes need a folder that all of them see: name it with --run-dir, as gs://BUCKET/RUN"
         )
+    # All processes must have been started with the same flags.
     place = None if folder.run_dir is None else os.fspath(folder.run_dir)
-    _check_same(agreement.gather((name, run, (place, folder.resume))))
+    given = agreement.gather((name, run, (place, folder.resume)))
+    for process, other in given.items():
+        if other != given[0]:
+            (name, run, where), (other_name, other_run, other_where) = given[0], other
+            changes = differences(run, other_run) if other_name == name else []
+            what = changes[0] if changes else f"{name}, {where} -> {other_name}, {other_where}"
+            raise UserError(f"process {process} has other flags than process 0 ({what}): give all the same flags")
+    # One of them makes the folder, and all check that they see it.
     run_dir = as_path(agreement.from_primary(lambda: os.fspath(prepare_folder(name, run, folder))))
     shared = (run_dir / "config.json").exists() and load_config(run_dir / "config.json") == (name, run)
-    agreement.settle(
-        None
-        if shared
-        else UserError(f"{run_dir} is not one folder for all hosts: choose a --run-dir as gs://BUCKET/RUN")
-    )
+    mistake = f"{run_dir} is not one folder for all hosts: choose a --run-dir as gs://BUCKET/RUN"
+    agreement.settle(None if shared else UserError(mistake))
     return run_dir
 
 
-def _check_same(given: dict[int, tuple[str, Run, tuple[str | None, bool]]]) -> None:
-    name, run, place = given[0]
-    for process, (other_name, other_run, other_place) in given.items():
-        if (other_name, other_run, other_place) != (name, run, place):
-            changes = differences(run, other_run) if other_name == name else []
-            what = changes[0] if changes else f"{name}, {place} -> {other_name}, {other_place}"
-            raise UserError(f"process {process} was started otherwise than process 0 ({what}): give all the same flags")
-
-
 def prepare_folder(name: str, run: Run, folder: Folder) -> epath.Path:
-    """Makes the run's folder and writes its `config.json`; says how a resumed run's configuration changed.
+    """Make the run's folder and write its `config.json`; print how the configuration of a resumed run has changed.
 
     Raises:
-      UserError: if a new run would mix with an old one.
+      UserError: if the folder of a new run is not empty, or a resumed run would change the shape of a parameter.
     """
     run_dir = folder.run_dir or RUNS_FOLDER / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if folder.resume:
@@ -234,7 +223,7 @@ def prepare_folder(name: str, run: Run, folder: Folder) -> epath.Path:
         if changes:
             print("changed since the run was started: " + "; ".join(changes))
     elif run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir} is not empty: add --resume to go on with it, or choose another --run-dir")
+        raise UserError(f"{run_dir} is not empty: add --resume to continue the run in it, or choose another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(run_dir / "config.json", name, run)
     return run_dir
@@ -257,9 +246,8 @@ def _check_same_shapes(saved: models.TransformerConfig, given: models.Transforme
 
 
 def train_in(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) -> int:
-    """Trains; process 0 then writes summary and curves and says where they are. Returns the exit code."""
+    """Train; process 0 then writes the summary and the curves and prints where they are. Return the exit code."""
     name = next(name for name, run_type in RUNS.items() if type(run) is run_type)
-    say = print if is_primary() else _say_nothing
     say(f"run folder: {run_dir}")
     model = run.architecture()
     try:
@@ -274,7 +262,9 @@ def train_in(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) ->
             run.load_params,
         )
     except Stopped as stop:
-        say(f"{stop}: state saved. To go on:\n  {_resume_command(name, run_dir)}")
+        others = "" if jax.process_count() == 1 else "    # on every host, as before"
+        command = f"{sys.executable} -m experiments.train {name} --run-dir {run_dir} --resume"
+        say(f"{stop}: state saved. To go on:\n  {command}{others}")
         return STOPPED
     if is_primary():
         curves = draw_curves(run_dir)
@@ -291,17 +281,8 @@ def train_in(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) ->
     return 0
 
 
-def _say_nothing(_: str) -> None:
-    pass
-
-
-def _resume_command(name: str, run_dir: epath.Path) -> str:
-    others = "" if jax.process_count() == 1 else "    # on every host, as before"
-    return f"{sys.executable} -m experiments.train {name} --run-dir {run_dir} --resume{others}"
-
-
 def summarize(run_dir: epath.Path, run: Run, test_problems: int, seconds: float) -> dict[str, Any]:
-    """What `summary.json` holds: solve rates on the test split before and after, with 95 % intervals."""
+    """Return the contents of `summary.json`: solve rates on the test split before and after, with 95 % intervals."""
     rows = [row for row in read_metrics(run_dir) if "test_sampled" in row]
     first, last = rows[0], rows[-1]
     skipped = int(sum(row.get("skipped_updates", 0) for row in read_metrics(run_dir)))
@@ -316,7 +297,7 @@ def summarize(run_dir: epath.Path, run: Run, test_problems: int, seconds: float)
 
 
 def report(summary: dict[str, Any]) -> str:
-    """The summary in a few lines."""
+    """Return the summary in a few lines of text."""
     lines = [f"{summary['objective']}, seed {summary['seed']}, {summary['test_problems']} held-out problems:"]
     for mode, suffix in (("sampled", ""), ("greedy", "_greedy")):
         before, after = (

@@ -393,7 +393,7 @@ def test_a_folder_with_something_in_it_is_refused(shared, run_dir):
     before = (run_dir / "config.json").read_bytes()
     given = ("--data-dir", shared / "data", *flags(FLAGS, steps=9))
     error = sentence("countdown", "--run-dir", run_dir, *given)
-    assert f"{run_dir} is not empty: add --resume to go on with it, or choose another --run-dir" in error
+    assert f"{run_dir} is not empty: add --resume to continue the run in it, or choose another --run-dir" in error
     assert (run_dir / "config.json").read_bytes() == before
 
 

@@ -1,16 +1,11 @@
-"""`python -m experiments.train` where several processes work on a run, where a run lives in a bucket, and where a
-script starts it again and again. Real processes share this machine and find each other by flags; the bucket is a
-dictionary."""
+"""`python -m experiments.train` where several processes work on a run, where a run is in a bucket, and where a script
+starts it again and again. The processes share this machine and find each other by flags; the bucket is a dictionary.
+"""
 
 import importlib
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import fsspec
 import jax
@@ -18,55 +13,28 @@ import pytest
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
+from support.commands import SMALL, flags, has_row, refusal, run_training, start_training, wait_until
+from support.processes import free_port
 
 from experiments import train
 from experiments.config import CountdownRun, load_config, save_config
-from experiments.errors import MISTAKE
+from experiments.errors import MISTAKE, STOPPED
 from rspo_jax.hosts import ClusterConfig
 from rspo_jax.hosts import cluster as distributed
 from rspo_jax.records import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 600  # after which a process is taken to hang
 WARM_START_STEPS, STEPS = 2, 4
-SMALL = {
-    "--task.train": 200,
-    "--task.validation": 20,
-    "--task.test": 20,
-    "--model.hidden-size": 16,
-    "--model.head-dim": 8,
-    "--model.num-heads": 2,
-    "--model.num-kv-heads": 1,
-    "--model.num-layers": 1,
-    "--model.expert-size": 16,
-    "--model.num-experts": 4,
-    "--model.num-experts-per-token": 2,
-    "--steps": STEPS,
-    "--prompts": 4,
-    "--group-size": 4,
-    "--mini-batches": 2,
-    "--rollout-chunks": 1,
-    "--learned-groups": "None",
-    "--sampler.max-new-tokens": 12,
-    "--warm-start.steps": WARM_START_STEPS,
-    "--warm-start.batch-size": 8,
-    "--warm-start.optimizer.warmup-updates": 1,
-    "--evaluation.every": 4,
-    "--evaluation.problems": 20,
-    "--checkpoint.every": 2,
-}
-FLAGS = [str(part) for pair in SMALL.items() for part in pair]
+FLAGS = flags(SMALL, steps=STEPS, warm_start__steps=WARM_START_STEPS, evaluation__every=4, checkpoint__every=2)
 
 
 def parse(*arguments):
     return train.parse(["countdown", *map(str, arguments)])
 
 
-def refusal(capsys, *arguments):
-    """The one sentence that a mistake gets."""
-    assert train.main(["countdown", *map(str, arguments)]) == MISTAKE
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
+def sentence(*arguments):
+    """Return what the command says of a mistake, which must be one sentence and not a box of the parser."""
+    error = refusal(train.main, "countdown", *arguments)
+    assert error.startswith("error: ")
     return error
 
 
@@ -114,13 +82,13 @@ def test_resume_or_start_goes_on_where_there_is_a_run(run_dir, capsys):
     assert f"trainer.steps: {STEPS} -> 20" in capsys.readouterr().out
 
 
-def test_resume_or_start_does_not_mix_with_something_else(tmp_path, capsys):
+def test_resume_or_start_does_not_mix_with_something_else(tmp_path):
     (tmp_path / "notes").touch()
-    assert f"{tmp_path} is not empty" in refusal(capsys, "--run-dir", tmp_path, "--resume-or-start", *FLAGS)
+    assert f"{tmp_path} is not empty" in sentence("--run-dir", tmp_path, "--resume-or-start", *FLAGS)
 
 
-def test_resume_or_start_needs_a_folder(capsys):
-    error = refusal(capsys, "--resume-or-start")
+def test_resume_or_start_needs_a_folder():
+    error = sentence("--resume-or-start")
     assert "--resume-or-start needs the folder of the run: name it with --run-dir" in error
 
 
@@ -131,9 +99,9 @@ def test_resume_or_start_needs_a_folder(capsys):
         (("--mesh.fsdp", 5), "needs 5 devices"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(capsys, tmp_path, flags, words):
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, flags, words):
     data = ("--data-dir", tmp_path / "data")
-    assert words in refusal(capsys, "--run-dir", tmp_path / "run", *FLAGS, *data, *flags)
+    assert words in sentence("--run-dir", tmp_path / "run", *FLAGS, *data, *flags)
     assert not (tmp_path / "run").exists()
 
 
@@ -213,9 +181,9 @@ def test_a_run_in_a_bucket_is_started_and_resumed(bucket):
     assert (resumed, folder.resume, os.fspath(folder.run_dir)) == (run, True, place)
 
 
-def test_a_run_in_a_bucket_is_not_mixed_with_another(bucket, capsys):
+def test_a_run_in_a_bucket_is_not_mixed_with_another(bucket):
     (bucket / "runs/mine/config.json").write_text("{}")
-    error = refusal(capsys, "--run-dir", "gs://bucket/runs/mine", *FLAGS)
+    error = sentence("--run-dir", "gs://bucket/runs/mine", *FLAGS)
     assert "gs://bucket/runs/mine is not empty: add --resume" in error
 
 
@@ -227,128 +195,94 @@ def test_programs_are_kept_beside_a_run_in_a_bucket(bucket, cache_place):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One data set and one cache of compiled programs for all processes."""
-    folder = tmp_path_factory.mktemp("shared")
-    environ = {name: value for name, value in os.environ.items() if name not in distributed.SIGNS}
-    return environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "TFDS_DATA_DIR": str(folder / "data"),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+def shared(tmp_path_factory):
+    """The folder of the data set and of the compiled programs of all runs."""
+    return tmp_path_factory.mktemp("shared")
 
 
 class Cluster:
     """Two processes with the same flags, and those of each."""
 
-    def __init__(self, environment, folder, flags, differing=((), ()), folders=(ROOT, ROOT)):
-        with socket.create_server(("localhost", 0)) as server:
-            port = server.getsockname()[1]
-        self.logs = [folder / f"{time.monotonic_ns()}-{process}.log" for process in range(2)]
-        self.processes = []
+    def __init__(self, shared, logs, flags, differing=((), ()), folders=(None, None)):
+        port, self.processes = free_port(), []
+        environment = {name: value for name, value in os.environ.items() if name not in distributed.SIGNS}
         for process in range(2):
             cluster = ("--cluster.coordinator", f"localhost:{port}", "--cluster.num-processes", 2)
-            arguments = (*flags, *differing[process], *cluster, "--cluster.process-id", process)
-            with open(self.logs[process], "w") as log:
-                command = [sys.executable, "-m", "experiments.train", "countdown", *map(str, arguments)]
-                self.processes.append(
-                    subprocess.Popen(command, cwd=folders[process], env=environment, stdout=log, stderr=log)
-                )
+            places = ("--compilation-cache", shared / "compiled", "--data-dir", shared / "data")
+            arguments = (*flags, *places, *differing[process], *cluster, "--cluster.process-id", process)
+            log = logs / f"{port}-{process}"
+            self.processes.append(start_training(log, *arguments, environment=environment, folder=folders[process]))
 
     def end(self):
-        """Exit codes and outputs."""
+        """Wait for both; return their exit codes, and what each has printed and written as errors."""
         try:
-            codes = [process.wait(SECONDS) for process in self.processes]
+            codes = [process.wait() for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
-                process.wait()
-        return codes, [log.read_text() for log in self.logs]
+        return codes, [process.printed for process in self.processes], [process.errors for process in self.processes]
 
     def send(self, process, number, moment):
-        """Sends a signal to one of them at a moment."""
-        deadline = time.monotonic() + SECONDS
-        while not moment():
-            alive = [process.poll() is None for process in self.processes]
-            assert all(alive) and time.monotonic() < deadline, [log.read_text() for log in self.logs]
-            time.sleep(0.01)
-        self.processes[process].send_signal(number)
+        """Send a signal to one of them at a moment."""
+        wait_until(moment, lambda: all(process.code is None for process in self.processes))
+        os.kill(self.processes[process].pid, number)
 
 
-def errors(output):
-    return [line for line in output.splitlines() if line.startswith("error: ")]
+def sentences(errors):
+    return [line for line in errors.splitlines() if line.startswith("error: ")]
 
 
-def test_mistakes_of_several_processes(environment, tmp_path):
+def test_mistakes_of_several_processes(shared, tmp_path):
     folders = tmp_path / "a", tmp_path / "b"
     for folder in folders:
         folder.mkdir()
+    flags = ["--run-dir", tmp_path / "run", *FLAGS]
     clusters = {
-        "no folder": Cluster(environment, tmp_path, FLAGS),
-        "other flags": Cluster(
-            environment, tmp_path, ["--run-dir", tmp_path / "run", *FLAGS], (("--seed", 1), ("--seed", 2))
-        ),
-        "not one folder": Cluster(environment, tmp_path, ["--run-dir", "run", *FLAGS], folders=folders),
+        "no folder": Cluster(shared, tmp_path, FLAGS),
+        "other flags": Cluster(shared, tmp_path, flags, (("--seed", 1), ("--seed", 2))),
+        "not one folder": Cluster(shared, tmp_path, ["--run-dir", "run", *FLAGS], folders=folders),
     }
     ends = {name: cluster.end() for name, cluster in clusters.items()}
     words = {
         "no folder": "several processes need a folder that all of them see: name it with --run-dir, as gs://BUCKET/RUN",
-        "other flags": "process 1 was started otherwise than process 0 (trainer.seed: 1 -> 2): give all the same flags",
+        "other flags": "process 1 has other flags than process 0 (trainer.seed: 1 -> 2): give all the same flags",
         "not one folder": "run is not one folder for all hosts: choose a --run-dir as gs://BUCKET/RUN",
     }
-    for name, (codes, outputs) in ends.items():
-        assert codes == [MISTAKE] * 2, (name, outputs)
-        for output in outputs:
-            assert any(words[name] in line for line in errors(output)), (name, output)
+    for name, (codes, _, errors) in ends.items():
+        assert codes == [MISTAKE] * 2, (name, errors)
+        for error in errors:
+            assert any(words[name] in line for line in sentences(error)), (name, error)
     assert not (tmp_path / "run").exists()
 
 
-def row_written(run_dir, phase, step):
-    def moment():
-        rows = run_dir / "metrics.jsonl"
-        return rows.exists() and f'"phase": "{phase}", "step": {step},' in rows.read_text()
-
-    return moment
-
-
 @pytest.mark.slow
-def test_two_processes_are_stopped_killed_and_resumed_also_by_one(environment, tmp_path):
+def test_two_processes_are_stopped_killed_and_resumed_also_by_one(shared, tmp_path):
     run_dir = tmp_path / "run"
     flags = ["--run-dir", run_dir, "--resume-or-start", *FLAGS]
 
-    cluster = Cluster(environment, tmp_path, flags)
-    cluster.send(1, signal.SIGTERM, row_written(run_dir, "warm_start", 1))
-    codes, outputs = cluster.end()
-    assert codes == [train.STOPPED] * 2, outputs
-    assert "SIGTERM: state saved. To go on:" in outputs[0]
-    assert "# on every host, as before" in outputs[0]
-    assert "state saved" not in outputs[1] and "run folder" not in outputs[1]  # one of them speaks
+    cluster = Cluster(shared, tmp_path, flags)
+    cluster.send(1, signal.SIGTERM, lambda: has_row(run_dir, "warm_start", 1))
+    codes, printed, errors = cluster.end()
+    assert codes == [STOPPED] * 2, errors
+    assert "SIGTERM: state saved. To go on:" in printed[0]
+    assert "# on every host, as before" in printed[0]
+    assert "state saved" not in printed[1] and "run folder" not in printed[1]  # only process 0 speaks
 
-    cluster = Cluster(environment, tmp_path, flags)
-    cluster.send(1, signal.SIGKILL, row_written(run_dir, "rl", 1))
-    codes, outputs = cluster.end()
-    assert codes == [1, -signal.SIGKILL], outputs
-    assert "going on after" in outputs[0]
-    assert any("process 1 of 2" in line and "with --resume" in line for line in errors(outputs[0]))
+    cluster = Cluster(shared, tmp_path, flags)
+    cluster.send(1, signal.SIGKILL, lambda: has_row(run_dir, "rl", 1))
+    codes, printed, errors = cluster.end()
+    assert codes == [1, -signal.SIGKILL], errors
+    assert "going on after" in printed[0]
+    assert any("process 1 of 2" in line and "with --resume" in line for line in sentences(errors[0]))
 
-    cluster = Cluster(environment, tmp_path, flags)
-    cluster.send(1, signal.SIGINT, row_written(run_dir, "rl", 2))
-    codes, outputs = cluster.end()
-    assert codes == [train.STOPPED] * 2, outputs
+    cluster = Cluster(shared, tmp_path, flags)
+    cluster.send(1, signal.SIGINT, lambda: has_row(run_dir, "rl", 2))
+    codes, _, errors = cluster.end()
+    assert codes == [STOPPED] * 2, errors
     assert not (run_dir / "summary.json").exists()
 
-    alone = subprocess.run(
-        [sys.executable, "-m", "experiments.train", "countdown", "--run-dir", str(run_dir), "--resume"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert alone.returncode == 0, alone.stdout + alone.stderr
+    alone = run_training("--run-dir", run_dir, "--resume")
+    assert alone.code == 0, alone
     steps = [(row["phase"], row["step"]) for row in read_metrics(run_dir)]
     expected = [("warm_start", step + 1) for step in range(WARM_START_STEPS)]
     assert steps == expected + [("rl", step) for step in range(STEPS + 1)]

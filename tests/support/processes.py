@@ -62,6 +62,11 @@ class Member:
         """The exit code, −n after signal n, None while the process runs."""
         return self._process.exitcode
 
+    @property
+    def pid(self) -> int | None:
+        """The process's id."""
+        return self._process.pid
+
     def lines(self, number: int) -> list[str]:
         """Return the first lines that it prints, once there are so many."""
         deadline = time.monotonic() + SECONDS
