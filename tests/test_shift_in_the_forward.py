@@ -1,5 +1,7 @@
-"""The router shift inside the model's forward pass against the plain one on the router logits of all layers, and what
-the compiled training step must not contain. Joins the model and the algorithm; knows no trainer."""
+"""The router shift inside the model's forward pass against the plain one on the router logits of all layers.
+
+And the arrays that a compiled training step must not contain.
+"""
 
 import dataclasses
 import functools
@@ -40,12 +42,13 @@ MASK = SEGMENT_IDS > 0
 def moved(params, scale):
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
-    return treedef.unflatten([leaf + scale * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    changes = [scale * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+    return treedef.unflatten([np.asarray(leaf) + change for leaf, change in zip(leaves, changes, strict=True)])
 
 
 @pytest.fixture(scope="module")
 def policies():
-    old = init_params(CONFIG, jax.random.key(0))
+    old = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
     return old, moved(old, 0.02)
 
 
@@ -59,6 +62,9 @@ def read(params, reader, config=CONFIG, route=None):
         forced_route=route,
     )
     return output.router_logits, output.reading
+
+
+compiled_shift = jax.jit(rspo_jax.router_shift, static_argnums=2)
 
 
 def trace_in_forward(params):
@@ -80,7 +86,7 @@ def test_the_shift_is_that_of_the_router_logits(policies, layer_aggregation):
     _, trace = trace_in_forward(old)
     router_logits, reading = read(new, drift_reader(trace))
     gamma = gamma_of(reading, trace, layer_aggregation)
-    plain = rspo_jax.router_shift(router_logits, trace, layer_aggregation)
+    plain = compiled_shift(router_logits, trace, layer_aggregation)
     assert 0.05 < np.min(plain) < 0.999
     np.testing.assert_allclose(gamma, plain, rtol=0, atol=1e-6)
     # On-policy it is exactly 1, though the two programs were compiled apart.
@@ -93,7 +99,7 @@ def test_under_replay_the_shift_is_that_of_the_natural_router_logits(policies):
     route = forced_route_of(trace)
     router_logits, reading = read(new, drift_reader(trace), route=route)
     gamma = gamma_of(reading, trace)
-    np.testing.assert_allclose(gamma, rspo_jax.router_shift(router_logits, trace), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(gamma, compiled_shift(router_logits, trace, "mean"), rtol=0, atol=1e-6)
     assert np.max(gamma) < 0.999  # though the experts are the old ones
     # Under the old parameters the replayed pass is the free one, and that with the old scores, on a grid, nearly so.
     free, _ = trace_in_forward(old)
@@ -128,7 +134,7 @@ def plain_loss(params, trace, old_log_probs):
 
 
 class Compiled(NamedTuple):
-    """A loss and its gradient as one program, and the shapes of all arrays in it."""
+    """A loss and its gradient as one program, with the shapes of all arrays in it."""
 
     run: Callable[..., Any]
     shapes: set[tuple[int, ...]]
@@ -140,7 +146,7 @@ def compiled(loss, *arguments):
 
 
 def shapes_in(program):
-    """Axes of length 1 left out, in any order of the axes."""
+    """Return the shapes of all arrays in a program, each sorted and without axes of length 1."""
     shapes = re.findall(r"\b[a-z][a-z0-9]*\[([0-9,]*)\]", program.as_text())
     return {tuple(sorted(int(axis) for axis in shape.split(",") if axis not in ("", "1"))) for shape in shapes}
 
@@ -172,12 +178,13 @@ def test_loss_and_gradient_are_those_of_the_plain_form(arguments, plain, in_forw
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=1e-6), gradient, expected_gradient)
 
 
+# The router logits of all layers.
 OF_ALL_LAYERS = tuple(sorted((3, B, T, 13)))
 
 
 def test_a_step_holds_no_router_logits_of_all_layers(arguments, plain, in_forward):
     remat, program = in_forward
-    # Autodiff keeps one array of that size for the gates themselves; full recomputation none at all.
+    # Without rematerialization, autodiff keeps one array of that size for the gates, as it does without router shift.
     expected = remat == "none" and OF_ALL_LAYERS in compiled(gmpo_loss, arguments[0], arguments[2]).shapes
     assert (OF_ALL_LAYERS in program.shapes) == expected
     assert OF_ALL_LAYERS in plain.shapes

@@ -1,4 +1,4 @@
-"""The statistics against numpy in float64: alone, empty, and stacked over micro-batches. Knows not what is measured."""
+"""The statistics against numpy in float64: alone, empty, and stacked over micro-batches."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ compiled_reduce = jax.jit(statistics.reduce)
 
 
 def masks():
-    """Masks of every size from 1 to 20, and what is masked off."""
+    """Yield a mask of every size from 1 to 20."""
     rng = np.random.default_rng(0)
     for count in range(1, 21):
         mask = np.zeros(20, bool)
@@ -23,7 +23,7 @@ def masks():
 
 
 def assert_quantiles(values, mask):
-    """Interpolated ones to float32 accuracy, those at an element exactly."""
+    """Interpolated quantiles must match to float32 accuracy, quantiles at an element exactly."""
     kept = np.sort(values[mask])
     for percent in (0, 10, 37, 50, 100):
         quantile = compiled_quantile(values, mask, np.int32(percent))
@@ -103,7 +103,7 @@ EDGES = (0.25, 0.5, 1.0, 2.0)
 
 
 def means(values, mask, axes):
-    """Over all axes but the last ones."""
+    """Return the means over all axes but the last ones."""
     values, mask = (array.reshape(-1, *array.shape[-axes:]) for array in (values, mask))
     weight = jnp.sum(mask, axis=0, dtype=values.dtype)
     return statistics.Means(jnp.sum(jnp.where(mask, values, 0), axis=0), weight, axes)

@@ -1,4 +1,4 @@
-"""The rules that set the scale of the router shift, on numbers made for them. Knows nothing of a run."""
+"""The rules that set the scale of the router shift, on numbers made for them."""
 
 import math
 

@@ -1,5 +1,7 @@
-"""Load balance and router z-loss against float64 oracles: values, gradients, padding, micro-batches, and what is
-refused. Knows the public functions, and reads router logits layer by layer as a model does."""
+"""Load balance and router z-loss against float64 oracles: values, gradients, padding, micro-batches and refusals.
+
+Router logits are read layer by layer, as a model does.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,10 @@ LOGITS, OLD_LOGITS = (RNG.normal(size=(L, N, T, E)).astype(np.float32) for _ in 
 LENGTHS = np.array([5, 3, 1, 0])
 SEGMENT_IDS = (np.arange(T) < LENGTHS[:, None]).astype(np.int32)
 REAL = SEGMENT_IDS != 0
-TRACE = trace_router(jnp.asarray(OLD_LOGITS), K)
+compiled_trace = jax.jit(trace_router, static_argnums=1)
+compiled_fractions = jax.jit(expert_fractions, static_argnums=2)
+TRACE = compiled_trace(OLD_LOGITS, K)
+FRACTIONS = compiled_fractions(TRACE.expert_ids, SEGMENT_IDS, E)
 
 
 def read(reader, logits):
@@ -69,8 +74,8 @@ def derivative(function, at):
     return result
 
 
-def balance(logits, trace, segment_ids, score="softmax"):
-    reader = load_balance_reader(expert_fractions(trace.expert_ids, segment_ids, E), segment_ids.shape, score)
+def balance(logits, fractions, segment_ids, score):
+    reader = load_balance_reader(fractions, segment_ids.shape, score)
     return router_loss_of(read(reader, logits), segment_ids).reduce()
 
 
@@ -78,7 +83,7 @@ def z_loss(logits, segment_ids):
     return router_loss_of(read(z_loss_reader(segment_ids.shape), logits), segment_ids).reduce()
 
 
-balance_and_gradient = jax.jit(jax.value_and_grad(balance), static_argnames="score")
+balance_and_gradient = jax.jit(jax.value_and_grad(balance), static_argnums=3)
 z_and_gradient = jax.jit(jax.value_and_grad(z_loss))
 
 
@@ -86,21 +91,20 @@ z_and_gradient = jax.jit(jax.value_and_grad(z_loss))
 
 
 def test_shares_are_those_of_the_slots_of_real_tokens():
-    fractions = jax.jit(expert_fractions, static_argnums=2)(TRACE.expert_ids, jnp.asarray(SEGMENT_IDS), E)
-    assert fractions.shape == (L, E) and fractions.dtype == jnp.float32
-    np.testing.assert_allclose(fractions, fractions_of(OLD_LOGITS, SEGMENT_IDS), rtol=1e-6)
+    assert FRACTIONS.shape == (L, E) and FRACTIONS.dtype == jnp.float32
+    np.testing.assert_allclose(FRACTIONS, fractions_of(OLD_LOGITS, SEGMENT_IDS), rtol=1e-6)
     # In micro-batches, which lead the arrays, they are those of the whole.
-    parts = (array.reshape(2, 2, *array.shape[1:]) for array in (TRACE.expert_ids, jnp.asarray(SEGMENT_IDS)))
-    np.testing.assert_array_equal(expert_fractions(*parts, E), fractions)
+    parts = (np.reshape(array, (2, 2, *array.shape[1:])) for array in (TRACE.expert_ids, SEGMENT_IDS))
+    np.testing.assert_array_equal(compiled_fractions(*parts, E), FRACTIONS)
 
 
 def test_shares_without_a_real_token_are_zero():
-    np.testing.assert_array_equal(expert_fractions(TRACE.expert_ids, jnp.zeros((N, T), jnp.int32), E), 0)
+    np.testing.assert_array_equal(compiled_fractions(TRACE.expert_ids, 0 * SEGMENT_IDS, E), 0)
 
 
 def test_the_route_of_other_rows_is_refused():
     with pytest.raises(ValueError, match=r"the old route covers .* = \(4, 5\), the rows \(2, 5\)"):
-        expert_fractions(TRACE.expert_ids, jnp.asarray(SEGMENT_IDS[:2]), E)
+        expert_fractions(TRACE.expert_ids, SEGMENT_IDS[:2], E)
 
 
 # The losses
@@ -109,7 +113,7 @@ def test_the_route_of_other_rows_is_refused():
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_load_balance_and_its_gradient(score):
     fractions = fractions_of(OLD_LOGITS, SEGMENT_IDS)
-    value, gradient = balance_and_gradient(jnp.asarray(LOGITS), TRACE, jnp.asarray(SEGMENT_IDS), score=score)
+    value, gradient = balance_and_gradient(LOGITS, FRACTIONS, SEGMENT_IDS, score)
     assert value.dtype == jnp.float32
     assert value == pytest.approx(balance_oracle(LOGITS, fractions, REAL, score), rel=1e-6)
     # No gradient flows through f, neither here nor in the oracle.
@@ -119,16 +123,16 @@ def test_load_balance_and_its_gradient(score):
 
 
 def test_z_loss_and_its_gradient():
-    value, gradient = z_and_gradient(jnp.asarray(LOGITS), jnp.asarray(SEGMENT_IDS))
+    value, gradient = z_and_gradient(LOGITS, SEGMENT_IDS)
     assert value == pytest.approx(z_oracle(LOGITS, REAL), rel=1e-6)
     expected = derivative(lambda logits: z_oracle(logits, REAL), LOGITS.astype(np.float64))
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_on_policy_the_load_balance_is_that_of_switch():
-    """E · Σ_e f_e · P_e with both of the same routers, K = 1, written down again from the paper."""
-    trace = trace_router(jnp.asarray(LOGITS), 1)
-    ours, _ = balance_and_gradient(jnp.asarray(LOGITS), trace, jnp.asarray(SEGMENT_IDS))
+    """E · Σ_e f_e · P_e with both from the same routers and K = 1, written down again from the paper."""
+    fractions = compiled_fractions(compiled_trace(LOGITS, 1).expert_ids, SEGMENT_IDS, E)
+    ours, _ = balance_and_gradient(LOGITS, fractions, SEGMENT_IDS, "softmax")
     layers = []
     for logits in LOGITS:
         tokens = np.exp(oracles.log_softmax(logits))[REAL]
@@ -138,24 +142,21 @@ def test_on_policy_the_load_balance_is_that_of_switch():
 
 
 def test_balance_is_one_and_collapse_is_the_number_of_experts():
-    segment_ids, fractions = jnp.ones((N, T), jnp.int32), np.full((L, E), 1 / E, np.float32)
-    function = jax.jit(lambda logits, f: router_loss_of(read(load_balance_reader(f, (N, T)), logits), segment_ids))
-    assert function(jnp.asarray(LOGITS), jnp.asarray(fractions)).reduce() == pytest.approx(1.0, rel=1e-6)
+    segment_ids, fractions = np.ones((N, T), np.int32), np.full((L, E), 1 / E, np.float32)
+    assert balance_and_gradient(LOGITS, fractions, segment_ids, "softmax")[0] == pytest.approx(1.0, rel=1e-6)
     collapsed = np.broadcast_to(100 * np.eye(E)[0], LOGITS.shape).astype(np.float32)
-    one_hot = expert_fractions(trace_router(jnp.asarray(collapsed), 1).expert_ids, segment_ids, E)
-    assert function(jnp.asarray(collapsed), one_hot).reduce() == pytest.approx(E, rel=1e-6)
-
-
-FRACTIONS = jnp.asarray(fractions_of(OLD_LOGITS, SEGMENT_IDS), jnp.float32)
+    one_hot = compiled_fractions(compiled_trace(collapsed, 1).expert_ids, segment_ids, E)
+    assert balance_and_gradient(collapsed, one_hot, segment_ids, "softmax")[0] == pytest.approx(E, rel=1e-6)
 
 
 @jax.jit
 def both_losses(logits, segment_ids):
-    """Totals and weights of both, read in one pass, with the gradient of the totals' sum."""
+    """Both losses before their division, read in one pass, and the gradient of the sum of their totals."""
 
     def total(logits):
         rows = segment_ids.shape
-        reading = read(join_readers(load_balance_reader(FRACTIONS, rows), z_loss_reader(rows)), logits)
+        readers = load_balance_reader(FRACTIONS, rows), z_loss_reader(rows)
+        reading = read(join_readers(*readers), logits)
         losses = [router_loss_of(RouterReading(carry, None), segment_ids) for carry in reading.carry]
         return losses[0].total + losses[1].total, losses
 
@@ -163,33 +164,33 @@ def both_losses(logits, segment_ids):
     return losses, gradient
 
 
-def in_parts(rows):
-    """Both losses and their gradient, from micro-batches of the given rows."""
+def in_parts(parts):
+    """Both losses and their gradient, from micro-batches of the given rows, beside which the other rows are padding."""
     results, gradient = [], np.zeros(LOGITS.shape)
-    for part in rows:
-        losses, by_logits = both_losses(jnp.asarray(LOGITS[:, part]), jnp.asarray(SEGMENT_IDS[part]))
+    for rows in parts:
+        losses, by_logits = both_losses(LOGITS, SEGMENT_IDS * np.isin(np.arange(N), rows)[:, None])
         results.append(losses)
-        gradient[:, part] = by_logits
-    losses = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-    assert all(float(loss.weight.sum()) == REAL.sum() for loss in losses)
-    return [float(loss.reduce()) for loss in losses], gradient / REAL.sum()
+        gradient += np.asarray(by_logits)
+    losses = jax.tree.map(lambda *leaves: np.sum(leaves), *results)
+    assert all(loss.weight == REAL.sum() for loss in losses)
+    return [loss.total / loss.weight for loss in losses], gradient / REAL.sum(), results
 
 
 def test_micro_batches_add_up_to_the_whole():
     """The mean of their own losses is another number: f would be that of a part, and so would the denominator."""
-    segment_ids = jnp.asarray(SEGMENT_IDS)
-    balance_loss, by_balance = balance_and_gradient(jnp.asarray(LOGITS), TRACE, segment_ids)
-    z, by_z = z_and_gradient(jnp.asarray(LOGITS), segment_ids)
-    for rows in (np.arange(N)[None], np.array([[0, 3], [2, 1]])):
-        losses, gradient = in_parts(rows)
+    balance_loss, by_balance = balance_and_gradient(LOGITS, FRACTIONS, SEGMENT_IDS, "softmax")
+    z, by_z = z_and_gradient(LOGITS, SEGMENT_IDS)
+    by_both = np.asarray(by_balance) + np.asarray(by_z)
+    for parts in ([range(N)], [[0, 3], [2, 1]]):
+        losses, gradient, results = in_parts(parts)
         assert losses == pytest.approx([float(balance_loss), float(z)], rel=1e-6)
-        np.testing.assert_allclose(gradient, by_balance + by_z, rtol=1e-5, atol=1e-8)
-    parts = [both_losses(jnp.asarray(LOGITS[:, part]), segment_ids[part])[0][1].reduce() for part in rows]
-    assert np.mean(parts) != pytest.approx(float(z), rel=1e-4)
+        np.testing.assert_allclose(gradient, by_both, rtol=1e-5, atol=1e-8)
+    means = [z_loss.total / z_loss.weight for _, z_loss in results]
+    assert np.mean(means) != pytest.approx(float(z), rel=1e-4)
 
 
 class Policy:
-    """Its router logits are parameters, of as many rows as the part has; its logits have nothing to do with them."""
+    """A stand-in whose parameters are the router logits of its rows. Its logits do not depend on them."""
 
     router_score = "softmax"
 
@@ -200,32 +201,34 @@ class Policy:
 
 
 def part_of(rows):
-    """Rows of the route with one response each, of all their tokens."""
+    """Some of the rows, each one response of all its tokens."""
     numbered = np.broadcast_to(rows[:, None], (len(rows), T)).astype(np.int32)
     places = np.arange(len(rows) * T, dtype=np.int32).reshape(-1, T)
     zeros, mask = np.zeros((len(rows), T), np.float32), REAL[rows]
     packed = PackedBatch(PackedRows(numbered, numbered, SEGMENT_IDS[rows]), places, mask, zeros, zeros[:, 0])
-    return jax.tree.map(jnp.asarray, ScoredBatch(packed, zeros, jax.tree.map(lambda leaf: leaf[rows], TRACE)))
+    return ScoredBatch(packed, zeros, jax.tree.map(lambda leaf: np.asarray(leaf)[rows], TRACE))
 
 
 @pytest.mark.parametrize(("name", "balance_coefficient", "z_coefficient"), [("rspo", 0.25, 0.0), ("dapo", 0.25, 0.5)])
 def test_a_coefficient_multiplies_the_loss_and_nothing_else(name, balance_coefficient, z_coefficient):
-    """The defect of a peer: (1 + coefficient) times the loss was added. Here with advantages of 0, so that what comes
-    out is the coefficient times the loss, whatever the objective and its denominator."""
+    """With advantages of 0 the total is the coefficient times the loss, whatever the objective and its denominator.
+
+    The defect of a peer was to add (1 + coefficient) times the loss.
+    """
     regularizers = RegularizerConfig(load_balance_coefficient=balance_coefficient, router_z_coefficient=z_coefficient)
     config = LearnerConfig(name, regularizers=regularizers, diagnostics=False)
-    parts = [part_of(np.array([0, 3])), part_of(np.array([2, 1]))]
+    parts = jax.tree.map(lambda *leaves: np.stack(leaves), part_of(np.array([0, 3])), part_of(np.array([2, 1])))
 
     @jax.jit
     @jax.value_and_grad
-    def loss(params):
-        whole = batch_context(Policy(), params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), config)
-        terms = [part_terms(Policy(), params, part, config, whole)[0] for part in parts]
-        return (terms[0].total + terms[1].total) / (terms[0].weight + terms[1].weight)
+    def loss(params, parts):
+        context = batch_context(Policy(), params, parts, config)
+        terms = jax.lax.map(lambda part: part_terms(Policy(), params, part, config, context)[0], parts)
+        return jnp.sum(terms.total) / jnp.sum(terms.weight)
 
-    value, gradient = loss(jnp.asarray(LOGITS))
-    balance_loss, by_balance = balance_and_gradient(jnp.asarray(LOGITS), TRACE, jnp.asarray(SEGMENT_IDS))
-    z, by_z = z_and_gradient(jnp.asarray(LOGITS), jnp.asarray(SEGMENT_IDS))
+    value, gradient = loss(LOGITS, parts)
+    balance_loss, by_balance = map(np.asarray, balance_and_gradient(LOGITS, FRACTIONS, SEGMENT_IDS, "softmax"))
+    z, by_z = map(np.asarray, z_and_gradient(LOGITS, SEGMENT_IDS))
     assert value == pytest.approx(float(balance_coefficient * balance_loss + z_coefficient * z), rel=1e-6)
     np.testing.assert_allclose(gradient, balance_coefficient * by_balance + z_coefficient * by_z, rtol=1e-5, atol=1e-8)
 
@@ -233,13 +236,13 @@ def test_a_coefficient_multiplies_the_loss_and_nothing_else(name, balance_coeffi
 def test_padding_has_no_effect():
     dirty = np.where(REAL[None, :, :, None], LOGITS, np.float32(30) * RNG.normal(size=LOGITS.shape)).astype(np.float32)
     old = np.where(REAL[None, :, :, None], OLD_LOGITS, -OLD_LOGITS)
-    segment_ids = jnp.asarray(SEGMENT_IDS)
+    fractions = compiled_fractions(compiled_trace(old, K).expert_ids, SEGMENT_IDS, E)
     for clean, other in (
         (
-            balance_and_gradient(jnp.asarray(LOGITS), TRACE, segment_ids),
-            balance_and_gradient(jnp.asarray(dirty), trace_router(jnp.asarray(old), K), segment_ids),
+            balance_and_gradient(LOGITS, FRACTIONS, SEGMENT_IDS, "softmax"),
+            balance_and_gradient(dirty, fractions, SEGMENT_IDS, "softmax"),
         ),
-        (z_and_gradient(jnp.asarray(LOGITS), segment_ids), z_and_gradient(jnp.asarray(dirty), segment_ids)),
+        (z_and_gradient(LOGITS, SEGMENT_IDS), z_and_gradient(dirty, SEGMENT_IDS)),
     ):
         np.testing.assert_array_equal(clean[0], other[0])
         np.testing.assert_array_equal(clean[1], other[1])
@@ -250,5 +253,5 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="z-loss is for softmax routers"):
         z_loss_reader((N, T), "sigmoid")
     for make in (lambda: z_loss_reader((N, T), "tanh"), lambda: load_balance_reader(jnp.ones((L, E)), (N, T), "tanh")):
-        with pytest.raises(ValueError, match="score must be one of"):
+        with pytest.raises(ValueError, match="score must be one of softmax, sigmoid; got 'tanh'"):
             make()

@@ -1,5 +1,7 @@
-"""Diagnostics against numpy in float64, written token by token: of routes, of ratios, whole and in micro-batches. Knows
-the readers' calling convention, and a scan for a model."""
+"""Diagnostics against numpy in float64, written token by token: of routes and of ratios, whole and in micro-batches.
+
+A scan over layers stands for a model.
+"""
 
 import functools
 
@@ -38,7 +40,7 @@ def routes():
 
 
 def read(reader, logits, expert_ids):
-    """As a model runs a reader through its layers."""
+    """Run a reader through the layers, as a model does."""
 
     def layer(carry, inputs):
         return inputs[0](carry, *inputs[1:])
@@ -47,7 +49,7 @@ def read(reader, logits, expert_ids):
 
 
 def expected_routing(old, new, mask, score):
-    """Token by token."""
+    """Reduced statistics, counted token by token."""
     sums = {name: np.zeros(L) for name in ("layer_drift", "layer_overlap", "layer_stays", "layer_router_entropy")}
     load, everywhere = np.zeros((L, E)), mask.copy()
     for layer, row, token in np.ndindex(L, N, T):
@@ -80,9 +82,9 @@ def assert_routing(reduced, expected):
         np.testing.assert_allclose(reduced[name], value, rtol=0, atol=tolerance, err_msg=name)
 
 
-@functools.partial(jax.jit, static_argnames="score")
-def measure_routing(old, new, mask, new_experts, score="softmax"):
-    """Finished statistics, γ by the drift reader alone, and γ by the one inside."""
+@functools.partial(jax.jit, static_argnums=4)
+def measure_routing(old, new, mask, new_experts, score):
+    """Reduced statistics, γ by the drift reader alone, and γ by the one inside."""
     trace = trace_router(old, K, score)
     drift = drift_reader(trace, score)
     reading = read(diagnostics.routing_reader(drift, trace.expert_ids, mask, score), new, new_experts)
@@ -122,11 +124,11 @@ def test_routing_of_micro_batches_is_that_of_the_whole(routes):
 def test_a_route_that_stays_and_what_is_masked(routes):
     old, _, mask = routes
     changed = np.where(mask[None, ..., None], old, -old)  # what does not count turns round
-    reduced, _, _ = measure_routing(old, changed, mask, top(changed))
+    reduced, _, _ = measure_routing(old, changed, mask, top(changed), "softmax")
     np.testing.assert_array_equal(reduced["layer_drift"], 0)
     for name in ("layer_overlap", "layer_stays", "route_stays"):
         np.testing.assert_array_equal(reduced[name], 1)
-    nothing, _, _ = measure_routing(old, old, np.zeros_like(mask), top(old))
+    nothing, _, _ = measure_routing(old, old, np.zeros_like(mask), top(old), "softmax")
     for name, value in nothing.items():
         np.testing.assert_array_equal(value, 0, err_msg=name)
 
@@ -135,38 +137,44 @@ def test_even_routers_have_the_most_entropy_and_extreme_ones_none(routes):
     logits, mask = np.zeros((L, N, T, E), np.float32), np.ones((N, T), bool)
     logits[1, ..., 3] = 1e4
     logits[2, ..., :4] = -np.inf
-    reduced, _, _ = measure_routing(logits, logits, mask, top(logits))
+    reduced, _, _ = measure_routing(logits, logits, mask, top(logits), "softmax")
     np.testing.assert_allclose(reduced["layer_router_entropy"], np.log([8, 1, 4]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("passes", [False, True])
 def test_a_gradient_comes_only_from_a_drift_reader_that_has_one(routes, passes):
-    old, new, mask = routes
-    trace = trace_router(old, K)
-    drift = drift_reader(trace)
-    if passes:
+    old, new, mask = map(jnp.asarray, routes)
+    experts = top(routes[0])
 
-        def first_logits(_, carry, logits, expert_ids):
-            return carry + logits[..., 0], None
-
-        drift = drift._replace(read=jax.tree_util.Partial(first_logits, jnp.zeros(L)))
+    def first_logits(_, carry, logits, expert_ids):
+        return carry + logits[..., 0], None
 
     def shown(new):
-        reading = read(diagnostics.routing_reader(drift, trace.expert_ids, mask), new, jnp.asarray(top(old)))
+        trace = trace_router(old, K)
+        drift = drift_reader(trace)
+        if passes:
+            drift = drift._replace(read=jax.tree_util.Partial(first_logits, jnp.zeros(L)))
+        reading = read(diagnostics.routing_reader(drift, trace.expert_ids, mask), new, experts)
         reduced = statistics.reduce(diagnostics.routing_statistics(reading))
         return jnp.sum(diagnostics.drift_reading(reading).carry) + sum(jnp.sum(value) for value in reduced.values())
 
     expected = np.zeros(new.shape)
     expected[..., 0] = passes
-    np.testing.assert_array_equal(jax.jit(jax.grad(shown))(jnp.asarray(new)), expected)
+    np.testing.assert_array_equal(jax.jit(jax.grad(shown))(new), expected)
 
 
 def test_inputs_that_score_a_response_are_found_in_the_rows():
     places = np.array([[2, 3, 4, 0], [9, 10, 0, 0], [0, 0, 0, 0]], np.int32)  # beyond a response stands a 0
     mask = np.array([[True, True, True, False], [True, True, False, False], [False] * 4])
-    found = diagnostics.response_inputs(jnp.asarray(places), jnp.asarray(mask), (2, 6))
+
+    @jax.jit
+    def there_and_back(places, mask):
+        found = diagnostics.response_inputs(places, mask, (2, 6))
+        return found, unpack(found, places)
+
+    found, unpacked = there_and_back(places, mask)
     np.testing.assert_array_equal(np.flatnonzero(found), [2, 3, 4, 9, 10])
-    np.testing.assert_array_equal(np.where(mask, unpack(found, places), False), mask)
+    np.testing.assert_array_equal(np.where(mask, unpacked, False), mask)
 
 
 def test_max_violation_is_how_far_the_busiest_expert_lies_above_the_mean():
@@ -244,7 +252,8 @@ def test_mismatch_matches_numpy():
     trainer, sampler = rng.normal(size=(2, 4, 5)).astype(np.float32)
     mask = rng.random((4, 5)) < 0.7
     trainer[~mask] = np.nan
-    reduced = statistics.reduce(diagnostics.mismatch_statistics(jnp.asarray(trainer), jnp.asarray(sampler), mask))
+    measure = jax.jit(lambda *arrays: statistics.reduce(diagnostics.mismatch_statistics(*arrays)))
+    reduced = measure(trainer, sampler, mask)
     gap = trainer[mask] - sampler[mask]
     np.testing.assert_allclose(reduced["mismatch_mean"], np.abs(gap).mean(), rtol=1e-6)
     np.testing.assert_allclose(reduced["mismatch_max"], np.abs(gap).max(), rtol=1e-6)
@@ -258,7 +267,7 @@ def test_bins_are_four_a_decade_to_both_sides():
     np.testing.assert_array_equal(ratio, [*-drift[::-1], *drift])
 
 
-def test_a_step_is_divided_into_numbers_and_arrays():
+def test_a_step_is_taken_apart_into_numbers_and_arrays():
     load = np.array([[0.5, 0.25, 0.25, 0.0], [0.25] * 4], np.float32)
     reduced = {
         "loss": np.float32(0.5),
