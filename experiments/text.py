@@ -1,8 +1,7 @@
 """Tokenizers and chat templates of Hugging Face folders, behind the trainer's `Tokenizer` protocol.
 
-The folder's `tokenizer.json` decides how text becomes tokens, and nothing is ever asked of the network. Everything
-that ends a response, in whichever of the folder's files it is named, is gathered here. This file must never know a
-task or a model, and it needs no PyTorch.
+The folder's `tokenizer.json` alone decides how text becomes tokens, and the network is never asked. The tokens that end
+a response are gathered here from all of the folder's files that may name them. PyTorch is not needed.
 """
 
 import contextlib
@@ -23,43 +22,49 @@ _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
 
 
 class ChatTokenizer(Tokenizer, Protocol):
-    """A tokenizer that knows how its model writes a conversation."""
+    """A tokenizer that also writes conversations in the format of its model."""
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text of a conversation up to where the model answers. A message has "role" and "content"."""
+        """Return the text of a conversation up to where the model answers. A message has "role" and "content"."""
         ...
 
 
 def ask(tokenizer: ChatTokenizer, template: str, problem: str, system: str = "") -> str:
-    """The text of a prompt: what the system says before, unless that is empty, and the user's question, which is the
-    template with the problem in the place of {problem}."""
+    """Return the text of a prompt: the system message, unless it is empty, and the user's question.
+
+    Args:
+      tokenizer: writes the conversation.
+      template: the user's question, with {problem} in place of the problem.
+      problem: the problem's text.
+      system: the system message.
+    """
     before = [{"role": "system", "content": system}] if system else []
     return tokenizer.chat([*before, {"role": "user", "content": template.replace("{problem}", problem)}])
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """How messages become the text of a prompt."""
+    """Settings of the text of a prompt."""
 
     template: Literal["folder", "plain"] = "folder"
-    """The chat template of the model's folder; or plain, for a model that never learned to chat: the messages' texts,
-    with an empty line between them, after what the tokenizer puts before any text."""
+    """The chat template of the model's folder; or plain, for a model without one: the messages' texts, separated by
+    empty lines, after the token that the tokenizer puts at the beginning of a text."""
     options: tuple[str, ...] = ()
-    """Variables of the template as NAME=VALUE, such as enable_thinking=false; VALUE is JSON, or else text."""
+    """Variables of the template as NAME=VALUE, such as enable_thinking=false. VALUE is JSON, or else plain text."""
     date: str = "2025-01-01"
-    """What a template that writes today's date takes it for: a run that is resumed tomorrow reads the same prompts."""
+    """Today's date for templates that write it, fixed so that a run resumed tomorrow reads the same prompts."""
 
     def __post_init__(self) -> None:
         try:
             datetime.date.fromisoformat(self.date)
         except ValueError as error:
-            raise ValueError(f"chat.date is {self.date!r}: write it as in 2025-01-01") from error
+            raise ValueError(f"chat.date is {self.date!r}: write it like 2025-01-01") from error
         if self.template == "plain" and self.options:
-            raise ValueError(f"a plain chat has no template to take {self.options[0]}: leave the options out")
+            raise ValueError(f"a plain chat has no template that could use {self.options[0]}: leave the options out")
         self.variables()
 
     def variables(self) -> dict[str, Any]:
-        """The options by their names.
+        """Return the options by their names.
 
         Raises:
           ValueError: if one is not NAME=VALUE.
@@ -68,7 +73,7 @@ class ChatConfig:
         for option in self.options:
             name, equals, value = option.partition("=")
             if not equals or not name.isidentifier():
-                raise ValueError(f"chat option {option!r} is not of the form NAME=VALUE, as in enable_thinking=false")
+                raise ValueError(f"chat option {option!r} is not of the form NAME=VALUE, such as enable_thinking=false")
             try:
                 variables[name] = json.loads(value)
             except json.JSONDecodeError:
@@ -80,17 +85,17 @@ class HuggingFaceTokenizer:
     """An `rspo_jax.types.Tokenizer` that reads a Hugging Face folder, with its chat template.
 
     Attributes:
-      pad_id: the folder's padding token; where it names none, the token that ends a response. Padding is masked.
+      pad_id: the folder's padding token; if it names none, the token that ends a response. Padding is masked.
       eos_id: the first of `stop_ids`.
-      stop_ids: the `eos_token` of the tokenizer, then what `generation_config.json` and `config.json` name.
-      vocabulary_size: one more than the largest id. A model may have more, which decode to nothing.
+      stop_ids: the `eos_token` of the tokenizer, then those that `generation_config.json` and `config.json` name.
+      vocabulary_size: one more than the largest id. A model may have more ids, which decode to nothing.
     """
 
     def __init__(self, folder: str | os.PathLike[str], chat: ChatConfig = ChatConfig()) -> None:
-        """Reads the folder.
+        """Read the folder.
 
         Raises:
-          ValueError: if it has no tokenizer that can be read, or names nothing that ends a response.
+          ValueError: if it has no readable tokenizer, or names no token that ends a response.
         """
         self._folder, self._chat = Path(folder), chat
         tokenizer = _load(self._folder)
@@ -105,21 +110,24 @@ class HuggingFaceTokenizer:
         self._template: str | None = None
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text and no others. Special tokens that are written out in it, as those of a chat, count."""
+        """Return the ids of the text and no others. Special tokens written out in it, such as a chat's, count."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, without special tokens."""
+        """Return the text of the ids, without special tokens."""
         return self._backend.decode(list(map(int, ids)), skip_special_tokens=True)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text that a model reads before it answers the messages: each has a "role" and a "content".
+        """Return the text that a model reads before it answers the messages; each has a "role" and a "content".
 
         Raises:
-          ValueError: if the folder has no chat template, or the template does not take these messages or an option.
+          ValueError: if the folder has no chat template, or the template refuses these messages or lacks an option.
         """
         if self._chat.template == "plain":
-            return self._text_before() + "\n\n".join(message["content"] for message in messages)
+            # The mark that the tokenizer puts at the beginning of a text, if it does.
+            before, mark = self._backend.encode("", add_special_tokens=True).ids, self._tokenizer.bos_token
+            begins = mark is not None and before[:1] == [self._tokenizer.bos_token_id]
+            return (mark if begins else "") + "\n\n".join(message["content"] for message in messages)
         if self._template is None:
             self._template = self._checked_template()
         from jinja2 import TemplateError
@@ -137,23 +145,19 @@ class HuggingFaceTokenizer:
             raise ValueError(f"the chat template of {self._folder} refuses messages of {roles}: {error}") from error
 
     def check_model(self, vocabulary_size: int) -> None:
-        """Refuses a model of another tokenizer.
+        """Refuse a model that was trained with another tokenizer.
 
         Raises:
-          ValueError: if it has fewer entries in its vocabulary than there are tokens.
+          ValueError: if the model's vocabulary has fewer entries than there are tokens.
         """
         if self.vocabulary_size > vocabulary_size:
             raise ValueError(
                 f"the tokenizer of {self._folder} has {self.vocabulary_size} tokens, but the model's vocabulary has "
-                f"only {vocabulary_size}: take the tokenizer that the model was trained with"
+                f"only {vocabulary_size}: use the tokenizer that the model was trained with"
             )
 
-    def _text_before(self) -> str:
-        """The mark that the tokenizer puts at the begin of a text, if it does."""
-        before, mark = self._backend.encode("", add_special_tokens=True).ids, self._tokenizer.bos_token
-        return mark if mark is not None and before[:1] == [self._tokenizer.bos_token_id] else ""
-
     def _checked_template(self) -> str:
+        """Return the folder's template with the date fixed; raise ValueError if it lacks an option's variable."""
         if not self._tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {self._folder} has no chat template: set chat.template to plain, or put the "
@@ -167,22 +171,22 @@ class HuggingFaceTokenizer:
         template = _DATE_CALL.sub(lambda call: json.dumps(today.strftime(call["format"])), template)
         if "strftime_now(" in template:
             raise ValueError(
-                f"the chat template of {self._folder} asks for the time in a way that cannot be held still "
-                "(strftime_now): write a date into its chat_template.jinja"
+                f"the chat template of {self._folder} asks for the time in a way that cannot be fixed (strftime_now): "
+                "write a date into its chat_template.jinja"
             )
         return template
 
 
 def _load(folder: Path) -> Any:
-    """The tokenizer of `transformers`, which takes seconds to import."""
+    """Return the tokenizer of `transformers`, which takes seconds to import."""
     if not (folder / _TOKENIZER_FILE).is_file():
         what = f"has no {_TOKENIZER_FILE}" if folder.is_dir() else "is not a folder"
         raise ValueError(
-            f"{folder} {what}: give the folder of a checkpoint together with its tokenizer's files; where those are of "
+            f"{folder} {what}: give the folder of a checkpoint together with its tokenizer's files; if they are in "
             "another format, transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…) writes this one"
         )
     with _without_advice():
-        # The class that reads tokenizer.json as it is. AutoTokenizer would build some families' anew from its words.
+        # This class reads tokenizer.json as it is. AutoTokenizer would rebuild some families' from the vocabulary.
         from transformers import PreTrainedTokenizerFast
 
         try:
@@ -193,7 +197,7 @@ def _load(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """Keeps `transformers` from saying that it misses PyTorch, and that this is not the class it would have taken."""
+    """Silence two messages of `transformers`: that PyTorch is missing, and that it would have chosen another class."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -203,6 +207,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _stop_ids(folder: Path, eos_id: int | None) -> tuple[int, ...]:
+    """Gather all ids that end a response; raise ValueError if there are none or a file is wrong."""
     ids: list[Any] = [] if eos_id is None else [eos_id]
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
@@ -216,7 +221,7 @@ def _stop_ids(folder: Path, eos_id: int | None) -> tuple[int, ...]:
             ids += named
     if not ids:
         raise ValueError(
-            f"{folder} names nothing that ends a response: name the tokenizer's eos_token in tokenizer_config.json, or "
-            "eos_token_id in generation_config.json"
+            f"{folder} names no token that ends a response: name the tokenizer's eos_token in tokenizer_config.json, "
+            "or eos_token_id in generation_config.json"
         )
     return tuple(dict.fromkeys(ids))

@@ -1,6 +1,5 @@
-"""Tokenizers of Hugging Face folders, with a byte-level BPE that is trained here: text there and back, chats letter for
-letter, what ends a response, which folders are refused, and prompts on their way through padding, sampling and judging.
-Knows no real checkpoint and needs neither PyTorch nor a network."""
+"""Tokenizers of Hugging Face folders, with a byte-level BPE that is trained here: round trips, chats letter for letter,
+tokens that end a response, folders that are refused, and prompts through padding, sampling and judging."""
 
 import json
 import os
@@ -13,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.policies import StatelessPolicy
+from support.tasks import ExactTask
 from tokenizers import Tokenizer, decoders, processors, trainers
 from tokenizers import models as token_models
 from tokenizers.pre_tokenizers import ByteLevel
 
 from experiments.text import ChatConfig, HuggingFaceTokenizer
 from rspo_jax.rollouts import SamplerConfig, encode_prompts, judge, sample_in_chunks, usable_problems
-from rspo_jax.types import Judgement, ModelOutput, Samples
+from rspo_jax.types import ModelOutput, Samples
 
 BEGIN, PAD, START, END = "<|begin|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 CORPUS = [
@@ -35,7 +36,7 @@ TEMPLATE = (
 
 
 def write_folder(folder, template=TEMPLATE, **settings):
-    """A folder as Qwen's checkpoints have it, with a tokenizer of 320 ids: four special, 256 bytes, 60 merges."""
+    """Write a folder like Qwen's checkpoints, with a tokenizer of 320 ids: four special, 256 bytes, 60 merges."""
     tokenizer = Tokenizer(token_models.BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,7 +45,7 @@ def write_folder(folder, template=TEMPLATE, **settings):
         vocab_size=320, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    # What training jobs leave behind in the file, and what must not reach a prompt.
+    # Training jobs leave these settings behind in the file; they must not affect a prompt.
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, 0)])
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=16, pad_token=PAD, pad_id=1)
@@ -116,7 +117,7 @@ def test_ids_that_only_the_model_has_decode_to_nothing(tokenizer):
 def test_a_model_of_another_tokenizer_is_refused(tokenizer, folder):
     tokenizer.check_model(320)
     tokenizer.check_model(384)
-    with pytest.raises(ValueError, match=r"model has 320 tokens, but the model's vocabulary has only 319: take the"):
+    with pytest.raises(ValueError, match=r"model has 320 tokens, but the model's vocabulary has only 319: use the"):
         tokenizer.check_model(319)
 
 
@@ -142,7 +143,7 @@ def test_without_a_padding_token_the_end_fills_up(tmp_path):
 
 def test_an_end_that_only_the_generation_config_names(tmp_path):
     folder = write_folder(tmp_path / "model", eos_token=None)
-    with pytest.raises(ValueError, match=r"model names nothing that ends a response: name the tokenizer's eos_token"):
+    with pytest.raises(ValueError, match=r"model names no token that ends a response: name the tokenizer's eos_token"):
         HuggingFaceTokenizer(folder)
     write_json(folder / "generation_config.json", {"eos_token_id": 9})
     assert HuggingFaceTokenizer(folder).stop_ids == (9,)
@@ -257,7 +258,7 @@ def test_a_template_without_today(copy):
     assert HuggingFaceTokenizer(copy).chat([USER]) == "01 Jan 2025|2025"
     assert HuggingFaceTokenizer(copy, ChatConfig(date="1999-12-31")).chat([USER]) == "31 Dec 1999|1999"
     template.write_text("{{ strftime_now(messages[0].content) }}")
-    with pytest.raises(ValueError, match=r"in a way that cannot be held still \(strftime_now\): write a date into"):
+    with pytest.raises(ValueError, match=r"in a way that cannot be fixed \(strftime_now\): write a date into"):
         HuggingFaceTokenizer(copy).chat([USER])
 
 
@@ -297,8 +298,11 @@ def test_the_values_of_options():
     [
         ({"options": ("thinking",)}, "chat option 'thinking' is not of the form NAME=VALUE"),
         ({"options": ("no name=1",)}, "chat option 'no name=1' is not of the form NAME=VALUE"),
-        ({"template": "plain", "options": ("a=1",)}, "a plain chat has no template to take a=1: leave the options out"),
-        ({"date": "tomorrow"}, "chat.date is 'tomorrow': write it as in 2025-01-01"),
+        (
+            {"template": "plain", "options": ("a=1",)},
+            "a plain chat has no template that could use a=1: leave",
+        ),
+        ({"date": "tomorrow"}, "chat.date is 'tomorrow': write it like 2025-01-01"),
     ],
 )
 def test_chat_configs_that_are_refused(settings, message):
@@ -309,7 +313,7 @@ def test_chat_configs_that_are_refused(settings, message):
 # --- from problems to judged responses ---
 
 
-class Apples:
+class Apples(ExactTask):
     """Questions of very different lengths, asked as chats."""
 
     def __init__(self, tokenizer):
@@ -318,11 +322,11 @@ class Apples:
     def prompt(self, problem):
         return self.tokenizer.chat([{"role": "user", "content": problem}])
 
-    def judge(self, problems, responses):
-        return [Judgement(float(response == "nine"), response == "nine") for response in responses]
+    def solution(self, problem):
+        return "nine"
 
 
-class Fading:
+class Fading(StatelessPolicy):
     """A tiny model whose state is a fading sum over all tokens so far, in their order: one more would show."""
 
     @staticmethod
