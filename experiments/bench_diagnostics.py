@@ -1,4 +1,4 @@
-"""`python -m experiments.bench_diagnostics`: what the diagnostics of an update cost."""
+"""Command that times an update with and without its diagnostics."""
 
 import sys
 

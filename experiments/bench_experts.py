@@ -1,4 +1,4 @@
-"""`python -m experiments.bench_experts`: what a block of experts costs beside a dense one of equal FLOPs."""
+"""Command that times a block of experts beside a dense block of equal FLOPs."""
 
 import sys
 

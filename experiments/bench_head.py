@@ -1,4 +1,4 @@
-"""`python -m experiments.bench_head`: what log-probs without logits cost beside the form that holds the logits."""
+"""Command that times log-probs without logits beside the form that holds the logits."""
 
 import sys
 

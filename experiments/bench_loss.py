@@ -1,4 +1,4 @@
-"""`python -m experiments.bench_loss`: what a policy loss costs, in time, memory and share of what the device allows."""
+"""Command that measures policy losses: time, memory, and share of the device's bound."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m experiments.bench_parts`: the parts of a step as the compilers of TPUs and GPUs see them."""
+"""Command that compiles the parts of a step for TPUs and GPUs."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m experiments.bench_refill`: what it brings to give a free slot the next prompt."""
+"""Command that times the sampler with and without refilled slots."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m experiments.bench_sampler`: tokens per second of our sampler, beside Hugging Face's and Tunix's."""
+"""Command that times our sampler beside Hugging Face's and Tunix's."""
 
 import sys
 

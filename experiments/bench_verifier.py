@@ -1,4 +1,4 @@
-"""`python -m experiments.bench_verifier --data DIR`: how fast answers are judged, and how often rightly."""
+"""Command that times the judge of mathematics and counts its mistakes."""
 
 import sys
 

@@ -1,30 +1,31 @@
-"""`python -m experiments.compile_pod`: what the TPU compiler says of a training step on a whole pod, without a TPU.
+"""Memory and work of a training step on a whole pod, from the TPU compiler (`python -m experiments.compile_pod`).
 
-Score, update, prefill and decode are compiled for every device of the pod. Memory, arithmetic and what moves between
-devices are read from the compiled programs, shown, and written as JSON. Nothing runs. This file must never be needed
-by a run.
+Score, update, prefill and decode are compiled for every device of the pod. Memory, arithmetic and the bytes that move
+between devices are read from the compiled programs, shown, and written as JSON. Nothing runs, and no TPU is needed.
 """
 
 import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import rich.console
 import tyro
 
-from experiments.bench.presets import MODELS
+from experiments.bench.presets import MODELS, ModelName
 from experiments.compilers import tpu
+from experiments.compilers.chips import Chip
 from experiments.errors import UserError, complain
-from experiments.pod import programs, sweep
-from experiments.pod import tables as report
+from experiments.pod import programs, sweep, tables
 from experiments.pod.advice import advise
 from experiments.pod.analysis import analyse
-from experiments.pod.chips import Chip, chip_of, pods_of
 from experiments.pod.meshes import MeshFlags
-from experiments.pod.programs import PROGRAMS, SCORE, UPDATE, Setting, uses_route
+from experiments.pod.programs import PROGRAMS, SCORE, UPDATE, ProgramName, Setting, uses_route
+from experiments.pod.sweep import SweepMode
+from experiments.pod.topologies import chip_of, count_chips, pods_of
+from models.config import Dtype, Remat
 from rspo_jax import OBJECTIVES
 from rspo_jax.records import write_json
 from rspo_jax.sharding import make_mesh
@@ -36,38 +37,38 @@ ALL = "all"
 class Pod:
     """Compile a training step for a pod of TPUs that need not exist."""
 
-    model: Literal["small", "qwen3-30b-a3b", "qwen3-235b-a22b", "mixtral-8x7b", "gpt-oss-120b"] = "qwen3-30b-a3b"
+    model: ModelName = "qwen3-30b-a3b"
     topology: str = "v5p:4x4x4"
     """Generation and chips, as v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4."""
     batch: int = 128
-    """Responses of a mini-batch. Each fills a row."""
+    """Number of responses in a mini-batch; each fills a row."""
     seq_len: int = 8192
     """Tokens of a row, prompt and response."""
     prompt_len: int | None = None
     """Tokens of a prompt; an eighth of the row when absent."""
     micro_batches: int = 1
-    """Parts of a mini-batch, one after the other."""
+    """Number of parts of a mini-batch, one after the other."""
     objective: tuple[str, ...] = ("rspo",)
     """Names in rspo_jax.OBJECTIVES, or "all" for a comparison."""
-    programs: tuple[Literal["score", "update", "prefill", "decode"], ...] = PROGRAMS
+    programs: tuple[ProgramName, ...] = PROGRAMS
     layers: tuple[int, ...] = ()
     """Depths of the model, all of which are compiled; the model's own when absent."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of parameters and optimizer; activations are in bfloat16."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass computes again."""
+    param_dtype: Dtype = "float32"
+    """Dtype of parameters and optimizer; activations are in bfloat16."""
+    remat: Remat = "full"
+    """Activations that the backward pass computes again."""
     mesh: MeshFlags = field(default_factory=MeshFlags)
-    sweep: tuple[Literal["fixed-work-a-chip", "fixed-total-work"], ...] = ()
-    """Compile the first of --programs for pods of 16 to 512 chips instead, and draw what a chip does. --batch is that
+    sweep: tuple[SweepMode, ...] = ()
+    """Compile the first of --programs for pods of 16 to 512 chips instead, and draw the work of a chip. --batch is that
     of --topology."""
     fewest_chips: int = 16
     most_chips: int = 512
     output: Path = Path("runs/compile_pod")
-    """A folder for the figures as JSON, and for the picture of a sweep."""
+    """Folder for the figures as JSON and the picture of a sweep."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 if all fits, 1 if something does not fit or compile, 2 for a mistake of the user's."""
+    """Compile and report; return 0 if all fits, 1 if something does not fit or compile, 2 for a mistake."""
     pod = tyro.cli(Pod, args=arguments, prog="python -m experiments.compile_pod")
     console = rich.console.Console(width=None if sys.stdout.isatty() else 180)
     try:
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(pod: Pod) -> None:
-    """Refuses what cannot be compiled, as far as the flags alone tell.
+    """Refuse flags that cannot be compiled, as far as the flags alone tell.
 
     Raises:
       UserError: naming the flag.
@@ -107,28 +108,30 @@ def check(pod: Pod) -> None:
 
 
 def objectives_of(pod: Pod) -> tuple[str, ...]:
+    """Return the objectives to compile, none twice."""
     return tuple(OBJECTIVES) if ALL in pod.objective else tuple(dict.fromkeys(pod.objective))
 
 
-def jobs(pod: Pod) -> list[tuple[str, str]]:
-    """(program, objective), none twice: scoring differs by whether the route is kept, drawing does not differ."""
-    objectives, found = objectives_of(pod), []
-    for program in dict.fromkeys(pod.programs):
-        if program == UPDATE:
-            found += [(program, objective) for objective in objectives]
-        elif program == SCORE:
-            kinds: dict[bool, str] = {}
-            for objective in objectives:
-                kinds.setdefault(uses_route(objective), objective)
-            found += [(program, objective) for objective in kinds.values()]
-        else:
-            found.append((program, objectives[0]))
-    return found
+def jobs(pod: Pod) -> list[tuple[ProgramName, str]]:
+    """Return (program, objective) of all programs that differ.
+
+    Scoring differs only by whether it keeps the route; prefill and decode have no objective.
+    """
+    objectives = objectives_of(pod)
+    first_by_route: dict[bool, str] = {}
+    for objective in objectives:
+        first_by_route.setdefault(uses_route(objective), objective)
+    different = {UPDATE: objectives, SCORE: tuple(first_by_route.values())}
+    return [
+        (program, objective)
+        for program in dict.fromkeys(pod.programs)
+        for objective in different.get(program, objectives[:1])
+    ]
 
 
 @dataclass(frozen=True)
 class Place:
-    """A pod, its mesh and what runs there."""
+    """A pod, its mesh, and the setting that is compiled for it."""
 
     topology: str
     chip: Chip
@@ -142,7 +145,7 @@ class Place:
 
 
 def place_of(pod: Pod, topology: str, batch: int, layers: int | None = None) -> Place:
-    """The mesh and the setting.
+    """Choose the mesh and the setting for a topology.
 
     Raises:
       UserError: if libtpu is missing or does not know the topology, or no mesh or model is possible.
@@ -161,11 +164,11 @@ def place_of(pod: Pod, topology: str, batch: int, layers: int | None = None) -> 
     return Place(topology, chip_of(topology), len(devices), mesh, setting)
 
 
-def compile_one(place: Place, program: str, objective: str, console: rich.console.Console) -> dict[str, Any]:
-    """One program's figures, with advice where it does not fit.
+def compile_one(place: Place, program: ProgramName, objective: str, console: rich.console.Console) -> dict[str, Any]:
+    """Return one program's figures, with advice if it does not fit.
 
     Raises:
-      UserError: if the mesh does not divide something.
+      UserError: if the mesh does not divide an array.
     """
     console.print(f"compiling {program} of {objective}, {place.setting.model.num_layers} layers …", style="dim")
     try:
@@ -177,7 +180,7 @@ def compile_one(place: Place, program: str, objective: str, console: rich.consol
 
 
 def describe(pod: Pod, place: Place) -> dict[str, Any]:
-    """What a report needs to say besides its figures."""
+    """Return the settings that a report names besides its figures."""
     return {
         "model": pod.model,
         "topology": place.topology,
@@ -195,13 +198,13 @@ def describe(pod: Pod, place: Place) -> dict[str, Any]:
 
 
 def run_pod(pod: Pod, console: rich.console.Console) -> int:
-    """Compiles all programs for one pod, shows and writes the figures."""
+    """Compile all programs for one pod, and show and write the figures."""
     started = time.perf_counter()
     places = [place_of(pod, pod.topology, pod.batch, depth) for depth in pod.layers or (None,)]
     figures = [compile_one(place, *job, console) for place in places for job in jobs(pod)]
-    found = describe(pod, places[0]) | {"programs": figures, "comparison": report.compare(figures)}
-    report.show(console, found)
-    console.print(report.NOTES, style="dim")
+    found = describe(pod, places[0]) | {"programs": figures, "comparison": tables.compare(figures)}
+    tables.show(console, found)
+    console.print(tables.NOTES, style="dim")
     console.print(f"{len(figures)} programs compiled in {time.perf_counter() - started:.0f} s")
     path = pod.output / f"{pod.model}-{pod.topology.replace(':', '-')}.json"
     _write(path, found, console)
@@ -209,7 +212,7 @@ def run_pod(pod: Pod, console: rich.console.Console) -> int:
 
 
 def run_sweep(pod: Pod, console: rich.console.Console) -> int:
-    """Compiles one program for pods of all sizes, shows, writes and draws what a chip does."""
+    """Compile one program for pods of all sizes, and show, write and draw the work of a chip."""
     program, objective = jobs(pod)[0]
     generation = pod.topology.partition(":")[0]
     depth = pod.layers[0] if pod.layers else None
@@ -218,14 +221,14 @@ def run_sweep(pod: Pod, console: rich.console.Console) -> int:
     points, fits = [], True
     for mode in pod.sweep:
         for topology in pods_of(generation, pod.fewest_chips, pod.most_chips):
-            chips = sweep.chips_of(topology)
+            chips = count_chips(topology)
             place = place_of(pod, topology, sweep.batch_for(mode, pod.batch, chips, base_chips), depth)
             figures = compile_one(place, program, objective, console)
             found = describe(pod, place) | {"programs": [figures], "comparison": []}
-            report.show(console, found)
+            tables.show(console, found)
             points.append(sweep.point(mode, found, chips))
             fits = fits and figures["fits"]
-            # After every pod: a sweep takes long, and what is there should not be lost.
+            # After every pod: a sweep takes long, and an interruption should not lose the points so far.
             name = f"{pod.model}-{generation}-{program}"
             _write(pod.output / f"sweep-{name}.json", {"points": points}, console)
             title = f"{program} {objective}, {pod.model}, {generation}, rows of {pod.seq_len} tokens"

@@ -1,1 +1,1 @@
-"""Parts of the benchmark commands: timing, rooflines, the TPU compiler, and other libraries' losses."""
+"""Benchmarks: everything that times programs, and what they are compared with."""

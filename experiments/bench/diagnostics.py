@@ -1,13 +1,12 @@
-"""`python -m experiments.bench_diagnostics`: what the diagnostics of an update cost.
+"""Cost of the diagnostics of an update (`python -m experiments.bench_diagnostics`).
 
-One update of RSPO on one packed batch, with and without them, both compiled here from the same parts and run in turn:
-the figure is the median of the ratios of neighbouring runs with its interval, beside that of a program to itself, and
-what the compiler counts of both. Statistics are finished in either program. A step samples and scores as well, so that
-its ratio is smaller still. This file must never be needed by a run.
+One update of RSPO on one packed batch runs with and without them. Both programs are compiled here from the same parts
+and finish their statistics. The figure is the median of the ratios of runs in the same turn with its interval, beside
+that of a program to itself, and the compiler's counts of both. A step samples and scores as well, so that its ratio is
+smaller still.
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -19,8 +18,10 @@ import rich.table
 import tyro
 
 import models
-from experiments.bench import measure
-from experiments.bench.step_programs import OPTIMIZER, Inputs, StepSettings, make_inputs, shape_of
+from experiments.bench import timing
+from experiments.bench.step_programs import OPTIMIZER, Inputs, StepSettings, follow_updates, make_inputs, shape_of
+from experiments.compilers.costs import read_costs
+from experiments.errors import complain
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.rollouts import unpack
 from rspo_jax.routing import (
@@ -56,7 +57,7 @@ class Benchmark:
 def update(
     policy: Any, diagnostics: bool, state: TrainState, batch: ScoredBatch
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update on the only part of a batch, with finished statistics."""
+    """Update once on the only part of a batch, and finish the statistics."""
     part = jax.tree.map(lambda leaf: leaf[0], batch)
     objective = OBJECTIVES["rspo"]
     config = objective.config_type()
@@ -85,45 +86,35 @@ def update(
 
 
 def compile_update(inputs: Inputs, diagnostics: bool) -> jax.stages.Compiled:
-    """The program of one kind."""
+    """Compile the update with or without diagnostics."""
     function = functools.partial(update, models.Transformer(inputs.config), diagnostics)
     return jax.jit(function, donate_argnums=0).lower(inputs.state, inputs.scored).compile()
 
 
-def follow(compiled: jax.stages.Compiled, inputs: Inputs) -> Callable[[], Any]:
-    """Updates one after the other, each of which takes the state that it is given."""
-    state = jax.tree.map(jax.numpy.copy, inputs.state)
-
-    def call() -> Any:
-        nonlocal state
-        state, shown = compiled(state, inputs.scored)
-        return state, shown
-
-    return call
-
-
-def measure_case(inputs: Inputs, repeats: int) -> list[tuple[str, ...]]:
-    """The rows of the table for one model."""
+def measure_model(inputs: Inputs, repeats: int) -> list[tuple[str, ...]]:
+    """Return the rows of the table for one model."""
     compiled = {name: compile_update(inputs, diagnostics=name == WITH) for name in (WITHOUT, WITH)}
-    analyses = {name: measure.analyse(program) for name, program in compiled.items()}
-    calls = {name: follow(compiled.get(name, compiled[WITHOUT]), inputs) for name in (WITHOUT, WITH, CONTROL)}
-    times = measure.interleaved_seconds(calls, repeats)
-    plain = analyses[WITHOUT]
+    compiled[CONTROL] = compiled[WITHOUT]
+    costs = {name: read_costs(program) for name, program in compiled.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        name: follow_updates(program, inputs.state, inputs.scored) for name, program in compiled.items()
+    }
+    times = timing.interleaved_seconds(calls, repeats)
     rows = []
     for name, taken in times.items():
-        ratios = measure.ratios(taken, times[WITHOUT])
-        quartiles, interval = measure.spread(ratios), measure.median_interval(ratios)
-        analysis = analyses.get(name, plain)
+        ratios = timing.paired_ratios(taken, times[WITHOUT])
+        spread, interval = timing.quartiles(ratios), timing.median_interval(ratios)
         counted = [
-            getattr(analysis, what) / getattr(plain, what) for what in ("flops", "transcendentals", "bytes_accessed")
+            getattr(costs[name], count) / getattr(costs[WITHOUT], count)
+            for count in ("flops", "transcendentals", "bytes_accessed")
         ]
         rows.append(
             (
                 name,
-                f"{1e3 * measure.spread(taken).median:.2f}",
-                f"{quartiles.median:.3f}",
-                "" if name == WITHOUT or interval is None else f"{interval[0]:.3f} - {interval[1]:.3f}",
-                "" if name == WITHOUT else f"{quartiles.low:.3f} - {quartiles.high:.3f}",
+                f"{1e3 * timing.quartiles(taken).median:.2f}",
+                f"{spread.median:.3f}",
+                "" if name == WITHOUT or interval is None else f"{interval[0]:.3f} – {interval[1]:.3f}",
+                "" if name == WITHOUT else spread.range(3),
                 *(f"{value:.4f}" for value in counted),
             )
         )
@@ -131,13 +122,12 @@ def measure_case(inputs: Inputs, repeats: int) -> list[tuple[str, ...]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for something that the user can mend."""
+    """Print a table for each depth, and return the exit code: 0, or 2 for a mistake in the flags."""
     try:
         benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_diagnostics")
         configs = benchmark.step.configs()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     device = jax.devices()[0].device_kind
     for config in configs:
         inputs = make_inputs(config, benchmark.step, benchmark.seed)
@@ -147,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_column("diagnostics", no_wrap=True)
         for column in ("ms", "ratio", "its 95 %", "quartiles", "FLOPs", "exp, log", "bytes"):
             table.add_column(column, justify="right")
-        for row in measure_case(inputs, benchmark.repeats):
+        for row in measure_model(inputs, benchmark.repeats):
             table.add_row(*row)
         rich.console.Console(width=100).print(table)
     return 0

@@ -1,14 +1,12 @@
-"""`python -m experiments.bench_head`: what log-probs without logits cost beside the form that holds the logits.
+"""Cost of log-probs without logits beside the form that holds the logits (`python -m experiments.bench_head`).
 
-Both forms run in one process, in turn, and the figure is the median of the ratios of neighbouring runs, so that a
-noisy machine disturbs both alike. Temporary memory is the compiler's own count. This file must never be needed by a
-run.
+The figure is the median of the ratios of runs in the same turn. Temporary memory is the compiler's own count.
 """
 
-import statistics
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +14,15 @@ import rich.console
 import rich.table
 import tyro
 
-from experiments.bench import measure
-from experiments.bench.experts import interleaved_seconds
+from experiments.bench import timing
+from experiments.compilers.costs import read_costs
+from models.config import Dtype
 from rspo_jax.log_probs import TokenScores, head_log_probs, token_entropy, token_log_probs
+from rspo_jax.types import Array
 
-Array = jax.Array
-Scores = Callable[[Array, Array, Array], TokenScores]
+Form = Callable[[Array, Array, Array], TokenScores]
+"""(hidden [B, T, D], head [D, V], targets [B, T]) -> log-probs and entropy, [B, T] each."""
+DIRECTIONS = ("forward", "forward + backward")
 
 
 @dataclass(frozen=True)
@@ -30,25 +31,26 @@ class Benchmark:
 
     shapes: tuple[str, ...] = ("1,1024,256,151936", "8,512,96,32")
     """Each B,T,D,V."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     repeats: int = 5
     seed: int = 0
 
 
 def plain(hidden: Array, head: Array, targets: Array) -> TokenScores:
-    """The form with logits: what `head_log_probs` must equal."""
+    """Compute `head_log_probs` by way of the logits."""
     logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
     return TokenScores(token_log_probs(logits, targets), token_entropy(jax.lax.stop_gradient(logits)))
 
 
-FORMS: dict[str, Scores] = {"with logits": plain, "head_log_probs": head_log_probs}
+FORMS: dict[str, Form] = {"with logits": plain, "head_log_probs": head_log_probs}
+"""The first one is the reference of the ratios."""
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int]:
-    """ "B,T,D,V" as four positive integers.
+    """Read "B,T,D,V" as four positive integers.
 
     Raises:
-      ValueError: on anything else.
+      ValueError: if the text is anything else.
     """
     sizes = tuple(int(part) if part.strip().isdigit() else 0 for part in text.split(","))
     if len(sizes) != 4 or min(sizes) < 1:
@@ -56,8 +58,9 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
     return sizes
 
 
-def inputs(shape: tuple[int, int, int, int], dtype: str, seed: int) -> tuple[Array, Array, Array]:
-    """Random hidden states, head and targets; the logits have unit variance."""
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def make_inputs(shape: tuple[int, int, int, int], dtype: Dtype, seed: int | Array) -> tuple[Array, Array, Array]:
+    """Return random hidden states, head and targets; the logits have unit variance."""
     rows, tokens, hidden_size, vocab_size = shape
     keys = jax.random.split(jax.random.key(seed), 3)
     hidden = jax.random.normal(keys[0], (rows, tokens, hidden_size)).astype(dtype)
@@ -65,48 +68,45 @@ def inputs(shape: tuple[int, int, int, int], dtype: str, seed: int) -> tuple[Arr
     return hidden, head, jax.random.randint(keys[2], (rows, tokens), 0, vocab_size)
 
 
-def directions(form: Scores) -> dict[str, Callable[..., Any]]:
-    """Forward alone, and the gradient in hidden and head together with the scores."""
+def compile_form(form: Form, direction: str, arguments: tuple[Array, ...]) -> jax.stages.Compiled:
+    """Compile the scores alone, or with the gradient of Σ log π in hidden states and head."""
 
     def loss(hidden: Array, head: Array, targets: Array) -> tuple[Array, TokenScores]:
         scores = form(hidden, head, targets)
         return jnp.sum(scores.log_probs), scores
 
-    return {"forward": form, "forward + backward": jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)}
+    backward: Callable[..., Any] = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    return jax.jit(form if direction == "forward" else backward).lower(*arguments).compile()
 
 
-def compile_forms(arguments: tuple[Array, ...], direction: str) -> dict[str, jax.stages.Compiled]:
-    """Each form, compiled for one direction."""
-    return {name: jax.jit(directions(form)[direction]).lower(*arguments).compile() for name, form in FORMS.items()}
-
-
-def rows_of(shape: tuple[int, int, int, int], direction: str, benchmark: Benchmark) -> list[tuple[str, ...]]:
-    """The table's lines for one shape and direction."""
-    arguments = inputs(shape, benchmark.dtype, benchmark.seed)
-    forms = compile_forms(arguments, direction)
-    calls = {name: lambda compiled=compiled: compiled(*arguments) for name, compiled in forms.items()}
-    seconds = interleaved_seconds(calls, benchmark.repeats)
-    base = next(iter(forms))
-    lines = []
+def measure_shape(shape: tuple[int, int, int, int], direction: str, benchmark: Benchmark) -> list[tuple[str, ...]]:
+    """Return the table's lines for one shape and direction."""
+    arguments = make_inputs(shape, benchmark.dtype, benchmark.seed)
+    compiled = {name: compile_form(form, direction, arguments) for name, form in FORMS.items()}
+    calls = {name: lambda program=program: program(*arguments) for name, program in compiled.items()}
+    seconds = timing.interleaved_seconds(calls, benchmark.repeats)
+    base, lines = next(iter(FORMS)), []
+    base_bytes = read_costs(compiled[base]).temporary_bytes
     for name, times in seconds.items():
-        low, middle, high = measure.paired_ratios(times, seconds[base])
-        size, base_size = (measure.analyse(forms[form]).temporary_bytes for form in (name, base))
+        ratios = timing.quartiles(timing.paired_ratios(times, seconds[base]))
+        temporary_bytes = read_costs(compiled[name]).temporary_bytes
         lines.append(
             (
                 ",".join(map(str, shape)),
                 direction,
                 name,
-                f"{1e3 * statistics.median(times):.2f}",
-                f"{middle:.2f}",
-                f"{low:.2f} – {high:.2f}",
-                f"{size / 2**20:.1f}",
-                f"{size / max(base_size, 1):.4f}",
+                f"{1e3 * timing.quartiles(times).median:.2f}",
+                f"{ratios.median:.2f}",
+                ratios.range(),
+                f"{temporary_bytes / 2**20:.1f}",
+                f"{temporary_bytes / max(base_bytes, 1):.4f}",
             )
         )
     return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print a row for each shape, direction and form, and return the exit code."""
     benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_head")
     shapes = [parse_shape(text) for text in benchmark.shapes]
     if benchmark.repeats < 2:
@@ -115,8 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     for column in ("B,T,D,V", "", "form", "median ms", "ratio", "quartiles", "temporary MiB", "ratio"):
         table.add_column(column, justify="right" if column[-2:] in ("ms", "io", "iB") else "left")
     for shape in shapes:
-        for direction in ("forward", "forward + backward"):
-            for line in rows_of(shape, direction, benchmark):
+        for direction in DIRECTIONS:
+            for line in measure_shape(shape, direction, benchmark):
                 table.add_row(*line)
     console = rich.console.Console()
     console.width = max(console.width, 130)

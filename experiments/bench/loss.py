@@ -1,21 +1,21 @@
-"""`python -m experiments.bench_loss`: what a policy loss costs, in time, memory and share of what the device allows.
+"""Time, memory and share of the device's bound of a policy loss (`python -m experiments.bench_loss`).
 
-All programs of a case run in one process, in turn, and are compared by the median of the ratios of runs in the same
-turn. Losses and gradients of other libraries are checked against ours before anything is timed. With `--platform tpu`
-nothing runs: the programs are compiled for a TPU pod that need not exist, and the compiler's figures are shown. This
-file must never be needed by a run.
+All candidates of a case run in one process and are compared by the median of the ratios of runs in the same turn.
+Losses and gradients of other libraries are checked against ours before anything is timed. With `--platform tpu` nothing
+runs: the programs are compiled for a TPU pod that need not exist, and the compiler's figures are shown.
 """
 
 import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
+import platform
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -24,24 +24,35 @@ import rich.table
 import tyro
 
 import models
-from experiments.bench import loss_programs as programs
-from experiments.bench import loss_tables as report
-from experiments.bench import measure
-from experiments.bench import step_programs as step
-from experiments.bench.loss_programs import DIRECTIONS, LOSS, METRICS, Program, Shape
-from experiments.bench.step_programs import StepSettings
+from experiments.bench import loss_programs, loss_tables, step_programs, timing
+from experiments.bench.cores import cpu_threads
+from experiments.bench.loss_programs import (
+    DIRECTIONS,
+    LOSS,
+    METRICS,
+    ArraysLevel,
+    Candidate,
+    Returns,
+    RivalName,
+    Shape,
+)
+from experiments.bench.roofline import peak_of, roofline
+from experiments.bench.step_programs import StepDirection, StepSettings
 from experiments.compilers import tpu
+from experiments.compilers.costs import read_costs
 from experiments.errors import UserError, complain
+from models.config import Dtype
 from rspo_jax import OBJECTIVES
 from rspo_jax.records import write_json
 
 AGREEMENT = 1e-5
-"""How far a rival's loss may be from ours, in units of max(1, |loss|), its gradient in units of the largest entry."""
+"""Largest difference of a rival's loss from ours, in units of max(1, |loss|), and of its gradient, in units of the
+largest entry."""
 AGREEMENT_BFLOAT16 = 1e-2
-"""Gradients that are rounded to bfloat16 agree to two digits."""
+"""Largest difference of gradients that are rounded to bfloat16: they agree to two digits."""
 AGREEMENT_ROUTER = 1e-3
-"""At the level "router" only the losses are compared: our trace keeps log-probabilities on a grid, which moves γ by up
-to this much, and a ratio beside a clip bound then falls on either side."""
+"""Largest difference of losses at the level "router": our trace keeps log-probabilities on a grid, which moves γ by up
+to this much. Gradients are not compared there, as a ratio beside a clip bound may then fall on either side."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +62,23 @@ class Benchmark:
     shapes: tuple[str, ...] = ("64x1024x48x8x128",)
     """Cases as BxTxLxKxE: responses, tokens, MoE layers, experts a token, experts. "arrays" uses B and T only, "step"
     has sizes of its own."""
-    level: tuple[Literal["arrays", "router", "step"], ...] = ("arrays",)
+    level: tuple[ArraysLevel | Literal["step"], ...] = ("arrays",)
     """"arrays": the loss, γ given. "router": γ from router logits and the old policy's trace, then the loss. "step":
     scoring and update with a whole model, with and without the route."""
     objectives: tuple[str, ...] = ("rspo", "gmpo", "grpo")
     """Names in rspo_jax.OBJECTIVES; the first is what the others are compared with."""
     router_shift: tuple[Literal["with", "without"], ...] = ("with", "without")
-    """With γ, and without; an objective that does not use γ reports it."""
-    returns: tuple[Literal["loss", "loss + metrics"], ...] = ("loss", "loss + metrics")
+    """Give γ to the objectives, or not; an objective that does not use γ reports it."""
+    returns: tuple[Returns, ...] = get_args(Returns)
     """The loss alone, or also the metrics."""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """Of log-probs, γ and router logits; every loss is computed in float32."""
-    against: tuple[Literal["tunix", "torch"], ...] = ()
+    dtypes: tuple[Dtype, ...] = ("float32",)
+    """Dtypes of log-probs, γ and router logits; every loss is computed in float32."""
+    against: tuple[RivalName, ...] = ()
     """Other libraries, on the same arrays and cores."""
     floor: bool = False
-    """Also the least that a jitted loss can be, Σ log π · advantage, as a bound for the others."""
+    """Also time the least that a jitted loss can be, Σ log π · advantage, as a bound for the others."""
     repeats: int | None = None
-    """Turns; each program is timed once in each. 30, at the level "step" 20."""
+    """Number of turns, in each of which every program is timed once. 30, at the level "step" 20."""
     seed: int = 0
     platform: Literal["default", "tpu"] = "default"
     """"default": time on JAX's default device. "tpu": compile for --topology, run nothing."""
@@ -76,9 +87,9 @@ class Benchmark:
     output: Path | None = None
     """A folder for bench_loss.json and bench_loss.png."""
     json: Path | None = None
-    """Where to write all figures as JSON; in --output when absent."""
+    """File for all figures as JSON; in --output when absent."""
     picture: Path | None = None
-    """Where to draw the times as PNG; in --output when absent."""
+    """File for a drawing of the times as PNG; in --output when absent."""
     step_settings: Annotated[StepSettings, tyro.conf.arg(name="")] = StepSettings()
 
     def turns(self, level: str) -> int:
@@ -89,19 +100,16 @@ class Disagreement(Exception):
     """Two programs that should compute the same do not, so that their times say nothing."""
 
 
-Case = tuple[str, Shape, str]  # level, shape, dtype
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for something that the user can mend."""
+    """Run the benchmark, and return the exit code: 0, or 2 for a mistake in the flags or a rival that disagrees."""
     benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_loss")
     console = rich.console.Console(width=None if sys.stdout.isatty() else 170)
     try:
         shapes = check(benchmark)
-        levels = [level for level in benchmark.level if level != "step"]
-        cases = list(itertools.product(levels, shapes, benchmark.dtypes))
-        run = compile_only if benchmark.platform == "tpu" else run_case
-        reports = [run(benchmark, case, console) for case in cases]
+        levels: list[ArraysLevel] = [level for level in benchmark.level if level != "step"]
+        cases = itertools.product(levels, shapes, benchmark.dtypes)
+        run = compile_case if benchmark.platform == "tpu" else run_case
+        reports = [run(benchmark, *case, console) for case in cases]
         if "step" in benchmark.level:
             reports += run_steps(benchmark, console)
         figures = describe(benchmark) | {"cases": reports}
@@ -112,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(benchmark: Benchmark) -> list[Shape]:
-    """Refuses what cannot run, before anything is compiled.
+    """Refuse flags that cannot work, before anything is compiled, and return the shapes.
 
     Raises:
       UserError: naming the flag.
@@ -134,7 +142,7 @@ def check(benchmark: Benchmark) -> list[Shape]:
     if "step" in benchmark.level and benchmark.against:
         raise UserError("other libraries are compared loss by loss: leave --against out at the level step")
     for rival in benchmark.against:
-        module, package = programs.PACKAGES[rival]
+        module, package = loss_programs.PACKAGES[rival]
         if importlib.util.find_spec(module) is None:
             raise UserError(f"--against {rival} needs the optional package {package}: pip install {package}")
     for path in (benchmark.json, benchmark.picture):
@@ -150,8 +158,8 @@ def check(benchmark: Benchmark) -> list[Shape]:
         raise UserError(f"--shapes: {error}") from error
 
 
-def our_variants(benchmark: Benchmark) -> list[tuple[str, bool, str]]:
-    """(objective, with γ, returns) of our programs. Where γ would change nothing that is returned, it is not given."""
+def our_variants(benchmark: Benchmark) -> list[tuple[str, bool, Returns]]:
+    """Return (objective, with γ, returns) of our candidates. γ is given only if it changes what they return."""
     chosen = itertools.product(benchmark.objectives, benchmark.router_shift, benchmark.returns)
     return list(
         dict.fromkeys(
@@ -161,56 +169,53 @@ def our_variants(benchmark: Benchmark) -> list[tuple[str, bool, str]]:
     )
 
 
-def run_case(benchmark: Benchmark, case: Case, console: rich.console.Console) -> dict[str, Any]:
-    """Compiles, checks and times one case, and shows it."""
-    level, shape, dtype = case
-    arrays = jax.block_until_ready(programs.make_arrays(shape, level, dtype, benchmark.seed))
+def run_case(
+    benchmark: Benchmark, level: ArraysLevel, shape: Shape, dtype: Dtype, console: rich.console.Console
+) -> dict[str, Any]:
+    """Compile, check and time one case, and show it."""
+    arrays = jax.block_until_ready(loss_programs.make_arrays(shape, level, dtype, benchmark.seed))
     old_router = None
     if level == "router" and "torch" in benchmark.against:
-        old_router = programs.make_old_router(shape, dtype, benchmark.seed)
+        old_router = loss_programs.make_old_router(shape, dtype, benchmark.seed)
     rows = []
     for direction in DIRECTIONS:
-        compiled = [
-            programs.jax_program("rspo_jax", *variant, programs.our_loss(*variant), direction, arrays)
-            for variant in our_variants(benchmark)
-        ]
+        losses = [("rspo_jax", *variant, loss_programs.our_loss(*variant)) for variant in our_variants(benchmark)]
         if benchmark.floor:
-            compiled.append(
-                programs.jax_program("floor", "least loss", False, LOSS, programs.least_loss, direction, arrays)
-            )
+            losses.append(("floor", "least loss", False, LOSS, loss_programs.least_loss))
+        candidates = [loss_programs.jax_candidate(*loss, direction, arrays) for loss in losses]
         for rival in benchmark.against:
-            compiled += programs.RIVALS[rival](benchmark.objectives, direction, arrays, old_router)
-        agreements = [check_agreement(program, counterpart(program, compiled), level, dtype) for program in compiled]
-        seconds = measure.interleaved_seconds(
-            {program.name: program.call for program in compiled}, benchmark.turns(level)
-        )
+            candidates += loss_programs.RIVALS[rival](benchmark.objectives, direction, arrays, old_router)
+        agreements = [check_agreement(one, counterpart(one, candidates), level, dtype) for one in candidates]
+        seconds = timing.interleaved_seconds({one.name: one.call for one in candidates}, benchmark.turns(level))
         rows += [
-            timed_row(program, direction, seconds, compiled) | {"agreement": agreement}
-            for program, agreement in zip(compiled, agreements, strict=True)
+            timed_row(candidate, direction, seconds, candidates) | {"agreement": agreement}
+            for candidate, agreement in zip(candidates, agreements, strict=True)
         ]
-    case_report = {"level": level, "shape": shape._asdict(), "dtype": dtype, "programs": rows}
-    report.show_times(console, case_report)
-    report.show_analyses(console, case_report)
-    return case_report
+    case = {"level": level, "shape": shape._asdict(), "dtype": dtype, "programs": rows}
+    loss_tables.show_times(console, case)
+    loss_tables.show_costs(console, case)
+    return case
 
 
-def counterpart(program: Program, others: list[Program]) -> Program | None:
-    """Our program that computes the same as a rival's, the loss alone where it is there."""
-    if program.library == "rspo_jax":
+def counterpart(candidate: Candidate, others: list[Candidate]) -> Candidate | None:
+    """Return our candidate that computes the same as a rival's, preferably the loss alone; None if there is none."""
+    if candidate.library == "rspo_jax":
         return None
-    same = [p for p in others if (p.library, p.objective) == ("rspo_jax", program.objective)]
-    return min(same, key=lambda p: (p.shift != program.shift, p.returns != LOSS), default=None)
+    same = [other for other in others if (other.library, other.objective) == ("rspo_jax", candidate.objective)]
+    return min(same, key=lambda other: (other.shift != candidate.shift, other.returns != LOSS), default=None)
 
 
-def check_agreement(program: Program, ours: Program | None, level: str, dtype: str) -> dict[str, float] | None:
-    """How far a rival's loss and gradient are from ours; None where there is nothing to compare.
+def check_agreement(
+    candidate: Candidate, ours: Candidate | None, level: ArraysLevel, dtype: Dtype
+) -> dict[str, float] | None:
+    """Return the differences of a rival's loss and gradient from ours; None if there is nothing to compare.
 
     Raises:
-      Disagreement: if they do not agree.
+      Disagreement: if they are too large.
     """
     if ours is None:
         return None
-    (loss, gradient), (our_loss, our_gradient) = program.result(), ours.result()
+    (loss, gradient), (our_loss, our_gradient) = candidate.result(), ours.result()
     differences = {"loss": float(abs(loss - our_loss) / max(1.0, abs(our_loss)))}
     if level == "arrays" and gradient is not None and our_gradient is not None:
         differences["gradient"] = float(np.max(np.abs(gradient - our_gradient)) / np.max(np.abs(our_gradient)))
@@ -221,120 +226,131 @@ def check_agreement(program: Program, ours: Program | None, level: str, dtype: s
     for name, difference in differences.items():
         if not difference <= allowed[name]:
             raise Disagreement(
-                f"{program.name} is not what {ours.name} computes: the {name} differs by {difference:.2g}"
+                f"{candidate.name} does not compute what {ours.name} computes: the {name} differs by {difference:.2g}"
             )
     return differences
 
 
 def timed_row(
-    program: Program, direction: str, seconds: dict[str, list[float]], others: list[Program]
+    candidate: Candidate, direction: str, seconds: dict[str, list[float]], others: list[Candidate]
 ) -> dict[str, Any]:
-    """One program's figures."""
-    times, ours = seconds[program.name], counterpart(program, others)
-    device = None if direction in (step.UPDATE, step.SCORE) else jax.devices()[0]  # loops hide FLOPs from a bound
-    row = program_row(program, direction, device)
-    row["seconds"], row["fastest_seconds"] = measure.spread(times)._asdict(), min(times)
-    row["ratio_to_first"] = measure.paired_ratios(times, seconds[others[0].name])._asdict()
+    """Return the figures of a candidate that was timed, as plain JSON."""
+    times, ours = seconds[candidate.name], counterpart(candidate, others)
+
+    def ratio_to(base: Candidate) -> dict[str, float]:
+        return timing.quartiles(timing.paired_ratios(times, seconds[base.name]))._asdict()
+
+    # Loops hide FLOPs from XLA's count, so that a whole step has no bound.
+    device = None if direction in get_args(StepDirection) else jax.devices()[0]
+    row = compiled_row(candidate, direction, device)
+    row["seconds"], row["fastest_seconds"] = timing.quartiles(times)._asdict(), min(times)
+    row["ratio_to_first"] = ratio_to(others[0])
     row["fastest_ratio_to_ours"] = ours and min(times) / min(seconds[ours.name])
-    row["ratio_to_ours"] = ours and measure.paired_ratios(times, seconds[ours.name])._asdict()
+    row["ratio_to_ours"] = ours and ratio_to(ours)
     row["share_of_bound"] = row["bound"] and row["bound"]["seconds"] / row["seconds"]["median"]
     return row
 
 
-def program_row(program: Program, direction: str, device: Any) -> dict[str, Any]:
-    """What is known of a program before it runs, on a `jax.Device`; without one there is no bound."""
-    analysis, bound = program.analysis, None
-    if analysis is not None and device is not None:
-        peak = measure.peak_of(device.device_kind, device.platform, analysis.compulsory_bytes)
+def compiled_row(candidate: Candidate, direction: str, device: Any) -> dict[str, Any]:
+    """Return the figures of a candidate before it runs, as plain JSON.
+
+    Args:
+      candidate: compiled.
+      direction: as shown.
+      device: the `jax.Device` that sets the bound; None for no bound.
+    """
+    costs, bound = candidate.costs, None
+    if costs is not None and device is not None:
+        peak = peak_of(device, costs.compulsory_bytes)
         if peak is not None:
-            bound = measure.roofline(analysis.flops, analysis.compulsory_bytes, peak)._asdict() | {"peak": asdict(peak)}
+            bound = roofline(costs.flops, costs.compulsory_bytes, peak)._asdict() | {"peak": asdict(peak)}
     return {
-        "library": program.library,
-        "objective": program.objective,
-        "router_shift": program.shift,
-        "returns": program.returns,
+        "library": candidate.library,
+        "objective": candidate.objective,
+        "router_shift": candidate.shift,
+        "returns": candidate.returns,
         "direction": direction,
-        "compile_seconds": program.compile_seconds,
-        "analysis": analysis and measure.as_json(analysis),
+        "compile_seconds": candidate.compile_seconds,
+        "analysis": costs and asdict(costs) | {"compulsory_bytes": costs.compulsory_bytes},
         "bound": bound,
     }
 
 
-def compile_only(benchmark: Benchmark, case: Case, console: rich.console.Console) -> dict[str, Any]:
-    """Compiles one case for a TPU pod and shows what the compiler says."""
-    level, shape, dtype = case
+def compile_case(
+    benchmark: Benchmark, level: ArraysLevel, shape: Shape, dtype: Dtype, console: rich.console.Console
+) -> dict[str, Any]:
+    """Compile one case for a TPU pod and show XLA's costs."""
     mesh = pod_mesh(benchmark)
     check_divides("--shapes", shape.batch, mesh, benchmark.topology)
-    arrays = programs.abstract_arrays(shape, level, dtype, mesh)
+    arrays = loss_programs.abstract_arrays(shape, level, dtype, mesh)
     rows = []
     for direction, variant in itertools.product(DIRECTIONS, our_variants(benchmark)):
         started = time.perf_counter()
         with compiling(variant[0], benchmark.topology):
-            compiled = tpu.compile_for(programs.jax_function(programs.our_loss(*variant), direction), arrays)
-        seconds, analysis = time.perf_counter() - started, measure.analyse(compiled)
-        program = Program("rspo_jax", *variant, programs.no_call, seconds, analysis, programs.no_call)
-        rows.append(program_row(program, direction, mesh.devices.flat[0]))
-    case_report = {"level": level, "shape": shape._asdict(), "dtype": dtype, "programs": rows}
-    report.show_analyses(console, case_report, f"{benchmark.topology}, {mesh.size} devices, figures of one")
-    return case_report
+            compiled = tpu.compile_for(loss_programs.jax_function(loss_programs.our_loss(*variant), direction), arrays)
+        seconds, costs, no_call = time.perf_counter() - started, read_costs(compiled), loss_programs.no_call
+        candidate = Candidate("rspo_jax", *variant, no_call, seconds, costs, no_call)
+        rows.append(compiled_row(candidate, direction, mesh.devices.flat[0]))
+    case = {"level": level, "shape": shape._asdict(), "dtype": dtype, "programs": rows}
+    loss_tables.show_costs(console, case, f"{benchmark.topology}, {mesh.size} devices, figures of one")
+    return case
 
 
 def run_steps(benchmark: Benchmark, console: rich.console.Console) -> list[dict[str, Any]]:
-    """The level "step": a case for each depth of the model."""
+    """Run the level "step": a case for each depth of the model."""
     on_tpu = benchmark.platform == "tpu"
     run, topology = (compile_step, benchmark.topology) if on_tpu else (run_step, "")
     cases = []
     for config in benchmark.step_settings.configs():
         case: dict[str, Any] = {"level": "step", "dtype": config.dtype} | run(benchmark, config)
         compare_with_first(case["programs"])
-        report.show_step(console, case, topology)
+        loss_tables.show_step(console, case, topology)
         cases.append(case)
     if len(cases) > 1:
-        report.show_depths(console, cases, topology)
+        loss_tables.show_depths(console, cases, topology)
     return cases
 
 
 def compare_with_first(rows: list[dict[str, Any]]) -> None:
-    """Adds to each program what the first of its direction takes more than it, by the compiler's analysis."""
+    """Add to each row the excess of the first row of its direction over it, by XLA's costs."""
     first: dict[str, Any] = {}
     for row in rows:
-        row["is_control"] = row["returns"] == step.CONTROL
-        analysis = row["analysis"]
-        base = first.setdefault(row["direction"], analysis)
-        row["first_minus_this"] = {key: None if value is None else base[key] - value for key, value in analysis.items()}
+        row["is_control"] = row["returns"] == step_programs.CONTROL
+        costs = row["analysis"]
+        base = first.setdefault(row["direction"], costs)
+        row["first_minus_this"] = {key: None if value is None else base[key] - value for key, value in costs.items()}
 
 
 def run_step(benchmark: Benchmark, config: models.TransformerConfig) -> dict[str, Any]:
-    """Compiles and times the programs of one training step."""
-    inputs = jax.block_until_ready(step.make_inputs(config, benchmark.step_settings, benchmark.seed))
-    shape, rows = step.shape_of(inputs), []
-    for direction in (step.UPDATE, step.SCORE):
-        compiled = step.timed_programs(direction, benchmark.objectives, inputs)
-        for program in compiled:
-            if not np.isfinite(program.result()[0]):
-                raise Disagreement(f"{program.name}: the {direction} is not finite")
-        calls = {program.name: program.call for program in compiled}
-        seconds = measure.interleaved_seconds(calls, benchmark.turns("step"))
-        rows += [timed_row(program, direction, seconds, compiled) for program in compiled]
-    return {"shape": shape._asdict(), "programs": rows, "route": step.route_report(inputs, shape, 1)}
+    """Compile and time the candidates of one training step."""
+    inputs = jax.block_until_ready(step_programs.make_inputs(config, benchmark.step_settings, benchmark.seed))
+    shape, rows = step_programs.shape_of(inputs), []
+    for direction in get_args(StepDirection):
+        candidates = step_programs.timed_candidates(direction, benchmark.objectives, inputs)
+        for candidate in candidates:
+            if not np.isfinite(candidate.result()[0]):
+                raise Disagreement(f"{candidate.name}: the {direction} is not finite")
+        seconds = timing.interleaved_seconds({one.name: one.call for one in candidates}, benchmark.turns("step"))
+        rows += [timed_row(candidate, direction, seconds, candidates) for candidate in candidates]
+    return {"shape": shape._asdict(), "programs": rows, "route": step_programs.route_report(inputs, shape, 1)}
 
 
 def compile_step(benchmark: Benchmark, config: models.TransformerConfig) -> dict[str, Any]:
-    """Compiles the programs of one training step for a TPU pod."""
+    """Compile the candidates of one training step for a TPU pod."""
     mesh = pod_mesh(benchmark)
-    inputs = step.abstract_inputs(config, benchmark.step_settings, mesh)
-    shape, rows = step.shape_of(inputs), []
+    inputs = step_programs.abstract_inputs(config, benchmark.step_settings, mesh)
+    shape, rows = step_programs.shape_of(inputs), []
     check_divides("--rows", shape.batch, mesh, benchmark.topology)
-    for direction in (step.UPDATE, step.SCORE):
-        for name in step.objectives_for(direction, benchmark.objectives):
+    for direction in get_args(StepDirection):
+        for name in step_programs.objectives_for(direction, benchmark.objectives):
             with compiling(f"{direction} of {name}", benchmark.topology):
-                program = step.compile_program(direction, name, inputs, mesh)
-            rows.append(program_row(program, direction, None))
-    return {"shape": shape._asdict(), "programs": rows, "route": step.route_report(inputs, shape, mesh.size)}
+                candidate = step_programs.compile_candidate(direction, name, inputs, mesh)
+            rows.append(compiled_row(candidate, direction, None))
+    return {"shape": shape._asdict(), "programs": rows, "route": step_programs.route_report(inputs, shape, mesh.size)}
 
 
 def pod_mesh(benchmark: Benchmark) -> jax.sharding.Mesh:
-    """All devices of the topology, along the rows."""
+    """Return a mesh of all devices of the topology, along the rows."""
     try:
         return tpu.topology_mesh(benchmark.topology, {"data": -1})
     except (RuntimeError, ValueError) as error:
@@ -342,13 +358,14 @@ def pod_mesh(benchmark: Benchmark) -> jax.sharding.Mesh:
 
 
 def check_divides(flag: str, rows: int, mesh: jax.sharding.Mesh, topology: str) -> None:
+    """Refuse rows that the mesh does not divide."""
     if rows % mesh.size:
         raise UserError(f"{flag}: {rows} rows cannot be split over the {mesh.size} devices of {topology}")
 
 
 @contextlib.contextmanager
 def compiling(name: str, topology: str) -> Iterator[None]:
-    """Turns what the compiler refuses into one sentence."""
+    """Turn a refusal of the compiler into one sentence."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -356,17 +373,24 @@ def compiling(name: str, topology: str) -> Iterator[None]:
 
 
 def describe(benchmark: Benchmark) -> dict[str, Any]:
-    """The settings and the machine, as plain JSON."""
+    """Return the settings and the machine as plain JSON."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(benchmark).items()}
-    versions = {rival: importlib.metadata.version(programs.PACKAGES[rival][1]) for rival in benchmark.against}
+    versions = {rival: importlib.metadata.version(loss_programs.PACKAGES[rival][1]) for rival in benchmark.against}
     device: dict[str, Any] = {"platform": "tpu", "topology": benchmark.topology}
     if benchmark.platform == "default":
-        device = measure.describe_device(jax.devices()[0]) | {"cpu_threads": programs.cpu_threads()}
+        device = {
+            "platform": jax.devices()[0].platform,
+            "kind": jax.devices()[0].device_kind,
+            "machine": platform.machine(),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "cpu_threads": cpu_threads(),
+        }
     return {"settings": settings, "device": device, "versions": {"jax": jax.__version__} | versions}
 
 
 def write(benchmark: Benchmark, figures: dict[str, Any], console: rich.console.Console) -> None:
-    """Writes the JSON file and the picture where they are asked for."""
+    """Write the JSON file and the picture if they are asked for."""
     folder = benchmark.output
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -376,5 +400,5 @@ def write(benchmark: Benchmark, figures: dict[str, Any], console: rich.console.C
         write_json(json_path, figures)
         console.print(f"figures: {json_path}", soft_wrap=True)
     if picture and benchmark.platform == "default":
-        report.draw(figures, picture)
+        loss_tables.draw(figures, picture)
         console.print(f"picture: {picture}", soft_wrap=True)

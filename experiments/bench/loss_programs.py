@@ -1,31 +1,36 @@
-"""The programs that the loss benchmark compares: ours at each level, Tunix's and PyTorch's, on the same arrays.
+"""Candidates of the loss benchmark: our programs at each level, Tunix's and PyTorch's, on the same arrays.
 
-Each is made ready to run and comes with the loss and gradient that it computes, so that programs can be checked
-against each other before any is timed. This file must never know how times are taken or shown.
+Each is ready to run and comes with the loss and gradient that it computes, so that candidates can be checked against
+each other before any is timed.
 """
 
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import measure
+from experiments.bench.cores import cpu_threads
 from experiments.compilers import tpu
+from experiments.compilers.costs import Costs, read_costs
+from models.config import Dtype
 from rspo_jax import OBJECTIVES, RouterTrace, router_shift, trace_router
 from rspo_jax.types import Array
 
-DIRECTIONS = ("forward", "forward + backward")
-LOSS, METRICS = "loss", "loss + metrics"
+Direction = Literal["forward", "forward + backward"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+ArraysLevel = Literal["arrays", "router"]
+"""Input of a candidate: γ, or the router logits and the old policy's trace that γ is computed from."""
+Returns = Literal["loss", "loss + metrics"]
+LOSS, METRICS = get_args(Returns)
 
 
 class Shape(NamedTuple):
-    """The axes of a case."""
+    """Sizes of a case: B, T, L, K and E."""
 
     batch: int
     tokens: int
@@ -35,7 +40,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """ "64x1024x48x8x128" -> B, T, L, K, E.
+        """Read a shape such as "64x1024x48x8x128".
 
         Raises:
           ValueError: if the text is no such shape.
@@ -53,7 +58,7 @@ class Shape(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """What the programs take."""
+    """Arguments of the candidates."""
 
     log_probs: Any  # [B, T]
     old_log_probs: Any  # [B, T]
@@ -65,15 +70,15 @@ class Arrays(NamedTuple):
 
 
 class OldRouter(NamedTuple):
-    """What PyTorch's programs keep of the old policy's router, where ours keep a trace."""
+    """The old policy's routing as PyTorch's candidates are given it, in place of our trace."""
 
     expert_ids: Array  # int32 [L, B, T, K]
     log_probs: Array  # float32 [L, B, T, K]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "level", "dtype"))
-def make_arrays(shape: Shape, level: str, dtype: str, seed: int | Array) -> Arrays:
-    """Drawn so that some ratios are clipped, some γ lie below the floor, and lengths run from a quarter of T to T."""
+def make_arrays(shape: Shape, level: ArraysLevel, dtype: Dtype, seed: int | Array) -> Arrays:
+    """Draw arrays in which some ratios are clipped, some γ lie below the floor, and lengths run from T/4 to T."""
     keys = jax.random.split(jax.random.key(seed), 6)
     size = (shape.batch, shape.tokens)
     log_probs = -jax.random.exponential(keys[0], size)
@@ -92,8 +97,8 @@ def make_arrays(shape: Shape, level: str, dtype: str, seed: int | Array) -> Arra
     return arrays._replace(router_logits=router_logits, trace=trace_router(old_router_logits, shape.experts_per_token))
 
 
-def _router_logits(shape: Shape, dtype: str, seed: int | Array) -> tuple[Array, Array]:
-    """[L, B, T, E] of the current policy and of the old one."""
+def _router_logits(shape: Shape, dtype: Dtype, seed: int | Array) -> tuple[Array, Array]:
+    """Draw router logits [L, B, T, E] of the current policy and of the old one."""
     current, noise = jax.random.split(jax.random.key(seed + 1))
     size = (shape.layers, shape.batch, shape.tokens, shape.experts)
     router_logits = jax.random.normal(current, size, dtype)
@@ -101,15 +106,15 @@ def _router_logits(shape: Shape, dtype: str, seed: int | Array) -> tuple[Array, 
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def make_old_router(shape: Shape, dtype: str, seed: int | Array) -> OldRouter:
-    """The old router of `make_arrays`, without our trace's packing."""
+def make_old_router(shape: Shape, dtype: Dtype, seed: int | Array) -> OldRouter:
+    """Return the old router of `make_arrays`, without our trace's packing."""
     old_router_logits = _router_logits(shape, dtype, seed)[1].astype(jnp.float32)
     log_probs, expert_ids = jax.lax.top_k(jax.nn.log_softmax(old_router_logits), shape.experts_per_token)
     return OldRouter(expert_ids, log_probs)
 
 
-def abstract_arrays(shape: Shape, level: str, dtype: str, mesh: jax.sharding.Mesh) -> Arrays:
-    """The same arrays without data, their rows sharded over the mesh axis "data"."""
+def abstract_arrays(shape: Shape, level: ArraysLevel, dtype: Dtype, mesh: jax.sharding.Mesh) -> Arrays:
+    """Return the arrays of `make_arrays` without data, their rows sharded over the mesh axis "data"."""
     shapes: Arrays = jax.eval_shape(functools.partial(make_arrays, shape, level, dtype, 0))
 
     def shard(leaf: jax.ShapeDtypeStruct, *axes: str | None) -> jax.ShapeDtypeStruct:
@@ -121,21 +126,21 @@ def abstract_arrays(shape: Shape, level: str, dtype: str, mesh: jax.sharding.Mes
 
 
 @dataclass(frozen=True)
-class Program:
-    """One thing to time."""
+class Candidate:
+    """A program to time, or one that was only compiled."""
 
     library: str
     objective: str
     shift: bool
-    """Whether the objective is given γ, or the router's logits and trace."""
+    """True if the objective is given γ, or router logits and trace to compute it from."""
     returns: str
-    """`LOSS` or `METRICS`."""
+    """`LOSS` or `METRICS`, or `step_programs.CONTROL`."""
     call: Callable[[], Any]
     compile_seconds: float
-    analysis: measure.Analysis | None
-    """None where the compiler is not XLA."""
+    costs: Costs | None
+    """None if the compiler is not XLA."""
     result: Callable[[], tuple[np.ndarray, np.ndarray | None]]
-    """The loss, and its gradient with respect to `log_probs` where that is computed."""
+    """Returns the loss, and its gradient with respect to `log_probs` if that is computed, else None."""
 
     @property
     def name(self) -> str:
@@ -143,15 +148,15 @@ class Program:
 
 
 def no_call() -> Any:
-    """Of a program that was only compiled."""
+    """Stand in for the calls of a program that was only compiled, and refuse them."""
     raise RuntimeError("this program was compiled for devices that are not there")
 
 
 LossFunction = Callable[[Array, Arrays], tuple[Array, Any]]
 
 
-def our_loss(objective: str, shift: bool, returns: str) -> LossFunction:
-    """`OBJECTIVES[objective].loss` as a function of `log_probs` and the other arrays."""
+def our_loss(objective: str, shift: bool, returns: Returns) -> LossFunction:
+    """Return `OBJECTIVES[objective].loss` as a function of `log_probs` and the other arrays."""
 
     def loss(log_probs: Array, arrays: Arrays) -> tuple[Array, Any]:
         gamma = None
@@ -168,13 +173,13 @@ def our_loss(objective: str, shift: bool, returns: str) -> LossFunction:
 
 
 def least_loss(log_probs: Array, arrays: Arrays) -> tuple[Array, Any]:
-    """Σ log π · advantage over the mask: one multiplication and one sum, the floor under every jitted loss."""
+    """Return Σ log π · advantage over the mask: one multiplication and one sum, the floor under every jitted loss."""
     terms = log_probs.astype(jnp.float32) * arrays.advantages[:, None]
     return jnp.sum(jnp.where(arrays.mask, terms, 0)), {}
 
 
-def jax_function(loss: LossFunction, direction: str) -> Callable[[Arrays], Any]:
-    """(loss, metrics), or with the gradient beside them; XLA drops what is not returned."""
+def jax_function(loss: LossFunction, direction: Direction) -> Callable[[Arrays], Any]:
+    """Return a function of the arrays that returns ((loss, metrics), gradient); forward, the gradient is None."""
 
     def forward(arrays: Arrays) -> Any:
         return loss(arrays.log_probs, arrays), None
@@ -185,10 +190,16 @@ def jax_function(loss: LossFunction, direction: str) -> Callable[[Arrays], Any]:
     return forward if direction == "forward" else forward_and_backward
 
 
-def jax_program(
-    library: str, objective: str, shift: bool, returns: str, loss: LossFunction, direction: str, arrays: Arrays
-) -> Program:
-    """Compiles a JAX loss, timing tracing and compilation together."""
+def jax_candidate(
+    library: str,
+    objective: str,
+    shift: bool,
+    returns: Returns,
+    loss: LossFunction,
+    direction: Direction,
+    arrays: Arrays,
+) -> Candidate:
+    """Compile a JAX loss; tracing and compilation are timed together."""
     started = time.perf_counter()
     compiled = jax.jit(jax_function(loss, direction)).lower(arrays).compile()
     seconds = time.perf_counter() - started
@@ -197,14 +208,14 @@ def jax_program(
         (value, _), gradient = compiled(arrays)
         return np.asarray(value), None if gradient is None else np.asarray(gradient, np.float32)
 
-    analysis = measure.analyse(compiled)
-    return Program(library, objective, shift, returns, lambda: compiled(arrays), seconds, analysis, result)
+    costs = read_costs(compiled)
+    return Candidate(library, objective, shift, returns, lambda: compiled(arrays), seconds, costs, result)
 
 
-def tunix_programs(
-    objectives: tuple[str, ...], direction: str, arrays: Arrays, old_router: OldRouter | None
-) -> Iterator[Program]:
-    """Tunix's losses, where it has the objective."""
+def tunix_candidates(
+    objectives: tuple[str, ...], direction: Direction, arrays: Arrays, old_router: OldRouter | None
+) -> Iterator[Candidate]:
+    """Yield Tunix's losses of the objectives that it has."""
     from experiments.bench import tunix_losses
 
     for objective in objectives:
@@ -214,13 +225,13 @@ def tunix_programs(
                 others = arrays.old_log_probs, arrays.advantages, arrays.mask
                 return tunix_losses.loss(objective, log_probs, *others)
 
-            yield jax_program("tunix", objective, False, LOSS, loss, direction, arrays)
+            yield jax_candidate("tunix", objective, False, LOSS, loss, direction, arrays)
 
 
-def torch_programs(
-    objectives: tuple[str, ...], direction: str, arrays: Arrays, old_router: OldRouter | None
-) -> Iterator[Program]:
-    """PyTorch's losses, eager and compiled, where they are written."""
+def torch_candidates(
+    objectives: tuple[str, ...], direction: Direction, arrays: Arrays, old_router: OldRouter | None
+) -> Iterator[Candidate]:
+    """Yield PyTorch's losses of the objectives that are written in it, eager and compiled."""
     from experiments.bench import torch_losses
 
     torch_losses.prepare(cpu_threads())
@@ -237,14 +248,10 @@ def torch_programs(
             run()
             seconds = time.perf_counter() - started if library == "torch compile" else 0.0
             result = functools.partial(torch_losses.to_numpy, run)
-            yield Program(library, objective, shift, LOSS, run, seconds, None, result)
+            yield Candidate(library, objective, shift, LOSS, run, seconds, None, result)
 
 
-RIVALS = {"tunix": tunix_programs, "torch": torch_programs}
+RivalName = Literal["tunix", "torch"]
+RIVALS = {"tunix": tunix_candidates, "torch": torch_candidates}
 PACKAGES = {"tunix": ("tunix", "google-tunix"), "torch": ("torch", "torch")}
 """Rival -> the module that it needs, and the package that holds it."""
-
-
-def cpu_threads() -> int:
-    """The cores that this process may use: JAX's thread pool has as many, and PyTorch is given the same."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

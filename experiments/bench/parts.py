@@ -1,8 +1,7 @@
-"""`python -m experiments.bench_parts`: what the compilers of TPUs and GPUs say of the parts of a step, without either.
+"""Memory and FLOPs of the parts of a step, from the compilers of TPUs and GPUs (`python -m experiments.bench_parts`).
 
 Experts, attention, output head and route are compiled one by one for one device, at the sizes of Qwen3-30B-A3B, each
-beside its plain form or the figure that it should reach. Nothing runs and nothing is timed. This file must never be
-needed by a run.
+beside its plain form or the figure that it should reach. Nothing runs, and neither TPU nor GPU is needed.
 """
 
 import sys
@@ -18,21 +17,22 @@ import rich.table
 import tyro
 
 import rspo_jax
-from experiments.bench import measure
-from experiments.bench.experts import route as route_tokens
-from experiments.bench.experts import run_ragged_experts
+from experiments.bench.experts import RunExperts, choose_experts, run_ragged_experts
 from experiments.bench.presets import MODELS
 from experiments.compilers import gpu, tpu
+from experiments.compilers.chips import MEBIBYTE
+from experiments.compilers.costs import read_costs
+from experiments.errors import complain
 from experiments.pod import programs
 from experiments.pod.meshes import MeshFlags
 from models.attention import attend
+from models.config import Dtype
 from models.experts import Experts, run_experts
 from models.kernels.grouped_matmul import tile_rows
 from rspo_jax.records import write_json
 from rspo_jax.sharding import make_mesh
+from rspo_jax.types import Array
 
-Array = jax.Array
-MEBIBYTE = 2**20
 Part = Literal["experts", "attention", "head", "route", "step"]
 
 
@@ -43,8 +43,8 @@ class Benchmark:
     topology: str = "v5p:2x2x1"
     """A TPU pod, whose compiler is in libtpu, or one of a100, h100 and h200, whose compiler is in jax[cuda13]."""
     parts: tuple[Part, ...] = ("experts", "attention", "head", "route")
-    """These are compiled for one device. "step" is an update of the whole model, on all devices: it takes minutes, and
-    devices that it fits."""
+    """Parts to compile. "step", an update of the whole model on all devices, takes minutes and devices that it fits;
+    the others are compiled for one device."""
     tokens: int = 8192
     hidden_size: int = 2048
     expert_size: int = 768
@@ -55,9 +55,9 @@ class Benchmark:
     num_kv_heads: int = 4
     head_dim: int = 128
     vocab_size: int = 151_936
-    dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+    dtypes: tuple[Dtype, ...] = ("bfloat16", "float32")
     json: Path | None = None
-    """Also write the figures there."""
+    """File for the figures as JSON."""
 
 
 class Figure(NamedTuple):
@@ -68,31 +68,30 @@ class Figure(NamedTuple):
     measure: str
     value: float
     expected: float | None
-    """What it is compared with: the plain form's figure, or the figure meant."""
+    """The plain form's figure, or the figure that is meant; None if there is nothing to compare with."""
 
 
 class Compiler(NamedTuple):
-    """Compiles functions of arrays for one device of a pod, or one GPU."""
+    """A compiler of functions of arrays, for one device of a TPU pod or one GPU."""
 
     mesh: jax.sharding.Mesh
-    """Of the one device."""
+    """A mesh of the one device."""
     devices: Sequence[Any]
-    """All of them."""
+    """All devices of the topology."""
     is_gpu: bool
 
     def array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """Return an array without data on the one device."""
         return tpu.shape_on(self.mesh, shape, dtype)
 
-    def __call__(self, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
-        return tpu.compile_for(function, *arguments)
-
     def mebibytes(self, function: Callable[..., Any], *arguments: Any) -> float:
-        """Temporary memory of a function."""
-        memory: Any = self(function, *arguments).memory_analysis()
+        """Return the temporary memory of a function."""
+        # NVIDIA's compiler counts no FLOPs for a device that is not there, which `read_costs` would refuse.
+        memory: Any = tpu.compile_for(function, *arguments).memory_analysis()
         return memory.temp_size_in_bytes / MEBIBYTE
 
     def kernels(self, part: str, form: str, function: Callable[..., Any], *arguments: Any) -> Iterator[Figure]:
-        """What the kernels with matrix products that a GPU runs cannot keep in registers."""
+        """Yield the most bytes that a kernel with matrix products spills from its registers; on GPUs only."""
         found = gpu.kernels_of(function, *arguments) if self.is_gpu else []
         if found:
             worst = max(found, key=lambda kernel: kernel.spilled_bytes)
@@ -102,11 +101,12 @@ class Compiler(NamedTuple):
 
 
 def experts(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
-    """A block, router included, forward and backward.
+    """Compile a block, router included, forward and backward.
 
-    Of a TPU: its FLOPs beside those of the chosen experts and the router, as the kernel declares them to the compiler.
-    Where an expert's rows end inside a tile, that tile is computed for two experts; the bound on that is shown beside.
-    Of a GPU, whose compiler counts no FLOPs for a device that is not there: its memory beside that of ragged_dot.
+    On a TPU, the figures are its FLOPs beside those of the chosen experts and the router, as the kernel declares them
+    to the compiler. If an expert's rows end inside a tile, that tile is computed for two experts; the bound on that is
+    another figure. On a GPU, whose compiler counts no FLOPs for a device that is not there, the figure is its memory
+    beside that of ragged_dot.
     """
     rows = b.tokens * b.experts_per_token
     for num_experts in b.num_experts:
@@ -126,19 +126,19 @@ def experts(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
                 yield Figure("experts", form, "temporary MiB", *mebibytes)
                 yield from compiler.kernels("experts", form, ours, *arguments)
                 continue
-            analysis = measure.analyse(compiler(ours, *arguments))
+            costs = read_costs(tpu.compile_for(ours, *arguments))
             useful = 6 * (rows * 3 * b.hidden_size * b.expert_size + b.tokens * b.hidden_size * num_experts)
-            yield Figure("experts", form, "GFLOP", analysis.flops / 1e9, useful / 1e9)
+            yield Figure("experts", form, "GFLOP", costs.flops / 1e9, useful / 1e9)
             tiles = rows + (num_experts - 1) * tile_rows(rows, num_experts)
             yield Figure("experts", form, "thousand rows in tiles, at most", tiles / 1e3, rows / 1e3)
-            yield Figure("experts", form, "temporary MiB", analysis.temporary_bytes / MEBIBYTE, None)
+            yield Figure("experts", form, "temporary MiB", costs.temporary_bytes / MEBIBYTE, None)
 
 
-def block_of(run: Callable[..., Array], experts_per_token: int) -> Callable[..., tuple[Array, Any]]:
-    """A router and its experts, forward and backward."""
+def block_of(run: RunExperts, experts_per_token: int) -> Callable[..., tuple[Array, Any]]:
+    """Return a function of a router and its experts, forward and backward."""
 
     def block(parameters: dict[str, Array], x: Array) -> Array:
-        weights, expert_ids = route_tokens(parameters["router"], x.astype(jnp.float32), experts_per_token)
+        weights, expert_ids = choose_experts(parameters["router"], x.astype(jnp.float32), experts_per_token)
         return run(x, weights.astype(x.dtype), expert_ids, Experts(parameters["gate_up"], parameters["down"]))
 
     def forward_and_backward(parameters: dict[str, Array], x: Array, gradient: Array) -> tuple[Array, Any]:
@@ -149,7 +149,7 @@ def block_of(run: Callable[..., Array], experts_per_token: int) -> Callable[...,
 
 
 def gradient_of(form: Callable[..., Array], differentiated: int) -> Callable[..., Any]:
-    """The gradient of Σ form(...)² in the first `differentiated` arguments."""
+    """Return the gradient of Σ form(...)² in the first `differentiated` arguments."""
 
     def loss(*inputs: Array) -> Array:
         return jnp.sum(jnp.square(form(*inputs).astype(jnp.float32)))
@@ -158,7 +158,7 @@ def gradient_of(form: Callable[..., Array], differentiated: int) -> Callable[...
 
 
 def attention(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
-    """Temporary memory of attention with segments, forward and backward, as T doubles, beside the plain form's."""
+    """Compile attention with segments, forward and backward, at T/2 and T: its memory beside the plain form's."""
 
     def plain(queries: Array, keys: Array, values: Array, segments: Array) -> Array:
         earlier = jnp.tril(jnp.ones((queries.shape[1],) * 2, bool))[None]
@@ -180,7 +180,7 @@ def attention(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
 
 
 def head(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
-    """Temporary memory of log-probabilities from hidden states, forward and backward, beside the plain form."""
+    """Compile log-probs from hidden states, forward and backward: their memory beside the plain form's."""
 
     def plain(hidden: Array, head: Array, targets: Array) -> Array:
         logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
@@ -198,21 +198,20 @@ def head(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
 
 
 def route(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
-    """Bytes a token of the route as the compiler lays it out, beside 3 · L · K."""
+    """Compile a program of the route alone: its bytes a token beside 3 · L · K."""
     num_experts = max(b.num_experts)
     for tokens in (b.tokens, b.tokens - 1):
         logits = jax.ShapeDtypeStruct((b.num_layers, 1, tokens, num_experts), jnp.float32)
         trace = jax.eval_shape(lambda logits: rspo_jax.trace_router(logits, b.experts_per_token), logits)
         shapes = jax.tree.map(lambda leaf: compiler.array(leaf.shape, leaf.dtype), trace)
-        compiled = compiler(lambda trace: jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), trace), shapes)
+        compiled = tpu.compile_for(lambda trace: jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), trace), shapes)
         memory: Any = compiled.memory_analysis()
-        meant = 3.0 if num_experts <= 256 else 4.0
-        meant *= b.num_layers * b.experts_per_token
+        meant = (3.0 if num_experts <= 256 else 4.0) * b.num_layers * b.experts_per_token
         yield Figure("route", f"{tokens} tokens", "bytes a token", memory.argument_size_in_bytes / tokens, meant)
 
 
 def step(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
-    """Memory of an update of the whole model on all devices, two rows for each: with RSPO beside GMPO."""
+    """Compile an update of the whole model on all devices, two rows for each: the memory of RSPO beside GMPO."""
     rows = 2 * len(compiler.devices)
     config = replace(
         MODELS["qwen3-30b-a3b"],
@@ -245,20 +244,19 @@ PARTS = {"experts": experts, "attention": attention, "head": head, "route": rout
 
 
 def find_devices(topology: str) -> tuple[jax.sharding.Mesh, bool]:
-    """A mesh of one axis, and whether it is of GPUs."""
-    if topology.partition(":")[0] in gpu.CHIPS:
+    """Return a mesh of one axis over all devices of a topology, and True if they are GPUs."""
+    if topology.partition(":")[0] in gpu.TARGETS:
         return gpu.gpu_mesh(topology, "data"), True
     return tpu.topology_mesh(topology, {"data": -1}), False
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 if something does not compile or fit, or 2 for something that the user can mend."""
+    """Print the figures, and return the exit code: 0, 1 if something does not compile or fit, 2 for a mistake."""
     benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_parts")
     try:
         mesh, is_gpu = find_devices(benchmark.topology)
     except (RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     compiler = Compiler(jax.sharding.Mesh(mesh.devices[:1], mesh.axis_names), mesh.devices.tolist(), is_gpu)
     try:
         figures = [figure for part in benchmark.parts for figure in PARTS[part](benchmark, compiler)]

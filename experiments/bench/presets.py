@@ -1,12 +1,14 @@
-"""Sizes of models, as benchmarks and the pod compiler name them. It must never know what is done with a model."""
+"""Sizes of models, by the names that benchmarks and the pod compiler give them."""
 
 from dataclasses import replace
+from typing import Literal
 
 import models
 
 _TRAINED = models.TransformerConfig(dtype="bfloat16", param_dtype="bfloat16", remat="full")
 _QWEN3 = replace(_TRAINED, vocab_size=151_936, num_heads=32, num_kv_heads=4, head_dim=128, rope_theta=1e6)
-MODELS = {
+ModelName = Literal["small", "qwen3-30b-a3b", "qwen3-235b-a22b", "mixtral-8x7b", "gpt-oss-120b"]
+MODELS: dict[ModelName, models.TransformerConfig] = {
     "small": models.TransformerConfig(
         vocab_size=512,
         hidden_size=128,
@@ -18,7 +20,7 @@ MODELS = {
         num_experts_per_token=4,
         expert_size=128,
     ),
-    # The others are from the public config.json of each.
+    # The others are copied from each model's public config.json.
     "qwen3-30b-a3b": replace(
         _QWEN3,
         hidden_size=2048,

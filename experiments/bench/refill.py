@@ -1,12 +1,11 @@
-"""`python -m experiments.bench_refill`: what it brings to give a free slot the next prompt.
+"""Gain from giving a free slot of the sampler the next prompt (`python -m experiments.bench_refill`).
 
 The same responses are drawn three times: all at once, batch after batch of as many rows as there are slots, and in
 slots that are refilled. Random weights draw a stop token with about equal probability at every step, so that lengths
-have a long tail; the mean is chosen by the number of stop tokens. All take turns in one process, and the figures are
-medians of the ratios of neighbouring runs. This file must never be needed by a run.
+have a long tail; the number of stop tokens sets their mean. The figures are medians of the ratios of runs in the same
+turn.
 """
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,9 +17,12 @@ import rich.table
 import tyro
 
 import models
-from experiments.bench.experts import interleaved_seconds
+from experiments.bench import timing
 from rspo_jax.rollouts import SamplerConfig, generate
-from rspo_jax.types import Array, Samples
+from rspo_jax.types import Samples
+
+VOCABULARY = 32
+MODEL = models.TransformerConfig(vocab_size=VOCABULARY, expert_size=96)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Benchmark:
     prompt_tokens: int = 8
     max_new_tokens: int = 128
     stop_tokens: tuple[int, ...] = (16, 4, 2, 1)
-    """Tokens of 32 that end a response, one case each: the mean length is about 32 by that."""
+    """Number of the 32 tokens that end a response, one case each: the mean length is about 32 by that."""
     repeats: int = 5
     seed: int = 0
 
@@ -45,39 +47,35 @@ class Benchmark:
             raise ValueError(f"repeats must be at least 2, got {self.repeats}")
 
 
-VOCABULARY = 32
-MODEL = models.TransformerConfig(vocab_size=VOCABULARY, expert_size=96)
-
-
 def contenders(benchmark: Benchmark, stop_count: int) -> dict[str, Callable[[], Samples]]:
-    """name -> a call that draws all responses."""
+    """Return name -> a call that draws all responses."""
     b, model = benchmark, models.Transformer(MODEL)
     params = models.init_params(MODEL, jax.random.key(b.seed))
     rng = np.random.default_rng(b.seed)
-    prompts = jnp.asarray(rng.integers(1, VOCABULARY, (b.requests, b.prompt_tokens)).astype(np.int32))
-    mask, keys = jnp.ones(prompts.shape, bool), jax.random.split(jax.random.key(b.seed + 1), b.requests)
+    prompts = rng.integers(1, VOCABULARY, (b.requests, b.prompt_tokens)).astype(np.int32)
+    mask, keys = np.ones(prompts.shape, bool), jax.random.split(jax.random.key(b.seed + 1), b.requests)
     stops = tuple(range(VOCABULARY - stop_count, VOCABULARY))
 
-    def draw(prompts: Array, mask: Array, keys: Array, slots: int | None) -> Samples:
+    def draw(rows: slice, slots: int | None) -> Samples:
         config = SamplerConfig(b.max_new_tokens, slots=slots)
-        return generate(model, params, prompts, mask, keys, config, stops)
+        return generate(model, params, prompts[rows], mask[rows], keys[rows], config, stops)
 
     def in_batches() -> Samples:
         batches = []
         for start in range(0, b.requests, b.slots):
-            rows = slice(start, start + b.slots)
             # A batch ends before the next begins: the host decides what to draw next.
-            batches.append(jax.block_until_ready(draw(prompts[rows], mask[rows], keys[rows], None)))
+            batches.append(jax.block_until_ready(draw(slice(start, start + b.slots), None)))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
 
     return {
-        "refilled slots": lambda: draw(prompts, mask, keys, b.slots),
+        "refilled slots": lambda: draw(slice(None), b.slots),
         "batch after batch": in_batches,
-        "all at once": lambda: draw(prompts, mask, keys, None),
+        "all at once": lambda: draw(slice(None), None),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print a row for each number of stop tokens and way to draw, and return the exit code."""
     benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_refill")
     b = benchmark
     table = rich.table.Table(
@@ -89,14 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
     for stop_count in b.stop_tokens:
         calls = contenders(b, stop_count)
         lengths = {name: np.asarray(call().mask).sum(axis=1) for name, call in calls.items()}
-        seconds = interleaved_seconds(calls, b.repeats)
+        seconds = timing.interleaved_seconds(calls, b.repeats)
         for name, times in seconds.items():
-            ratios = [time / ours for time, ours in zip(times, seconds["refilled slots"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            median = statistics.median(times)
-            rate = f"{lengths[name].sum() / median:,.0f}"
-            spread = f"{low:.2f} – {high:.2f}"
-            table.add_row(f"{lengths[name].mean():.1f}", name, f"{1e3 * median:.0f}", rate, f"{middle:.2f}", spread)
+            ratios = timing.quartiles(timing.paired_ratios(times, seconds["refilled slots"]))
+            median = timing.quartiles(times).median
+            rate, mean_length = f"{lengths[name].sum() / median:,.0f}", f"{lengths[name].mean():.1f}"
+            table.add_row(mean_length, name, f"{1e3 * median:.0f}", rate, f"{ratios.median:.2f}", ratios.range())
         table.add_section()
     rich.console.Console().print(table)
     return 0

@@ -1,34 +1,35 @@
-"""The programs of the level "step": score a rollout and update on it, with a whole model, on one packed batch.
+"""Candidates of the level "step": score a rollout and update on it, with a whole model, on one packed batch.
 
-An objective that uses γ is given the old route, and its scoring pass keeps one; for the others there is no route at
-all, as a trainer without RSPO would have none. This file must never know how times are taken or shown.
+An objective that uses γ is given the old route, and its scoring pass keeps one; the others have no route at all, as in
+a trainer without RSPO.
 """
 
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import models
-from experiments.bench import measure
-from experiments.bench.loss_programs import METRICS, Program, Shape, no_call
+from experiments.bench.loss_programs import METRICS, Candidate, Shape, no_call
 from experiments.bench.presets import MODELS
 from experiments.compilers import tpu
+from experiments.compilers.costs import read_costs
+from models.config import Remat
 from rspo_jax import OBJECTIVES
 from rspo_jax.rollouts import Packing, pack
-from rspo_jax.statistics import reduce
 from rspo_jax.training import LearnerConfig, OptimizerConfig, TrainState, init_train_state, score, update
 from rspo_jax.types import Array, PackedBatch, Params, RolloutBatch, RouterTrace, ScoredBatch
 
-UPDATE, SCORE = "update", "score"
+StepDirection = Literal["update", "score"]
+UPDATE, SCORE = get_args(StepDirection)
 CONTROL = "again, as a control"
-OPTIMIZER = OptimizerConfig(learning_rate=1e-6)  # GMPO's: the routing, and with it the work, stays what it is
-ROUTE_BYTES_A_SLOT = 3  # what the library means to store: an id of one byte, a log-probability of two
+OPTIMIZER = OptimizerConfig(learning_rate=1e-6)  # GMPO's; so small that the routing, and with it the work, stays put
+ROUTE_BYTES_A_SLOT = 3  # as meant by the library: one byte for an id, two for a log-probability
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class StepSettings:
     """The level "step": a model and its batch."""
 
     model: Literal["small", "qwen3-30b-a3b"] = "small"
-    """Level "step": where the sizes that are not given come from. The larger one is for --platform tpu."""
+    """Level "step": source of the sizes that are not given. The larger one is for --platform tpu."""
     rows: int = 32
     """Level "step": rows of the batch. Each holds two sequences, a quarter of them prompt."""
     row_length: int = 256
@@ -53,11 +54,11 @@ class StepSettings:
     """Level "step": hidden width of one expert."""
     vocab_size: int | None = None
     """Level "step": entries of the vocabulary."""
-    remat: Literal["none", "dots", "full"] | None = None
-    """Level "step": what the backward pass computes again."""
+    remat: Remat | None = None
+    """Level "step": activations that the backward pass computes again."""
 
     def configs(self) -> list[models.TransformerConfig]:
-        """A model of each depth.
+        """Return a model of each depth.
 
         Raises:
           ValueError: if the sizes make no model or no batch.
@@ -78,7 +79,7 @@ class StepSettings:
 
 
 def make_batch(settings: StepSettings, vocab_size: int, seed: int) -> PackedBatch:
-    """One part of random tokens: two sequences of equal length a row, packed as the trainer packs them."""
+    """Return one part of random tokens: two sequences of equal length a row, packed as the trainer packs them."""
     rng = np.random.default_rng(seed)
     responses, prompt_width = 2 * settings.rows, max(1, settings.row_length // 8)
     response_width = settings.row_length // 2 - prompt_width + 1  # the last token is only ever a target
@@ -96,34 +97,34 @@ def make_batch(settings: StepSettings, vocab_size: int, seed: int) -> PackedBatc
 
 
 class Inputs(NamedTuple):
-    """What the programs of a case take, with data or without."""
+    """Arguments of a case's candidates, with data or without."""
 
     config: models.TransformerConfig
     state: Any  # TrainState
     scored: Any  # ScoredBatch, with the route
 
     def batch_for(self, objective: str) -> ScoredBatch:
-        """Without the route where the objective has no use for it."""
+        """Return the scored batch, without the route if the objective has no use for it."""
         return self.scored if OBJECTIVES[objective].uses_router_shift() else self.scored._replace(old_route=None)
 
 
 def shape_of(inputs: Inputs) -> Shape:
-    """The case, in the letters of the other levels; B counts the rows that the packing made."""
+    """Return the sizes of a case in the letters of the other levels; B counts the rows that the packing made."""
     _, rows, tokens = inputs.scored.batch.rows.inputs.shape
     c = inputs.config
     return Shape(rows, tokens, c.num_layers, c.num_experts_per_token, c.num_experts)
 
 
 def make_inputs(config: models.TransformerConfig, settings: StepSettings, seed: int) -> Inputs:
-    """Parameters that have moved a little since the batch was scored, so that γ is below 1."""
+    """Return a scored batch, and parameters that have moved a little since, so that γ is below 1."""
     batch = make_batch(settings, config.vocab_size, seed)
     old_params = models.init_params(config, jax.random.key(seed))
     scored, _ = score(models.Transformer(config), old_params, batch, LearnerConfig())
-    return Inputs(config, init_train_state(_moved(old_params, seed + 1), OPTIMIZER), scored)
+    return Inputs(config, init_train_state(_perturb(old_params, seed + 1), OPTIMIZER), scored)
 
 
 @jax.jit
-def _moved(params: Params, seed: int | Array) -> Params:
+def _perturb(params: Params, seed: int | Array) -> Params:
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     small = [jnp.asarray(0.05, leaf.dtype) for leaf in leaves]
@@ -135,28 +136,28 @@ def _moved(params: Params, seed: int | Array) -> Params:
 
 
 def abstract_inputs(config: models.TransformerConfig, settings: StepSettings, mesh: jax.sharding.Mesh) -> Inputs:
-    """The same without data: the rows, and every parameter's largest axis, split over the mesh axis "data"."""
-    batch = make_batch(settings, config.vocab_size, 0)  # only its shapes count, and the packing decides on them
+    """Return the inputs without data; the mesh axis "data" splits the rows and every parameter's largest axis."""
+    batch = make_batch(settings, config.vocab_size, 0)  # only its shapes count, and those depend on the packing
     policy = models.Transformer(config)
     params = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
     state = jax.eval_shape(lambda params: init_train_state(params, OPTIMIZER), params)
     scored, _ = jax.eval_shape(lambda params, batch: score(policy, params, batch, LearnerConfig()), params, batch)
-    by_row = functools.partial(_shard, mesh, axis=1)  # the first axis counts the parts
-    return Inputs(config, jax.tree.map(lambda leaf: _shard(mesh, leaf), state), jax.tree.map(by_row, scored))
 
+    def split(leaf: Any, axis: int) -> jax.ShapeDtypeStruct:
+        return tpu.shape_on(mesh, leaf.shape, leaf.dtype, *(None,) * axis, "data")
 
-def _shard(mesh: jax.sharding.Mesh, leaf: Any, axis: int | None = None) -> jax.ShapeDtypeStruct:
-    """Splits the given axis, else the largest that the mesh divides; what has none, and vectors, are whole."""
-    if axis is None:
+    def split_largest(leaf: Any) -> jax.ShapeDtypeStruct:
         fitting = [i for i, size in enumerate(leaf.shape) if size % mesh.size == 0]
-        if leaf.ndim < 2 or not fitting:
+        if leaf.ndim < 2 or not fitting:  # vectors stay whole, and so does what the mesh does not divide
             return tpu.shape_on(mesh, leaf.shape, leaf.dtype)
-        axis = max(fitting, key=lambda i: leaf.shape[i])
-    return tpu.shape_on(mesh, leaf.shape, leaf.dtype, *(None,) * axis, "data")
+        return split(leaf, max(fitting, key=lambda i: leaf.shape[i]))
+
+    by_row = functools.partial(split, axis=1)  # the first axis counts the parts
+    return Inputs(config, jax.tree.map(split_largest, state), jax.tree.map(by_row, scored))
 
 
-def step_function(direction: str, objective: str, config: models.TransformerConfig) -> Callable[..., Any]:
-    """`update` or `score` as a function of arrays."""
+def step_function(direction: StepDirection, objective: str, config: models.TransformerConfig) -> Callable[..., Any]:
+    """Return `update` or `score` as a function of arrays."""
     policy, learner = models.Transformer(config), LearnerConfig(objective=objective)
 
     def run_update(state: TrainState, batch: ScoredBatch) -> Any:
@@ -170,8 +171,8 @@ def step_function(direction: str, objective: str, config: models.TransformerConf
     return run_update if direction == UPDATE else run_score
 
 
-def objectives_for(direction: str, objectives: tuple[str, ...]) -> list[str]:
-    """All for an update. Scoring differs only by whether the route is kept: the first objective of either kind."""
+def objectives_for(direction: StepDirection, objectives: tuple[str, ...]) -> list[str]:
+    """Return the objectives whose programs differ: all for an update, the first with and without route to score."""
     if direction == UPDATE:
         return list(objectives)
     first: dict[bool, str] = {}
@@ -180,17 +181,22 @@ def objectives_for(direction: str, objectives: tuple[str, ...]) -> list[str]:
     return list(first.values())
 
 
-def timed_programs(direction: str, objectives: tuple[str, ...], inputs: Inputs) -> list[Program]:
-    """Compiled, and ready to run again and again. The last is the first once more: a ratio that differs from its ratio
-    to itself by no more than the spread of that one says nothing."""
+def timed_candidates(direction: StepDirection, objectives: tuple[str, ...], inputs: Inputs) -> list[Candidate]:
+    """Compile candidates that can run again and again.
+
+    The last one is the first once more, as a control: a difference within the spread of that one's ratio to itself says
+    nothing.
+    """
     names = objectives_for(direction, objectives)
-    made = [_timed_program(direction, name, inputs) for name in names]
-    first, run_first_again = made[0]
-    return [program for program, _ in made] + [replace(first, returns=CONTROL, call=run_first_again())]
+    made = [_timed_candidate(direction, name, inputs) for name in names]
+    first, call_first_again = made[0]
+    return [candidate for candidate, _ in made] + [replace(first, returns=CONTROL, call=call_first_again())]
 
 
-def _timed_program(direction: str, objective: str, inputs: Inputs) -> tuple[Program, Callable[[], Callable[[], Any]]]:
-    """A program, and what makes another call of it."""
+def _timed_candidate(
+    direction: StepDirection, objective: str, inputs: Inputs
+) -> tuple[Candidate, Callable[[], Callable[[], Any]]]:
+    """Return a candidate, and a function that makes another call of its program."""
     function, batch = step_function(direction, objective, inputs.config), inputs.batch_for(objective)
     arguments: tuple[Any, Any] = (inputs.state, batch) if direction == UPDATE else (inputs.state.params, batch.batch)
     donated = ("state",) if direction == UPDATE else ()
@@ -199,20 +205,20 @@ def _timed_program(direction: str, objective: str, inputs: Inputs) -> tuple[Prog
     seconds = time.perf_counter() - started
 
     def new_call() -> Callable[[], Any]:
-        return _follow(compiled, *arguments) if direction == UPDATE else functools.partial(compiled, *arguments)
+        return follow_updates(compiled, *arguments) if direction == UPDATE else functools.partial(compiled, *arguments)
 
     call = new_call()
 
     def result() -> tuple[np.ndarray, None]:
-        return np.asarray(reduce(call()[-1])["loss" if direction == UPDATE else "entropy"]), None
+        return np.asarray(call()[-1]["loss" if direction == UPDATE else "entropy"].reduce()), None
 
     shift = OBJECTIVES[objective].uses_router_shift()
-    analysis = measure.analyse(compiled)
-    return Program("rspo_jax", objective, shift, METRICS, call, seconds, analysis, result), new_call
+    candidate = Candidate("rspo_jax", objective, shift, METRICS, call, seconds, read_costs(compiled), result)
+    return candidate, new_call
 
 
-def _follow(compiled: Callable[..., Any], state: TrainState, batch: ScoredBatch) -> Callable[[], Any]:
-    """Updates one after the other, from a copy of the state, as each takes the state that it is given."""
+def follow_updates(compiled: Callable[..., Any], state: TrainState, batch: ScoredBatch) -> Callable[[], Any]:
+    """Return a call that makes the next update, from a copy of the state on: each donates the state it is given."""
     state = jax.tree.map(jnp.copy, state)
 
     def call() -> tuple[TrainState, Any]:
@@ -223,11 +229,11 @@ def _follow(compiled: Callable[..., Any], state: TrainState, batch: ScoredBatch)
     return call
 
 
-def compile_program(direction: str, objective: str, inputs: Inputs, mesh: jax.sharding.Mesh) -> Program:
-    """Compiles one program for devices that need not exist."""
+def compile_candidate(direction: StepDirection, objective: str, inputs: Inputs, mesh: jax.sharding.Mesh) -> Candidate:
+    """Compile one candidate for devices that need not exist."""
     function, batch = step_function(direction, objective, inputs.config), inputs.batch_for(objective)
     started = time.perf_counter()
-    with jax.set_mesh(mesh):  # the kernels ask it where the rows are
+    with jax.set_mesh(mesh):  # the kernels read off it where the rows are
         if direction == SCORE:
             compiled = tpu.compile_for(function, inputs.state.params, batch.batch)
         else:
@@ -235,13 +241,12 @@ def compile_program(direction: str, objective: str, inputs: Inputs, mesh: jax.sh
             compiled = tpu.compile_for(
                 function, inputs.state, batch, donate_argnames=("state",), out_shardings=(shardings, None)
             )
-    seconds, analysis = time.perf_counter() - started, measure.analyse(compiled)
-    shift = OBJECTIVES[objective].uses_router_shift()
-    return Program("rspo_jax", objective, shift, METRICS, no_call, seconds, analysis, no_call)
+    seconds, shift = time.perf_counter() - started, OBJECTIVES[objective].uses_router_shift()
+    return Candidate("rspo_jax", objective, shift, METRICS, no_call, seconds, read_costs(compiled), no_call)
 
 
 def route_report(inputs: Inputs, shape: Shape, devices: int) -> dict[str, Any]:
-    """What the route takes: as meant, and as the compiler lays it out for a program that takes nothing else."""
+    """Return the bytes of the route: as meant, and as the compiler lays them out for a program of nothing else."""
     route: RouterTrace = inputs.scored.old_route
     program = jax.jit(lambda route: jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), route))
     slots_a_token, places = shape.layers * shape.experts_per_token, shape.batch * shape.tokens
@@ -250,5 +255,5 @@ def route_report(inputs: Inputs, shape: Shape, devices: int) -> dict[str, Any]:
         "places": places,
         "devices": devices,
         "meant_bytes": ROUTE_BYTES_A_SLOT * slots_a_token * places // devices,
-        "compiled_bytes": measure.analyse(program.lower(route).compile()).argument_bytes,
+        "compiled_bytes": read_costs(program.lower(route).compile()).argument_bytes,
     }

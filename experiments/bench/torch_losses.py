@@ -1,9 +1,9 @@
 """GRPO, GMPO and RSPO in PyTorch, in the manner of TRL and verl: a few whole-array operations each. Needs torch.
 
-They stand for what a PyTorch trainer runs between the token log-probs and `backward()`, on the arrays of the benchmark
-and with its aggregation (the mean over responses of what each response gives). Neither TRL nor verl has RSPO: it is
-GMPO with log γ̃ added to the log-ratio, γ without gradient. Not included: the metrics that those trainers compute
-beside the loss. This file must never be needed by a run.
+They stand for the work of a PyTorch trainer between the token log-probs and `backward()`, on the arrays of the
+benchmark and with its aggregation (the mean over responses of each response's term). Neither TRL nor verl has RSPO: it
+is GMPO with log γ̃ added to the log-ratio, γ without gradient. The metrics that those trainers compute beside the loss
+are left out.
 """
 
 import warnings
@@ -17,7 +17,7 @@ Tensor = Any  # torch.Tensor, which the type checker does not see where torch is
 
 
 def grpo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
-    """−mean_i mean_t min(w·A, clip(w)·A)."""
+    """Return −mean_i mean_t min(w·A, clip(w)·A)."""
     ratio = torch.exp(log_probs.float() - old_log_probs.float())
     advantages = advantages[:, None]
     clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
@@ -26,14 +26,8 @@ def grpo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask
     return ((per_token * tokens).sum(-1) / tokens.sum(-1).clamp(min=1)).mean()
 
 
-def gmpo_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip: float = 0.4,
-) -> Tensor:
-    """−mean_i A·exp(mean_t c(d)), the one-sided clip in log space by the sign of the advantage."""
+def gmpo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.4) -> Tensor:
+    """Return −mean_i A·exp(mean_t c(d)), with a one-sided clip in log space by the sign of the advantage."""
     return _geometric_loss(log_probs.float() - old_log_probs.float(), advantages, mask, clip)
 
 
@@ -46,7 +40,7 @@ def rspo_loss(
     clip: float = 0.4,
     gamma_min: float = 0.8,
 ) -> Tensor:
-    """−mean_i A·exp(mean_t c(d + log γ̃))."""
+    """Return −mean_i A·exp(mean_t c(d + log γ̃))."""
     log_weight = torch.log(gamma.detach().float().clamp(min=gamma_min))
     return _geometric_loss(log_probs.float() - old_log_probs.float() + log_weight, advantages, mask, clip)
 
@@ -60,14 +54,14 @@ def _geometric_loss(log_ratio: Tensor, advantages: Tensor, mask: Tensor, clip: f
 
 
 def router_shift(router_logits: Tensor, expert_ids: Tensor, old_log_probs: Tensor) -> Tensor:
-    """γ [B, T] from logits [L, B, T, E] and the old ids and log-probs [L, B, T, K], without gradient."""
+    """Return γ [B, T] from logits [L, B, T, E] and the old ids and log-probs [L, B, T, K], without gradient."""
     with torch.no_grad():
         log_probs = torch.log_softmax(router_logits.float(), dim=-1).gather(-1, expert_ids)
         return torch.exp(-(log_probs - old_log_probs).abs().mean(-1).mean(0))
 
 
 def with_router(objective: str) -> Callable[..., Tensor]:
-    """The loss of an objective that takes γ, as a function of what γ is computed from."""
+    """Return the loss of an objective that takes γ as a function of the arrays that γ is computed from."""
     loss = LOSSES[objective]
 
     def loss_from_router(
@@ -86,11 +80,11 @@ def with_router(objective: str) -> Callable[..., Tensor]:
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"grpo": grpo_loss, "gmpo": gmpo_loss, "rspo": rspo_loss}
-"""What is written here of `rspo_jax.OBJECTIVES`."""
+"""The objectives of `rspo_jax.OBJECTIVES` that are written here."""
 
 
 def prepare(threads: int) -> None:
-    """Sets PyTorch up for one case: as many threads as given, and every compilation from scratch."""
+    """Set PyTorch up for one case: the number of threads, and every compilation from scratch."""
     torch.set_num_threads(threads)
     torch.compiler.reset()  # else the variants of earlier cases count against its limit, beyond which it runs eager
     torch.compiler.config.force_disable_caches = True  # else compile times are those of reading a file
@@ -98,8 +92,8 @@ def prepare(threads: int) -> None:
 
 
 def tensor(array: np.ndarray) -> Tensor:
-    """A tensor of its own memory; NumPy's bfloat16 is not NumPy's own, and goes by way of float32."""
-    if array.dtype.name == "bfloat16":
+    """Copy an array into a tensor."""
+    if array.dtype.name == "bfloat16":  # no dtype of NumPy's own, so that `from_numpy` refuses it
         return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
     return torch.from_numpy(array.copy())
 
@@ -107,7 +101,15 @@ def tensor(array: np.ndarray) -> Tensor:
 def runner(
     loss: Callable[..., Tensor], compiled: bool, direction: str, log_probs: Tensor, *others: Tensor
 ) -> Callable[[], tuple[Tensor, Tensor | None]]:
-    """A call that computes the loss, or also its gradient with respect to `log_probs`; compiled by Inductor or not."""
+    """Return a call that computes the loss, or also its gradient with respect to `log_probs`.
+
+    Args:
+      loss: a function of `log_probs` and `others`.
+      compiled: if true, Inductor compiles the loss at the first call.
+      direction: one of `loss_programs.DIRECTIONS`.
+      log_probs: float [B, T].
+      others: the remaining arguments of the loss.
+    """
     function = torch.compile(loss, dynamic=False) if compiled else loss
     leaf = log_probs.requires_grad_(direction != "forward")
 
@@ -119,6 +121,6 @@ def runner(
 
 
 def to_numpy(run: Callable[[], tuple[Tensor, Tensor | None]]) -> tuple[np.ndarray, np.ndarray | None]:
-    """What a runner returns, as float32 arrays."""
+    """Return the results of a `runner` as float32 arrays."""
     value, gradient = run()
     return value.numpy(), None if gradient is None else gradient.float().numpy()

@@ -1,14 +1,13 @@
-"""`python -m experiments.bench_verifier --data DIR`: how fast answers are judged, and how often rightly.
+"""Speed of the judge of mathematics, and its mistakes (`python -m experiments.bench_verifier --data DIR`).
 
-Throughput is that of the reference solutions of GSM8K and MATH-500. Pools of different sizes judge them in turn, each
-with fresh processes so that no cache helps, and ratios are medians over neighbouring runs. What is counted: reference
-solutions and answers that are judged right, as all should be, and answers of another problem that are, as none
-should be. This file must never be needed by a run.
+Throughput is that of the reference solutions of GSM8K and MATH-500. Pools of different sizes take turns, each with
+fresh processes so that no cache helps; the figure is the median of the ratios of runs in the same turn. Mistakes are
+reference solutions and correct answers that are judged wrong, and answers to another problem that are judged right.
 """
 
+import functools
 import json
 import re
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import rich.console
 import rich.table
 import tyro
 
+from experiments.bench import timing
 from experiments.tasks.mathematics.problems import SETS, Problem, read_problems
 from experiments.tasks.pool import WorkerPool
 
@@ -31,9 +31,10 @@ FILES = {
     "minerva": "minerva_math.jsonl",
     "olympiadbench": "olympiadbench.jsonl",
 }
-"""What the sets are called in the folder that the user names."""
+"""Set -> its file in the folder that the user names."""
 
 Item = tuple[str, str, bool]
+"""Reference answer, response, and True if the response must box its answer: the arguments of the judge."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +47,32 @@ class Benchmark:
     """Sizes of pools; ratios are to the first."""
     repeats: int = 3
     time_limit: float = 5.0
+    """Seconds for one verdict."""
 
 
 @dataclass
 class Check:
-    """What came of judging the items of one kind: `exceptions` has a line for each that was not as it should be."""
+    """The outcome of judging the items of one kind."""
 
     name: str
     kind: str
     items: int
     exceptions: list[str] = field(default_factory=list)
+    """A line for each item that was not judged as it should be."""
 
 
 def start_pool(workers: int, time_limit: float) -> WorkerPool:
+    """Start processes that judge mathematics, each with 4 GiB of memory."""
     return WorkerPool("experiments.tasks.mathematics.verifier:judge", workers, time_limit, memory_limit=4 * 2**30)
 
 
 def reference_items(data: Path, name: str) -> list[Item]:
-    """The worked solutions as a task gives them to a warm start."""
+    """Return the worked solutions in the form that a task gives to a warm start."""
     return [(problem.answer, problem.solution, True) for problem in read_problems(str(data / FILES[name]), name)]
 
 
 def file_items(data: Path, name: str) -> list[Item]:
-    """The solutions as the file has them, whose answers need no box."""
+    """Return the solutions as the file has them, whose answers need no box."""
     problems = read_problems(str(data / FILES[name]), name)
     records = [json.loads(line) for line in (data / FILES[name]).read_text(encoding="utf-8").splitlines()]
     texts = [record[SETS[name].solution] for record in records]
@@ -76,11 +80,12 @@ def file_items(data: Path, name: str) -> list[Item]:
 
 
 def own_items(problems: Sequence[Problem]) -> list[Item]:
+    """Return each problem with its own answer."""
     return [(problem.answer, f"It is $\\boxed{{{problem.answer}}}$.", True) for problem in problems]
 
 
 def foreign_items(problems: Sequence[Problem]) -> Iterator[Item]:
-    """Each problem with the answer of the next one, in a circle, whose answer has another text and another value."""
+    """Yield each problem with the answer of the next one, in a circle, that differs from its own in text and value."""
     for index, problem in enumerate(problems):
         for other in (*problems[index + 1 :], *problems[:index]):
             if other.answer != problem.answer and plain_value(other.answer) != plain_value(problem.answer):
@@ -89,7 +94,7 @@ def foreign_items(problems: Sequence[Problem]) -> Iterator[Item]:
 
 
 def plain_value(answer: str) -> Fraction | str:
-    """The value of a number or a fraction of two, otherwise the text without what changes no meaning.
+    """Return the value of a number or a fraction, otherwise the text without marks that change no meaning.
 
     It decides which answers differ, and shares no code with the verifier.
     """
@@ -107,7 +112,7 @@ def plain_value(answer: str) -> Fraction | str:
 
 
 def check(pool: WorkerPool, name: str, kind: str, items: Sequence[Item], right: bool) -> Check:
-    """Judges items of which all should be right, or none."""
+    """Judge items that should all be right (`right`), or all be wrong."""
     result = Check(name, kind, len(items))
     for (answer, response, _), outcome in zip(items, pool.map(items), strict=True):
         if outcome.failure:
@@ -119,7 +124,7 @@ def check(pool: WorkerPool, name: str, kind: str, items: Sequence[Item], right: 
 
 
 def checks_of(pool: WorkerPool, data: Path, name: str) -> list[Check]:
-    """Everything that is counted of one set."""
+    """Judge a set in every way that is counted."""
     problems = read_problems(str(data / FILES[name]), name)
     results = [
         check(pool, name, "answers, right against themselves", own_items(problems), True),
@@ -132,15 +137,15 @@ def checks_of(pool: WorkerPool, data: Path, name: str) -> list[Check]:
 
 
 def text_answers(data: Path, name: str) -> list[str]:
-    """Answers that math-verify cannot read, so that nothing but the same text is right."""
-    from experiments.tasks.mathematics import verifier  # SymPy, for this process
+    """Return the answers that math-verify cannot read, so that nothing but the same text is right."""
+    from experiments.tasks.mathematics import verifier  # imports SymPy, into this process too
 
     problems = read_problems(str(data / FILES[name]), name)
     return [problem.answer for problem in problems if not verifier.is_readable(problem.answer)]
 
 
 def seconds_of(items: Sequence[Item], workers: int, time_limit: float) -> float:
-    """Wall time of judging the items with processes that have started and seen nothing yet."""
+    """Return the wall time of judging the items by processes that have started and judged none of them before."""
     with start_pool(workers, time_limit) as pool:
         pool.map([("1", "\\boxed{2}", True)] * 8 * workers)
         start = time.perf_counter()
@@ -149,24 +154,26 @@ def seconds_of(items: Sequence[Item], workers: int, time_limit: float) -> float:
 
 
 def throughput(benchmark: Benchmark) -> rich.table.Table:
+    """Time pools of every size, and return a table of their verdicts a second."""
     items = [item for name in ("gsm8k", "math500") for item in reference_items(benchmark.data, name)]
-    seconds: dict[int, list[float]] = {workers: [] for workers in benchmark.workers}
-    for _ in range(benchmark.repeats):
-        for workers, times in seconds.items():
-            times.append(seconds_of(items, workers, benchmark.time_limit))
+    measurements = {
+        str(workers): functools.partial(seconds_of, items, workers, benchmark.time_limit)
+        for workers in benchmark.workers
+    }
+    seconds = timing.take_turns(measurements, benchmark.repeats)
     table = rich.table.Table(title=f"{len(items)} reference solutions of GSM8K and MATH-500")
-    for column in ("workers", "verdicts a second", "ratio", "range of ratios"):
+    for column in ("workers", "verdicts a second", "ratio", "quartiles"):
         table.add_column(column, justify="right")
-    first = seconds[benchmark.workers[0]]
+    first = seconds[str(benchmark.workers[0])]
     for workers, times in seconds.items():
-        ratios = [base / own for base, own in zip(first, times, strict=True)]
-        rate = len(items) / statistics.median(times)
-        spread = f"{min(ratios):.2f} – {max(ratios):.2f}"
-        table.add_row(str(workers), f"{rate:.0f}", f"{statistics.median(ratios):.2f}", spread)
+        speedups = timing.quartiles(timing.paired_ratios(first, times))
+        rate = len(items) / timing.quartiles(times).median
+        table.add_row(workers, f"{rate:.0f}", f"{speedups.median:.2f}", speedups.range())
     return table
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print the verdicts, every exception and the throughput, and return the exit code."""
     benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_verifier")
     if benchmark.repeats < 1 or not benchmark.workers or min(benchmark.workers) < 1:
         raise ValueError("repeats and workers must be at least 1")

@@ -1,1 +1,1 @@
-"""Readers of compiled programs: what XLA, the TPU compiler and NVIDIA's say of them."""
+"""Readers of compiled programs: the statements of XLA, the TPU compiler and NVIDIA's about them. Nothing is timed."""

@@ -1,11 +1,10 @@
-"""What moves between devices in a compiled program: each collective's kind, its bytes and the mesh axes it spans.
+"""Collectives of a compiled program: their kinds, the bytes that they move, and the mesh axes that they span.
 
-The convention: bytes that one device receives over its links, on average over the devices, with the algorithms that
-move least (Thakur et al., "Optimization of collective communication operations in MPICH", 2005). With g devices in a
-group and an operand of n bytes on each, an all-gather receives (g − 1) · n, a reduce-scatter (g − 1) / g · n, an
-all-reduce both, 2 · (g − 1) / g · n, an all-to-all (g − 1) / g · n, a broadcast n, and a permutation n on each device
-that gets something from another. Of a ragged all-to-all only the operand's size is known before it runs, and that
-counts as if every row were in use. This file must never know what a program computes.
+Bytes are those that one device receives over its links, on average over the devices, by the algorithms that move least
+(Thakur et al., "Optimization of collective communication operations in MPICH", 2005). With g devices in a group and an
+operand of n bytes on each, an all-gather receives (g − 1) · n, a reduce-scatter (g − 1) / g · n, an all-reduce both,
+2 · (g − 1) / g · n, an all-to-all (g − 1) / g · n, a broadcast n, and a permutation n on each device that gets bytes of
+another. Only the operand's size of a ragged all-to-all is known before it runs; it counts as if every row were used.
 """
 
 import itertools
@@ -13,12 +12,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from experiments.compilers.hlo import Computation, Instruction
 
-KINDS = (
+Kind = Literal[
     "all-gather",
     "reduce-scatter",
     "all-reduce",
@@ -26,7 +26,7 @@ KINDS = (
     "ragged-all-to-all",
     "collective-permute",
     "collective-broadcast",
-)
+]
 ALL_DEVICES = ("all devices",)
 UNKNOWN_AXES = ("unknown",)
 
@@ -35,15 +35,15 @@ UNKNOWN_AXES = ("unknown",)
 class Collective:
     """One collective of a program."""
 
-    kind: str
+    kind: Kind
     axes: tuple[str, ...]
-    """The mesh axes along which the devices of a group differ; `UNKNOWN_AXES` without a mesh."""
+    """Mesh axes along which the devices of a group differ; `UNKNOWN_AXES` without a mesh."""
     bytes_received: float
-    """By a device, each time it runs."""
+    """Bytes that a device receives each time it runs."""
     times: float
-    """How often it runs."""
+    """Number of times that it runs."""
     shape: str
-    """What a device puts in."""
+    """Shapes of a device's operands."""
     op_name: str
 
     @property
@@ -51,15 +51,14 @@ class Collective:
         return self.bytes_received * self.times
 
 
-def kind_of(instruction: Instruction) -> str | None:
-    """The kind of collective that an instruction begins, if any; what ends an asynchronous one is none."""
-    kind = instruction.opcode.removesuffix("-start")
-    return kind if kind in KINDS else None
+def kind_of(instruction: Instruction) -> Kind | None:
+    """Return the kind of collective that an instruction begins, or None; the end of an asynchronous one is None."""
+    opcode = instruction.opcode.removesuffix("-start")
+    return next((kind for kind in get_args(Kind) if kind == opcode), None)
 
 
 def is_scattered(computation: Computation, all_reduce: Instruction) -> bool:
-    """Whether the computation is the TPU compiler's form of a reduce-scatter: an all-reduce in a fusion of its own, of
-    which each device keeps a slice."""
+    """Return whether a fusion is the TPU compiler's reduce-scatter: each device keeps a slice of an all-reduce."""
     root = computation.root
     return root.opcode == "dynamic-slice" and root.operands[:1] == (all_reduce.name,)
 
@@ -67,18 +66,18 @@ def is_scattered(computation: Computation, all_reduce: Instruction) -> bool:
 def read(
     computation: Computation, instruction: Instruction, mesh: Mapping[str, int], is_fused: bool = False
 ) -> Collective:
-    """What a collective moves.
+    """Read a collective.
 
     Args:
-      computation: where it stands.
-      instruction: one for which `kind_of` is not None.
-      mesh: axis -> size, in the order of the mesh's axes; empty where there is none.
-      is_fused: whether the computation is that of a fusion.
+      computation: the computation that holds it.
+      instruction: an instruction for which `kind_of` is not None.
+      mesh: axis -> size, in the order of the mesh's axes; empty if there is no mesh.
+      is_fused: if true, the computation is that of a fusion.
     """
     kind = kind_of(instruction)
     assert kind is not None
     operands = [array for operand in computation.operands(instruction) for array in operand.arrays]
-    if kind == "ragged-all-to-all":  # the output's buffer, offsets and sizes follow
+    if kind == "ragged-all-to-all":  # the other operands are the output's buffer, offsets and sizes
         operands = operands[:1]
     if kind == "all-reduce" and is_fused and is_scattered(computation, instruction):
         kind = "reduce-scatter"
@@ -86,25 +85,19 @@ def read(
     shape = ", ".join(f"{array.dtype}[{','.join(map(str, array.dims))}]" for array in operands[:3])
     shape += f" and {len(operands) - 3} more" if len(operands) > 3 else ""
     if kind == "collective-permute":
-        pairs = np.array(_pairs(instruction), int).reshape(-1, 2)
-        share = _moving_share(pairs, math.prod(mesh.values()) if mesh else len(pairs))
-        axes, received = _axes(pairs[pairs[:, 0] != pairs[:, 1]], mesh), share * size
+        listed = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
+        pairs = np.array(re.findall(r"\{(\d+),(\d+)\}", listed[1] if listed else ""), int).reshape(-1, 2)
+        moving = pairs[pairs[:, 0] != pairs[:, 1]]
+        share = len(moving) / max(math.prod(mesh.values()) if mesh else len(pairs), 1)
+        axes, received = _axes(moving, mesh), share * size
     else:
         groups = _groups(instruction, mesh)
         axes, received = _axes(groups, mesh), _received(kind, size, groups.shape[1])
     return Collective(kind, axes, received, 1, shape, instruction.op_name)
 
 
-def _pairs(instruction: Instruction) -> list[tuple[int, int]]:
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
-    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", found[1] if found else "")]
-
-
-def _moving_share(pairs: np.ndarray, devices: int) -> float:
-    return float(np.sum(pairs[:, 0] != pairs[:, 1])) / max(devices, 1)
-
-
-def _received(kind: str, size: float, group: int) -> float:
+def _received(kind: Kind, size: float, group: int) -> float:
+    """Return the bytes that a device receives, in the convention of this module."""
     match kind:
         case "all-gather":
             return size * (group - 1)
@@ -116,7 +109,7 @@ def _received(kind: str, size: float, group: int) -> float:
 
 
 def _groups(instruction: Instruction, mesh: Mapping[str, int]) -> np.ndarray:
-    """The groups of devices, [groups, devices of a group]; one of all devices where none are named.
+    """Return the groups of devices, [groups, devices of a group]; one group of all devices if none is named.
 
     XLA writes them as a list, as an iota over all devices that is reshaped and transposed, or as axes of a mesh.
     """
@@ -134,8 +127,16 @@ def _groups(instruction: Instruction, mesh: Mapping[str, int]) -> np.ndarray:
 
 
 def _groups_of_axes(axes: str, order: str, grouped: str) -> np.ndarray:
-    """Groups written as `mesh['a'=8,'b'=4], device_ids=([4,8]T(1,0)) {'b','a':(2)4}`: the part of axis a that is of
-    size 4, inside one of size 2, and all of b. Without an order the devices are counted in that of the axes."""
+    """Return groups written as axes of a mesh.
+
+    `mesh['a'=8,'b'=4], device_ids=([4,8]T(1,0)) {'b','a':(2)4}` groups over all of b, and over the part of a that has
+    size 4 inside a part of size 2. Without `device_ids`, the devices are counted in the order of the axes.
+
+    Args:
+      axes: text between the brackets after `mesh`.
+      order: text between those brackets and the braces.
+      grouped: text between the braces.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)}
     parts, inner = [], []
     names = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", grouped)
@@ -156,7 +157,7 @@ def _groups_of_axes(axes: str, order: str, grouped: str) -> np.ndarray:
 
 
 def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes along which the devices of a group differ."""
+    """Return the axes along which the devices of a group differ."""
     if not mesh or not groups.size or groups.max() >= math.prod(mesh.values()):
         return UNKNOWN_AXES
     places = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # [axes, groups, devices]

@@ -110,7 +110,8 @@ def target_config(target: Target) -> str:
     """Return a target as a text of XLA's `GpuTargetConfigProto`."""
     major, minor = target.capability
     features = "feature_extension: ACCELERATED_FEATURES" if target.accelerated else ""
-    return _TARGET_CONFIG.format(target=target, major=major, minor=minor, features=features, fpus=128 if major > 8 else 64)
+    fpus = 128 if major > 8 else 64
+    return _TARGET_CONFIG.format(target=target, major=major, minor=minor, features=features, fpus=fpus)
 
 
 class Kernel(NamedTuple):

@@ -1,8 +1,7 @@
-"""Reads the text of a compiled XLA program: its computations and instructions, and how often each loop runs.
+"""Parser of compiled XLA programs: their computations and instructions, and the trip count of each loop.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs, so whoever wants to know what a program
-does has to read the program. The text is that of optimized HLO, per device, from the compiler for CPUs, GPUs or TPUs.
-This file must never know a cost.
+XLA's own cost analysis counts the body of a loop once, however often it runs, so that the work of a program has to be
+read off its text: optimized HLO, per device, from the compiler for CPUs, GPUs or TPUs.
 """
 
 import functools
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Value = Any  # an int, a bool, a tuple of values, or None for what is only known at run time
+Value = Any  # an int, a bool, a tuple of values, or None for a value that is only known at run time
 
 _INSTRUCTION = re.compile(r"  (ROOT )?%(\S+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(")
@@ -55,7 +54,7 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Without the padding of a layout."""
+        """Bytes without the padding of a layout."""
         bits = re.search(r"\d+", self.dtype)
         size = _BYTES[self.dtype] if self.dtype in _BYTES else int(bits.group()) / 8 if bits else 0
         return self.elements * size
@@ -68,31 +67,31 @@ class Instruction:
     name: str
     opcode: str
     arrays: tuple[Array, ...]
-    """Of its result: one, or the leaves of a tuple."""
+    """Arrays of the result: one, or the leaves of a tuple."""
     is_tuple: bool
     operands: tuple[str, ...]
     constant: str
-    """What stands between the parentheses."""
+    """Text between the parentheses of a constant or a parameter; empty for other instructions."""
     attributes: str
-    """All that follows."""
+    """Text after the operands."""
 
     @functools.cached_property
     def op_name(self) -> str:
-        """The path of JAX's primitive, or of the argument for a parameter; empty where the compiler made it up."""
+        """Path of JAX's primitive, or of the argument for a parameter; empty if the compiler made the operation up."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
         return found.group(1).replace("\\'", "'") if found else ""
 
     def attribute(self, name: str) -> str | None:
-        """The text of an attribute without spaces, as `dimensions={0}`."""
+        """Return the text of an attribute without spaces, such as `dimensions={0}`."""
         found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
         return found.group(1) if found else None
 
     def numbers(self, name: str) -> tuple[int, ...]:
-        """The whole numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
+        """Return the whole numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
         return tuple(map(int, re.findall(r"-?\d+", self.attribute(name) or "")))
 
     def called(self, name: str) -> list[str]:
-        """The computations that an attribute such as `branch_computations` names."""
+        """Return the computations that an attribute such as `branch_computations` names."""
         return _NAME.findall(self.attribute(name) or "")
 
     @property
@@ -107,7 +106,7 @@ class Computation:
 
     name: str
     instructions: Mapping[str, Instruction]
-    """By name, in the order of the text."""
+    """Instructions by name, in the order of the text."""
     root: Instruction
 
     def operands(self, instruction: Instruction) -> Iterator[Instruction]:
@@ -122,24 +121,21 @@ class Program:
     entry: Computation
 
     def trip_count(self, computation: Computation, loop: Instruction, parameters: Value = None) -> int | None:
-        """How often a `while` runs.
+        """Return the number of turns of a `while`, or None if it depends on data.
 
-        As the compiler has noted it, else from its condition and the counter's start and step, where these are
+        It is the compiler's note, else it follows from the condition and the counter's start and step, if these are
         constants that reach the loop through tuples, fusions and the loops around it.
 
         Args:
-          computation: where the loop stands.
+          computation: the computation that holds the loop.
           loop: the `while`.
-          parameters: what is known of the computation's parameters, a tuple.
-
-        Returns:
-          None where it depends on data.
+          parameters: known values of the computation's parameters, a tuple.
         """
         noted = _TRIP_COUNT.search(loop.attributes)
         return int(noted.group(1)) if noted else _derived_trip_count(self, computation, loop, parameters)
 
     def carried(self, computation: Computation, loop: Instruction, parameters: Value = None) -> Value:
-        """What is known of a loop's parameter in every turn: the elements that the body hands on as they are."""
+        """Return the known values of a loop's parameter: the elements that the body hands on unchanged."""
         start = self.value(computation, loop.operands[0], parameters)
         body = self.computations[loop.called("body")[0]]
         after = self.value(body, body.root.name, (start,))
@@ -149,13 +145,16 @@ class Program:
         return (tuple(a if a == b == c else None for a, b, c in zip(start, after, again, strict=True)),)
 
     def value(self, computation: Computation, name: str, parameters: Value = None) -> Value:
-        """What is known of a scalar or a tuple before the program runs."""
+        """Return the value of a scalar or a tuple that is known before the program runs."""
         instruction = computation.instructions[name]
         if not instruction.is_tuple and (instruction.arrays[0].dims or instruction.arrays[0].dtype[0] not in "sup"):
             return None
         match instruction.opcode:
             case "constant":
-                return _constant(instruction.constant)
+                text = instruction.constant
+                if text in ("true", "false"):
+                    return text == "true"
+                return int(text) if re.fullmatch(r"-?\d+", text) else None
             case "parameter":
                 index = int(instruction.constant)
                 return parameters[index] if isinstance(parameters, tuple) and index < len(parameters) else None
@@ -177,24 +176,16 @@ class Program:
                 return passed[0] if opcode == "copy-done" and isinstance(passed, tuple) else passed
             case opcode if opcode in _ARITHMETIC or opcode == "compare":
                 values = [self.value(computation, operand, parameters) for operand in instruction.operands]
-                return None if None in values else _combined(instruction, values)
+                if None in values:
+                    return None
+                compare = opcode == "compare"
+                combine = _COMPARISONS[instruction.attribute("direction") or ""] if compare else _ARITHMETIC[opcode]
+                return combine(*values)
         return None
 
 
-def _constant(text: str) -> int | bool | None:
-    if text in ("true", "false"):
-        return text == "true"
-    return int(text) if re.fullmatch(r"-?\d+", text) else None
-
-
-def _combined(instruction: Instruction, values: list[Any]) -> Value:
-    if instruction.opcode == "compare":
-        return _COMPARISONS[instruction.attribute("direction") or ""](*values)
-    return _ARITHMETIC[instruction.opcode](*values)
-
-
 def _derived_trip_count(program: Program, computation: Computation, loop: Instruction, parameters: Value) -> int | None:
-    """The number of turns after which the condition fails, every counter growing by the same step in every turn."""
+    """Return the number of turns after which the condition fails, if every counter grows by a constant step."""
     condition, body = (program.computations[loop.called(name)[0]] for name in ("condition", "body"))
     start = program.value(computation, loop.operands[0], parameters)
     first = program.value(body, body.root.name, (start,))
@@ -202,7 +193,7 @@ def _derived_trip_count(program: Program, computation: Computation, loop: Instru
     if not all(isinstance(state, tuple) for state in (start, first, second)):
         return None
     states = zip(start, first, second, strict=True)
-    steps = [b - a if None not in (a, b, c) and _is_number(a) and b - a == c - b else None for a, b, c in states]
+    steps = [b - a if None not in (a, b, c) and isinstance(a, int) and b - a == c - b else None for a, b, c in states]
 
     def goes_on(turns: int) -> Value:
         state = tuple(None if step is None else a + turns * step for a, step in zip(start, steps, strict=True))
@@ -217,19 +208,15 @@ def _derived_trip_count(program: Program, computation: Computation, loop: Instru
         beyond *= 2
         if beyond > _MOST_TRIPS:
             return None
-    low = beyond // 2  # it goes on after `low` turns, and not after `beyond`
+    low = beyond // 2  # the loop goes on after `low` turns, and not after `beyond`
     while beyond - low > 1:
         middle = (low + beyond) // 2
         low, beyond = (middle, beyond) if goes_on(middle) else (low, middle)
     return beyond
 
 
-def _is_number(value: Value) -> bool:
-    return isinstance(value, int)
-
-
 def parse(text: str) -> Program:
-    """Reads optimized HLO, as `jax.stages.Compiled.as_text` gives it.
+    """Parse optimized HLO, as `jax.stages.Compiled.as_text` returns it.
 
     Raises:
       ValueError: if the text is no HLO program.
@@ -240,8 +227,10 @@ def parse(text: str) -> Program:
         if header is None:
             header, lines = _COMPUTATION.match(line), []
         elif line == "}" or line.startswith("}, "):
-            computation = _computation(header.group(2), lines)
-            computations[computation.name] = computation
+            instructions = {instruction.name: instruction for instruction in map(_instruction, lines)}
+            roots = [name for name, text in zip(instructions, lines, strict=True) if text.startswith("  ROOT ")]
+            root = instructions[roots[-1] if roots else list(instructions)[-1]]
+            computation = computations[header.group(2)] = Computation(header.group(2), instructions, root)
             entry = computation if header.group(1) else entry
             header = None
         elif _INSTRUCTION.match(line):
@@ -253,13 +242,8 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-def _computation(name: str, lines: list[str]) -> Computation:
-    instructions = {instruction.name: instruction for instruction in map(_instruction, lines)}
-    roots = [name for name, line in zip(instructions, lines, strict=True) if line.startswith("  ROOT ")]
-    return Computation(name, instructions, instructions[roots[-1] if roots else list(instructions)[-1]])
-
-
 def _instruction(line: str) -> Instruction:
+    """Parse one instruction, all its lines joined."""
     header = _INSTRUCTION.match(line)
     assert header is not None
     start = header.end()
@@ -270,9 +254,10 @@ def _instruction(line: str) -> Instruction:
         raise ValueError(f"this instruction has no opcode: {line[:120]!r}")
     close = _closing(line, opcode.end() - 1)
     inside = line[opcode.end() : close]
+    result = re.sub(r"/\*.*?\*/", "", line[start:end])  # without comments
     arrays = tuple(
         Array(dtype, tuple(int(size.removeprefix("<=")) for size in dims.split(",") if size))
-        for dtype, dims in _ARRAY.findall(_without_comments(line[start:end]))
+        for dtype, dims in _ARRAY.findall(result)
     )
     is_constant = opcode.group(1) in ("constant", "parameter")
     return Instruction(
@@ -286,12 +271,8 @@ def _instruction(line: str) -> Instruction:
     )
 
 
-def _without_comments(text: str) -> str:
-    return re.sub(r"/\*.*?\*/", "", text)
-
-
 def _closing(line: str, start: int) -> int:
-    """Where the parenthesis at `start` closes."""
+    """Return the position at which the parenthesis at `start` closes."""
     depth = 0
     for found in re.compile(r"[()]").finditer(line, start):
         depth += 1 if found.group() == "(" else -1

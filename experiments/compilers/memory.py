@@ -1,6 +1,6 @@
-"""The memory of a compiled TPU program, read from what the compiler says of its buffers, also where they do not fit.
+"""Memory of a compiled TPU program, read from the compiler's lists of its buffers, even if they do not fit.
 
-Sizes are those of the TPU's layouts, padding included. This file must never know what the arguments mean.
+Sizes are those of the TPU's layouts, padding included.
 """
 
 import re
@@ -17,13 +17,13 @@ _LIVE = re.compile(r"^ *([^\s{]+)(\{[\d,]*\}): (\d+) bytes", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Buffer:
-    """Something that is alive when most is."""
+    """A buffer that is alive at the peak."""
 
     size: int
     """Bytes."""
     shape: str
     op_name: str
-    """Of the operation that makes it, or its name in the program."""
+    """Name of the operation that makes it, or its own name in the program."""
 
 
 @dataclass(frozen=True)
@@ -33,31 +33,31 @@ class Memory:
     arguments: Mapping[str, int]
     """Path of each argument, as `state.params['head']` -> its bytes."""
     results: int
-    """Those that do not take the place of a donated argument."""
+    """Bytes of the results that do not take the place of a donated argument."""
     temporaries: int
     constants: int
     largest: tuple[Buffer, ...]
-    """What is alive when most is, arguments left out, the largest first."""
+    """The buffers at the peak, arguments left out, the largest first."""
 
     @property
     def peak(self) -> int:
         return sum(self.arguments.values()) + self.results + self.temporaries + self.constants
 
     def of(self, *prefixes: str) -> int:
-        """Bytes of the arguments whose path begins with one of the prefixes."""
+        """Return the bytes of the arguments whose path begins with one of the prefixes."""
         return sum(size for path, size in self.arguments.items() if path.startswith(prefixes))
 
 
 def read(program: Program, buffers: str, peak: str = "") -> Memory:
-    """Reads the compiler's lists of buffers.
+    """Read the compiler's lists of buffers.
 
     Args:
       program: the optimized program.
-      buffers: the buffer assignment.
-      peak: the live ranges; nothing is known of the largest buffers without them.
+      buffers: text of the buffer assignment.
+      peak: text of the live ranges; without it, `largest` is empty.
 
     Raises:
-      ValueError: if there is no allocation in the text.
+      ValueError: if the buffer assignment names no allocation.
     """
     paths = {
         int(instruction.constant): instruction.op_name or instruction.name
@@ -84,6 +84,7 @@ def read(program: Program, buffers: str, peak: str = "") -> Memory:
 
 
 def _largest(program: Program, peak: str, count: int = 12) -> tuple[Buffer, ...]:
+    """Return the largest buffers that the live ranges list at the peak, the program's parameters left out."""
     listed = _PEAK.search(peak)
     instructions = {
         name: i for computation in program.computations.values() for name, i in computation.instructions.items()

@@ -1,9 +1,8 @@
-"""What a compiled program does in one run, on one device: its FLOPs and what it moves, every loop's body counted as
-often as it runs.
+"""Work of one run of a compiled program on one device: FLOPs and bytes moved.
 
-Of a conditional the branch with the most FLOPs counts. A loop whose number of turns depends on data counts once and is
-named. Only what stands in the program counts: padding that the compiler adds inside a kernel does not. This file must
-never know a model.
+The body of a loop counts as often as it runs; a loop whose number of turns depends on data counts once and is named.
+The branch of a conditional with the most FLOPs counts. Padding that the compiler adds inside a kernel does not count,
+as it is not in the program's text.
 """
 
 import functools
@@ -18,7 +17,7 @@ from experiments.compilers import collectives
 from experiments.compilers.collectives import Collective
 from experiments.compilers.hlo import Computation, Instruction, Program, Value
 
-# What XLA's own cost analysis counts as one FLOP an element, and as one transcendental.
+# Opcodes that XLA's own cost analysis counts as one FLOP an element, and as one transcendental.
 # fmt: off
 ELEMENTWISE = frozenset({
     "add", "subtract", "multiply", "divide", "maximum", "minimum", "remainder", "abs", "negate", "sign",
@@ -41,23 +40,23 @@ KernelFlops = Callable[[Instruction, list[Instruction]], float | None]
 
 @dataclass(frozen=True)
 class Work:
-    """What one run does."""
+    """The work of one run."""
 
     matrix_flops: float = 0.0
-    """Of matrix products and convolutions; a multiplication and an addition are two."""
+    """FLOPs of matrix products and convolutions; a multiplication and an addition are two."""
     kernel_flops: float = 0.0
-    """Of hand-written kernels, as they declare them to the compiler or as the caller knows them."""
+    """FLOPs of hand-written kernels, as declared to the compiler or known to the caller."""
     elementwise_flops: float = 0.0
-    """One an element of each elementwise operation and each term of a reduction, as XLA counts them."""
+    """FLOPs of elementwise operations, one an element, and of reductions, one a term, as XLA counts them."""
     transcendentals: float = 0.0
     """Calls of exp, log and the like, which count as no FLOPs."""
     cycles: float = 0.0
-    """The TPU compiler's estimate, of the operations for which it gives one: not kernels, and not collectives."""
+    """The TPU compiler's estimate of the operations for which it gives one: neither kernels nor collectives."""
     collectives: tuple[Collective, ...] = ()
     unknown_loops: tuple[str, ...] = ()
     """Loops that were counted once because their number of turns depends on data."""
     undeclared_kernels: tuple[str, ...] = ()
-    """Hand-written kernels whose FLOPs nobody knows."""
+    """Hand-written kernels whose FLOPs are unknown."""
 
     @property
     def flops(self) -> float:
@@ -68,53 +67,49 @@ class Work:
         return sum(collective.total_bytes for collective in self.collectives)
 
     def plus(self, other: "Work") -> "Work":
-        """Both, one after the other."""
+        """Return the work of both, one after the other."""
         return Work(**{name: value + vars(other)[name] for name, value in vars(self).items()})
 
     def times(self, count: float) -> "Work":
-        """This, `count` times."""
+        """Return the work of `count` runs."""
         numbers = {name: value * count for name, value in vars(self).items() if not isinstance(value, tuple)}
         moved = tuple(replace(collective, times=collective.times * count) for collective in self.collectives)
         return replace(self, collectives=moved, **numbers)
 
     def by_collective(self) -> dict[tuple[str, tuple[str, ...]], float]:
-        """(kind, axes) -> bytes that a device receives, the most first."""
+        """Return (kind, axes) -> bytes that a device receives, the most first."""
         sums: dict[tuple[str, tuple[str, ...]], float] = {}
         for moved in self.collectives:
             sums[moved.kind, moved.axes] = sums.get((moved.kind, moved.axes), 0.0) + moved.total_bytes
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
-def _unknown(kernel: Instruction, operands: list[Instruction]) -> float | None:
-    del kernel, operands
-    return None
-
-
 @dataclass(frozen=True)
-class _Count:
-    """What stays the same while a program is read."""
+class _Context:
+    """Everything that stays the same while a program is read."""
 
     program: Program
     mesh: Mapping[str, int]
-    kernel_flops: KernelFlops
-    memory: dict[tuple[str, bool, Value], Work]
+    kernel_flops: KernelFlops | None
+    counted: dict[tuple[str, bool, Value], Work]
+    """(computation, is it a fusion's, its parameters) -> its work, so that each is read once."""
 
 
-def count(program: Program, mesh: Mapping[str, int] | None = None, kernel_flops: KernelFlops = _unknown) -> Work:
-    """Counts what one run of a program does.
+def count(program: Program, mesh: Mapping[str, int] | None = None, kernel_flops: KernelFlops | None = None) -> Work:
+    """Count the work of one run of a program.
 
     Args:
-      program: for one device.
+      program: a program for one device.
       mesh: axis -> size, in the order of the mesh's axes, to tell which axes a collective spans.
-      kernel_flops: FLOPs of a hand-written TPU kernel that declares none, from its instruction and its operands; None
-        where it does not know.
+      kernel_flops: returns the FLOPs of a hand-written TPU kernel that declares none, from its instruction and its
+        operands, or None if it does not know them.
     """
-    return _count_computation(_Count(program, mesh or {}, kernel_flops, {}), program.entry, None, False)
+    return _count_computation(_Context(program, mesh or {}, kernel_flops, {}), program.entry, None, False)
 
 
-def _count_computation(context: _Count, computation: Computation, parameters: Value, is_fused: bool) -> Work:
+def _count_computation(context: _Context, computation: Computation, parameters: Value, is_fused: bool) -> Work:
     key = (computation.name, is_fused, parameters)
-    if key not in context.memory:
+    if key not in context.counted:
         total = Work()
         for instruction in computation.instructions.values():
             work = _count_instruction(context, computation, instruction, parameters, is_fused)
@@ -122,12 +117,12 @@ def _count_computation(context: _Count, computation: Computation, parameters: Va
             if cycles and int(cycles[1]) < _NO_ESTIMATE:
                 work = replace(work, cycles=float(cycles[1]))
             total = total.plus(work)
-        context.memory[key] = total
-    return context.memory[key]
+        context.counted[key] = total
+    return context.counted[key]
 
 
 def _count_instruction(
-    context: _Count, computation: Computation, instruction: Instruction, parameters: Value, is_fused: bool
+    context: _Context, computation: Computation, instruction: Instruction, parameters: Value, is_fused: bool
 ) -> Work:
     program, opcode = context.program, instruction.opcode
     if collectives.kind_of(instruction):
@@ -157,16 +152,16 @@ def _count_instruction(
     return _arithmetic(program, computation, instruction)
 
 
-def _custom_call(context: _Count, computation: Computation, instruction: Instruction) -> Work:
+def _custom_call(context: _Context, computation: Computation, instruction: Instruction) -> Work:
     declared = _DECLARED_FLOPS.search(instruction.attributes)
     if declared:
         return Work(kernel_flops=float(declared[1]))
-    if called := instruction.called("called_computations"):  # such as what a TPU's SparseCore does
+    if called := instruction.called("called_computations"):  # by a TPU's SparseCore, for one
         parts = [_count_computation(context, context.program.computations[name], None, False) for name in called]
         return functools.reduce(Work.plus, parts)
     if (instruction.attribute("custom_call_target") or "").strip('"') != KERNEL:
         return Work()
-    known = context.kernel_flops(instruction, list(computation.operands(instruction)))
+    known = context.kernel_flops and context.kernel_flops(instruction, list(computation.operands(instruction)))
     if known is None:
         return Work(undeclared_kernels=(instruction.op_name or instruction.name,))
     return Work(kernel_flops=known)
@@ -198,7 +193,7 @@ def _arithmetic(program: Program, computation: Computation, instruction: Instruc
 
 
 def _window_terms(instruction: Instruction, inputs: tuple[int, ...]) -> float:
-    """Additions of a sliding reduction. A window that meets a whole axis wherever it stands reduces it only once."""
+    """Return the additions of a sliding reduction; a window that always covers a whole axis reduces it only once."""
     window = re.search(r"size=([\dx]+)", instruction.attributes)
     outputs = instruction.arrays[0].dims
     sizes = [int(size) for size in window[1].split("x")] if window else [1] * len(outputs)
@@ -220,14 +215,14 @@ class _Window:
     rhs_dilate: int = 1
 
     def valid_pairs(self, inputs: int, outputs: int) -> int:
-        """Pairs of output and kernel positions that meet an input, and neither padding nor a gap."""
+        """Return the number of pairs of output and kernel positions that meet an input, not padding or a gap."""
         kernel, output = np.ogrid[: self.size, :outputs]
         place = output * self.stride - self.pad_low + kernel * self.rhs_dilate
         return int(np.sum((place >= 0) & (place % self.lhs_dilate == 0) & (place // self.lhs_dilate < inputs)))
 
 
 def _windows(text: str, axes: int) -> list[_Window]:
-    """From `{size=8x1 stride=1x1 pad=7_7x0_0 lhs_dilate=.. rhs_dilate=.. rhs_reversal=..}`."""
+    """Parse `{size=8x1 stride=1x1 pad=7_7x0_0 lhs_dilate=.. rhs_dilate=.. rhs_reversal=..}`."""
     fields = dict(part.split("=") for part in text.strip("{}").split() if "=" in part)
 
     def column(name: str, default: int) -> list[int]:
@@ -239,7 +234,10 @@ def _windows(text: str, axes: int) -> list[_Window]:
 
 
 def _convolution_flops(instruction: Instruction, inputs: tuple[int, ...], kernel: tuple[int, ...]) -> float:
-    """As XLA counts them: two for each product that is not with padding. TPUs write matrix products like this."""
+    """Return two FLOPs for each product that is not with padding, as XLA counts them.
+
+    The TPU compiler writes matrix products as convolutions.
+    """
     labels = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels") or "")
     assert labels is not None
     of_input, _, of_output = labels.groups()

@@ -1,5 +1,6 @@
-"""What would help a program that does not fit its devices: the bytes that a change frees, by arithmetic on what the
-compiler counted. This file must never compile anything.
+"""Advice for a program that does not fit its devices: the bytes that a change of settings would free.
+
+They follow by arithmetic from the compiler's figures; nothing is compiled again.
 """
 
 import math
@@ -13,29 +14,32 @@ _ROW_AXES = RULES["rows"]
 
 
 def missing_bytes(figures: dict[str, Any]) -> int:
-    """How much more memory a program needs than a device has; 0 where it fits."""
+    """Return the bytes that a program needs beyond those of a device; 0 if it fits."""
     held = figures["memory"]
     return 0 if figures["fits"] else max(held["peak"] - held["hbm"], 0)
 
 
 def micro_batches(setting: Setting, mesh: Mapping[str, int]) -> list[int]:
-    """The larger numbers of micro-batches that the mesh can share equally."""
+    """Return the larger numbers of micro-batches that the mesh can share equally."""
     ways = math.prod(mesh[axis] for axis in _ROW_AXES)
     larger = range(setting.micro_batches + 1, setting.batch + 1)
     return [parts for parts in larger if setting.batch % parts == 0 and (setting.batch // parts) % ways == 0]
 
 
 def advise(figures: dict[str, Any], setting: Setting, mesh: Mapping[str, int]) -> list[str]:
-    """Sentences, those that free the most first, each with the bytes and whether they are enough.
+    """Return sentences with the bytes that each change frees, the most first; "enough" marks those that suffice.
 
     Args:
-      figures: of a program that does not fit.
-      setting: what it was compiled for.
+      figures: the figures of a program that does not fit, from `analysis.analyse`.
+      setting: the setting that it was compiled for.
       mesh: axis -> size.
     """
     held, missing = figures["memory"], missing_bytes(figures)
-    ways = _to_draw if figures["program"] in (PREFILL, DECODE) else _to_learn
-    found = sorted(ways(held, missing, setting, mesh, figures["program"]), key=lambda item: -item[0])
+    if figures["program"] in (PREFILL, DECODE):
+        changes = _changes_to_draw(held, setting, mesh)
+    else:
+        changes = _changes_to_learn(held, missing, setting, mesh, figures["program"])
+    found = sorted(changes, key=lambda item: -item[0])
     return [
         f"{sentence}: about {freed / 2**30:.1f} GiB{', enough' if freed >= missing else ''}"
         for freed, sentence in found
@@ -43,19 +47,21 @@ def advise(figures: dict[str, Any], setting: Setting, mesh: Mapping[str, int]) -
     ]
 
 
-Way = tuple[float, str]
+Change = tuple[float, str]
+"""Bytes that a change frees, and the change in words."""
 
 
-def _to_learn(
+def _changes_to_learn(
     held: Mapping[str, int], missing: int, setting: Setting, mesh: Mapping[str, int], program: str
-) -> Iterator[Way]:
-    """For scoring and updating. Of an update's temporaries, one number for each parameter is its gradient, and a copy
-    of float32 parameters in bfloat16 is made ahead of the layers."""
+) -> Iterator[Change]:
+    """Yield changes for scoring and updating."""
+    # The temporaries of an update hold a gradient for each parameter, and a copy of float32 parameters in bfloat16,
+    # made ahead of the layers. The rest grows with the rows.
     state = held["parameters"] + held["optimizer"]
     gradients = held["parameters"] if program == UPDATE else 0
     copy = held["parameters"] / 2 if setting.model.param_dtype == "float32" else 0
     of_rows = max(0, held["activations"] - gradients - copy)
-    # A sum of gradients in float32 comes beside the gradient of a part.
+    # With several micro-batches, a sum of gradients in float32 is held beside the gradient of a part.
     sums = gradients if setting.micro_batches == 1 else 0
     frees = {parts: of_rows * (1 - setting.micro_batches / parts) - sums for parts in micro_batches(setting, mesh)}
     if frees:
@@ -72,12 +78,9 @@ def _to_learn(
     yield (state + held["activations"]) / 2, "a pod of twice the size"
 
 
-def _to_draw(
-    held: Mapping[str, int], missing: int, setting: Setting, mesh: Mapping[str, int], program: str
-) -> Iterator[Way]:
-    """For prefill and decode, which have each expert whole on the devices of its place along `expert`."""
-    del missing, program
+def _changes_to_draw(held: Mapping[str, int], setting: Setting, mesh: Mapping[str, int]) -> Iterator[Change]:
+    """Yield changes for prefill and decode, whose experts are split along `expert` only."""
     if setting.model.num_experts % (2 * mesh["expert"]) == 0 and mesh["fsdp"] % 2 == 0:
         yield held["parameters"] / 2, f"--mesh.expert {2 * mesh['expert']} --mesh.fsdp {mesh['fsdp'] // 2}"
-    # Prefill returns the cache, decode is given one.
+    # Prefill returns the cache, decode takes it as an argument.
     yield max(held["kv_cache"], held["results"]) / 2, "half as many responses at once (SamplerConfig.slots)"

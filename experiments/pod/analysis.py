@@ -1,5 +1,4 @@
-"""What the TPU compiler says of one program of a pod, as plain figures of one device. It must never know how they are
-shown."""
+"""Figures of one program of a pod, from the TPU compiler: memory, arithmetic and collectives of one device."""
 
 import math
 import time
@@ -8,13 +7,13 @@ from typing import Any
 
 import jax
 
-from experiments.bench import measure
 from experiments.compilers import hlo, memory, tpu, work
+from experiments.compilers.chips import Chip
+from experiments.compilers.costs import read_costs
 from experiments.compilers.hlo import Instruction
 from experiments.pod import programs
-from experiments.pod.chips import Chip
 from experiments.pod.model_flops import model_flops
-from experiments.pod.programs import Setting
+from experiments.pod.programs import ProgramName, Setting
 
 ARGUMENTS = {
     "parameters": ("state.params", "params"),
@@ -22,31 +21,35 @@ ARGUMENTS = {
     "route": ("batch.old_route",),
     "kv_cache": ("cache.layers",),
 }
+"""Kind of argument -> prefixes of the paths of its arrays."""
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 """Matrix products of the attention kernels, each over all pairs of a token and an earlier one."""
 
 
 def attention_flops(kernel: Instruction, operands: list[Instruction]) -> float | None:
-    """FLOPs of JAX's splash attention, which declares none to the compiler: of the pairs under the causal mask.
+    """Return the FLOPs of JAX's splash attention over the pairs under the causal mask; None for another kernel.
 
-    The kernel skips tiles above the diagonal and computes whole tiles on it. None for another kernel.
+    It declares none to the compiler. The kernel skips tiles above the diagonal and computes whole tiles on it.
     """
     products = next((number for name, number in _PRODUCTS.items() if name in kernel.op_name), None)
     floats = [array for operand in operands for array in operand.arrays if array.dtype in ("bf16", "f32")]
     if products is None or not floats or len(floats[0].dims) < 3:
         return None
-    *rows, heads, tokens, head_dim = floats[0].dims  # the queries; no axis of rows where a device has one
+    *rows, heads, tokens, head_dim = floats[0].dims  # the queries; without an axis of rows if a device has one row
     return 2.0 * products * math.prod(rows) * heads * head_dim * tokens * (tokens + 1) / 2
 
 
-def analyse(program: str, setting: Setting, objective: str, mesh: jax.sharding.Mesh, chip: Chip) -> dict[str, Any]:
-    """Compiles one of `programs.PROGRAMS` and reads what the compiler says.
+def analyse(
+    program: ProgramName, setting: Setting, objective: str, mesh: jax.sharding.Mesh, chip: Chip
+) -> dict[str, Any]:
+    """Compile one of `programs.PROGRAMS` and read the compiler's texts.
 
     Returns:
-      Plain figures of one device, ready for JSON; `error` says why there are none where the compiler fails.
+      Plain figures of one device, ready for JSON. If the compiler fails, `error` holds its message and there are no
+      figures of memory and work.
 
     Raises:
-      ValueError: if the mesh does not divide something, before anything is compiled.
+      ValueError: if the mesh does not divide an array, before anything is compiled.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
     figures: dict[str, Any] = {"program": program, "objective": objective, "layers": setting.model.num_layers}
@@ -58,17 +61,17 @@ def analyse(program: str, setting: Setting, objective: str, mesh: jax.sharding.M
         return figures | {"error": str(error).splitlines()[0], "fits": False}
     cpu_seconds = time.process_time() - cpu_started
     figures |= {"compile_seconds": reading.seconds, "cpu_seconds": cpu_seconds, "error": "", "refusal": reading.refusal}
-    optimal = reading.compiled.cost_analysis().get("optimal_seconds") if reading.compiled else None  # pyright: ignore
-    read = hlo.parse(reading.text)
-    done = work.count(read, dict(mesh.shape), attention_flops)
-    held = _memory(memory.read(read, reading.buffers, reading.peak), chip)
-    held["alive"] = measure.analyse(reading.compiled).peak_bytes if reading.compiled else None
+    costs = read_costs(reading.compiled) if reading.compiled else None
+    parsed = hlo.parse(reading.text)
+    done = work.count(parsed, dict(mesh.shape), attention_flops)
+    held = _memory(memory.read(parsed, reading.buffers, reading.peak), chip)
+    held["alive"] = costs and costs.peak_bytes
     return figures | {
         "fits": reading.compiled is not None,
         "memory": held,
         "flops": _flops(done, program, setting, mesh.size, chip),
         "collectives": _collectives(done),
-        "optimal_seconds_loops_once": optimal if optimal and optimal > 0 else None,
+        "optimal_seconds_loops_once": costs and costs.optimal_seconds,
         "cycles": done.cycles,
         "unknown_loops": list(done.unknown_loops),
         "undeclared_kernels": list(done.undeclared_kernels),
@@ -88,7 +91,7 @@ def _memory(held: memory.Memory, chip: Chip) -> dict[str, Any]:
     }
 
 
-def _flops(done: work.Work, program: str, setting: Setting, devices: int, chip: Chip) -> dict[str, float]:
+def _flops(done: work.Work, program: ProgramName, setting: Setting, devices: int, chip: Chip) -> dict[str, float]:
     needed = model_flops(program, setting)
     return {
         "total": done.flops,

@@ -1,4 +1,4 @@
-"""Which mesh a model and its batch get on a pod, where the user does not say. This file must never compile anything."""
+"""Choice of a mesh that suits a model and its batch on a pod, if the user names none."""
 
 import math
 from dataclasses import dataclass
@@ -11,29 +11,29 @@ MOST_EXPERT_WAYS = 8
 
 @dataclass(frozen=True)
 class MeshFlags:
-    """Devices along each axis of the mesh; -1 on one of them takes all that are left. A mesh that suits model, batch
-    and topology when none is given."""
+    """Devices along each axis of the mesh; -1 on one of them takes all that are left. If none is given, a mesh is
+    chosen that suits model, batch and topology."""
 
     data: int | None = None
-    """Copies of parameters and optimizer."""
+    """Number of copies of parameters and optimizer."""
     fsdp: int | None = None
-    """Rows, parameters and optimizer are split."""
+    """Devices that split rows, parameters and optimizer."""
     expert: int | None = None
-    """Experts and rows are split."""
+    """Devices that split experts and rows."""
     tensor: int | None = None
-    """Heads, the experts' hidden layer and the vocabulary are split."""
+    """Devices that split heads, the experts' hidden layer and the vocabulary."""
     context: int | None = None
-    """The tokens of a row are split."""
+    """Devices that split the tokens of a row."""
     rules: tuple[str, ...] = ()
-    """Changes to where parameters lie, as embed=fsdp (`rspo_jax.sharding.MeshConfig.rules`)."""
+    """Changes to the table of sharding rules, as embed=fsdp (`rspo_jax.sharding.MeshConfig.rules`)."""
 
     def config(self, model: models.TransformerConfig, devices: int, rows: int) -> MeshConfig:
-        """The mesh as given, or one that suits.
+        """Return the mesh as given, or one that suits.
 
         Args:
-          model: what runs on it.
-          devices: of the pod.
-          rows: of a micro-batch.
+          model: the model that runs on it.
+          devices: number of devices of the pod.
+          rows: number of rows of a micro-batch.
 
         Raises:
           ValueError: if the sizes are not possible, or no mesh suits.
@@ -45,7 +45,7 @@ class MeshFlags:
 
 
 def suitable_sizes(model: models.TransformerConfig, devices: int, rows: int) -> dict[str, int]:
-    """Rows are split as far as they go, over `expert` first and then `fsdp`; the devices left split tokens.
+    """Choose a mesh: rows are split as far as they go, over `expert` and then `fsdp`; the devices left split tokens.
 
     Raises:
       ValueError: if no such mesh exists.

@@ -1,8 +1,8 @@
-"""The FLOPs that a model's arithmetic needs, counted from its sizes: what a compiled program's FLOPs are held against.
+"""FLOPs that a model's arithmetic needs, counted from its sizes, for comparison with those of a compiled program.
 
 A multiplication and an addition are two. Matrix products and attention count; norms, softmaxes and routing by
 comparison do not. A training step is three forward passes, the usual convention (Chowdhery et al., "PaLM", 2022,
-appendix B); what the backward pass computes again comes on top. This file must never know a compiler.
+appendix B); recomputation in the backward pass comes on top.
 """
 
 from typing import NamedTuple
@@ -10,23 +10,23 @@ from typing import NamedTuple
 import jax
 
 import models
-from experiments.pod.programs import DECODE, PREFILL, SCORE, UPDATE, Setting
+from experiments.pod.programs import DECODE, PREFILL, SCORE, UPDATE, ProgramName, Setting
 
 
 class Parameters(NamedTuple):
-    """Numbers of a model."""
+    """Numbers of a model's parameters."""
 
     total: int
     active: int
-    """Of those, in matrix products of one token: K experts of each layer, without embedding, norms and biases."""
+    """Those in matrix products of one token: K experts of each layer, without embedding, norms and biases."""
 
 
 NO_PRODUCT = ("embedding", "scale", "sinks")
-"""Names of parameters that no matrix product has; biases aside."""
+"""Names of the parameters, besides biases, that are in no matrix product."""
 
 
 def count_parameters(c: models.TransformerConfig) -> Parameters:
-    """Counts from the shapes of the parameters."""
+    """Count a model's parameters by their shapes."""
     shapes = jax.eval_shape(lambda: models.init_params(c, jax.random.key(0)))
     total, active = 0, c.hidden_size * c.vocab_size if c.tie_embeddings else 0
     for path, leaf in jax.tree.leaves_with_path(shapes):
@@ -40,16 +40,16 @@ def count_parameters(c: models.TransformerConfig) -> Parameters:
 
 
 class ModelFlops(NamedTuple):
-    """Of a whole program, over all devices."""
+    """FLOPs of a whole program, over all devices."""
 
     needed: float
-    """A forward pass, or three for an update."""
+    """FLOPs of a forward pass, or of three for an update."""
     with_remat: float
-    """With what the backward pass computes again: with `remat="full"` one more forward pass."""
+    """FLOPs with the backward pass's recomputation: with `remat="full"`, one more forward pass."""
 
 
-def model_flops(program: str, setting: Setting) -> ModelFlops:
-    """FLOPs of one of the programs, every row one sequence that fills it."""
+def model_flops(program: ProgramName, setting: Setting) -> ModelFlops:
+    """Count the FLOPs of one of the programs, with every row filled by one sequence."""
     c = setting.model
     rows, tokens = setting.batch, setting.row_length
     head = 2 * c.hidden_size * c.vocab_size
@@ -63,13 +63,13 @@ def model_flops(program: str, setting: Setting) -> ModelFlops:
     assert program in (SCORE, UPDATE)
     if program == SCORE:
         return ModelFlops(forward, forward)
-    # The head's logits are made again whatever `remat` says (`rspo_jax.head_log_probs`).
+    # The head's logits are computed again whatever `remat` is (`rspo_jax.head_log_probs`).
     again = forward if c.remat == "full" else float(rows * tokens * head)
     return ModelFlops(3 * forward, 3 * forward + again)
 
 
 def _attention(c: models.TransformerConfig, first: int, end: int) -> int:
-    """Logits and values of the tokens from `first` to before `end`, over all layers."""
+    """Return the FLOPs of attention logits and values for the tokens from `first` to before `end`, over all layers."""
     of_values = c.head_dim if c.latent is None else c.latent.value_dim
     sliding = len(c.sliding_layers)
     seen = (c.num_layers - sliding) * _seen(first, end) + sliding * _seen(first, end, c.sliding_window)
@@ -77,6 +77,6 @@ def _attention(c: models.TransformerConfig, first: int, end: int) -> int:
 
 
 def _seen(first: int, end: int, window: int | None = None) -> int:
-    """How many tokens all of these see together, themselves included."""
-    full = end if window is None else min(max(window, first), end)  # those before see all
+    """Return the number of pairs of a token from `first` to before `end` and a token that it sees, itself included."""
+    full = end if window is None else min(max(window, first), end)  # tokens before it see all earlier ones
     return (full * (full + 1) - first * (first + 1)) // 2 + (end - full) * (window or 0)

@@ -1,13 +1,12 @@
 """The four programs of a step on a pod that need not exist: score, update, prefill and decode, on arrays without data.
 
-They are the library's own functions, on the shapes and shardings that a training run gives them. This file must never
-know what a compiler says of them.
+They are the library's own functions, on the shapes and shardings that a training run gives them.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,9 @@ from rspo_jax.training import (
 )
 from rspo_jax.types import Array, PackedBatch, PackedRows, Params, RouterTrace, ScoredBatch
 
-SCORE, UPDATE, PREFILL, DECODE = "score", "update", "prefill", "decode"
-PROGRAMS = (SCORE, UPDATE, PREFILL, DECODE)
+ProgramName = Literal["score", "update", "prefill", "decode"]
+PROGRAMS: tuple[ProgramName, ...] = get_args(ProgramName)
+SCORE, UPDATE, PREFILL, DECODE = PROGRAMS
 OPTIMIZER = OptimizerConfig(learning_rate=1e-6)
 
 
@@ -39,17 +39,17 @@ class Setting:
     model: models.TransformerConfig
     mesh: MeshConfig
     batch: int
-    """Responses, and rows that they fill."""
+    """Number of responses, each of which fills a row."""
     row_length: int
-    """Tokens of a row: prompt and response."""
+    """Tokens of a row, prompt and response together."""
     prompt_length: int
     micro_batches: int = 1
 
     def check(self, mesh: Mapping[str, int]) -> None:
-        """Refuses a mesh that does not divide the batch.
+        """Refuse a mesh that does not divide the batch.
 
         Raises:
-          ValueError: with the sizes and the way out.
+          ValueError: naming the sizes and the way out.
         """
         rows, ways = self.part, math.prod(mesh[axis] for axis in RULES["rows"])
         if rows % ways:
@@ -74,25 +74,24 @@ class Setting:
 
 
 def uses_route(objective: str) -> bool:
+    """Return whether an objective's update takes the old route, which scoring then keeps."""
     return OBJECTIVES[objective].uses_router_shift()
 
 
-def lower(program: str, setting: Setting, objective: str, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """One of `PROGRAMS`, lowered for a mesh of devices that need not exist.
-
-    An objective that uses γ is given the old route, and its scoring pass keeps one; for the others there is none.
+def lower(program: ProgramName, setting: Setting, objective: str, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """Lower one of `PROGRAMS` for a mesh of devices that need not exist.
 
     Raises:
-      ValueError: if the mesh does not divide something, with its name.
+      ValueError: if the mesh does not divide an array, naming it.
     """
     return _LOWER[program](setting, objective, mesh)
 
 
 def check(setting: Setting, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a mesh that does not divide the batch or the model, before anything is compiled.
+    """Refuse a mesh that does not divide the batch or the model, before anything is compiled.
 
     Raises:
-      ValueError: with the name of what it does not divide.
+      ValueError: naming the array that it does not divide.
     """
     setting.check(dict(mesh.shape))
     state_shapes(setting, mesh)
@@ -107,14 +106,14 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def state_shapes(setting: Setting, mesh: jax.sharding.Mesh) -> TrainState:
-    """A training state without data, each array with its sharding."""
+    """Return a training state without data, each array with its sharding."""
     state = jax.eval_shape(lambda: init_train_state(models.init_params(setting.model, jax.random.key(0)), OPTIMIZER))
     rules = setting.mesh.parameter_rules
     return _with_shardings(state, train_state_shardings(setting.policy, OPTIMIZER, state, mesh, rules))
 
 
 def sampling_shapes(setting: Setting, mesh: jax.sharding.Mesh) -> Params:
-    """Parameters as the sampler has them: in the dtypes that it reads, gathered once for all tokens."""
+    """Return the sampler's parameters without data: in the dtypes that it reads, gathered once for all tokens."""
     policy = setting.policy
     params = jax.eval_shape(lambda: policy.cast_params(models.init_params(setting.model, jax.random.key(0))))
     rules = setting.mesh.sampling_rules
@@ -122,7 +121,7 @@ def sampling_shapes(setting: Setting, mesh: jax.sharding.Mesh) -> Params:
 
 
 def batch_shapes(setting: Setting, mesh: jax.sharding.Mesh) -> ScoredBatch:
-    """The parts of a mini-batch without data, every row full, where packing and scoring leave them."""
+    """Return the parts of a mini-batch without data, every row full, sharded as packing and scoring leave them."""
     parts, rows, tokens = setting.micro_batches, setting.part, setting.row_length
     responses = tokens - setting.prompt_length + 1  # the last token is only ever a target
     c = setting.model
@@ -203,7 +202,7 @@ def _lower_decode(setting: Setting, objective: str, mesh: jax.sharding.Mesh) -> 
         return jax.jit(run_decode, donate_argnames="cache").lower(params, cache, tokens, tokens)
 
 
-_LOWER: dict[str, Callable[[Setting, str, jax.sharding.Mesh], jax.stages.Lowered]] = {
+_LOWER: dict[ProgramName, Callable[[Setting, str, jax.sharding.Mesh], jax.stages.Lowered]] = {
     SCORE: _lower_score,
     UPDATE: _lower_update,
     PREFILL: _lower_prefill,

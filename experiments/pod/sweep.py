@@ -1,39 +1,36 @@
-"""How a program's work a chip changes with the size of the pod: which sizes there are, and the picture.
-
-This file must never compile anything.
-"""
+"""Growth of a program's work per chip with the size of the pod: the batches of a sweep, its points and its picture."""
 
 import io
-import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.compilers.chips import GIBIBYTE
+from experiments.reporting.curves import BLUE, GREY, RED
 from rspo_jax.records import replace_file
 
-FIXED_PER_CHIP, FIXED_TOTAL = "fixed-work-a-chip", "fixed-total-work"
-# Told apart by people with any kind of colour vision (Okabe and Ito, "Color universal design", 2008).
-_COLOURS = {FIXED_PER_CHIP: "#0072B2", FIXED_TOTAL: "#D55E00"}
-_GREY = "#8A8A8A"
-_PANELS = (("TFLOP a chip", "flops"), ("GB received a chip", "moved"), ("GiB of HBM a chip", "peak"))
+SweepMode = Literal["fixed-work-a-chip", "fixed-total-work"]
+FIXED_PER_CHIP, FIXED_TOTAL = get_args(SweepMode)
+_COLOURS = {FIXED_PER_CHIP: BLUE, FIXED_TOTAL: RED}
+_PANELS = (
+    ("TFLOP a chip", "flops", 1e12),
+    ("GB received a chip", "moved", 1e9),
+    ("GiB of HBM a chip", "peak", GIBIBYTE),
+)
+"""Title, key of a point, and unit of each panel."""
 
 
-def chips_of(topology: str) -> int:
-    """Chips of a topology such as "v5p:4x4x4"."""
-    return math.prod(int(size) for size in topology.partition(":")[2].split("x"))
-
-
-def batch_for(mode: str, batch: int, chips: int, base_chips: int) -> int:
-    """Responses of a batch on a pod of `chips`, where `base_chips` have `batch`."""
+def batch_for(mode: SweepMode, batch: int, chips: int, base_chips: int) -> int:
+    """Return the responses of a batch on a pod of `chips`, if a pod of `base_chips` has `batch`."""
     return batch * chips // base_chips if mode == FIXED_PER_CHIP else batch
 
 
-def point(mode: str, report: dict[str, Any], chips: int) -> dict[str, Any]:
-    """What the picture shows of one report with one program."""
+def point(mode: SweepMode, report: dict[str, Any], chips: int) -> dict[str, Any]:
+    """Return the figures of one chip that the picture shows, from a report with one program."""
     figures = report["programs"][0]
     found = {
         "mode": mode,
@@ -59,19 +56,18 @@ def point(mode: str, report: dict[str, Any], chips: int) -> dict[str, Any]:
 
 
 def draw(points: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Three panels over the chips of a pod: FLOPs, received bytes and HBM a chip; a line for each mode."""
+    """Draw FLOPs, received bytes and HBM a chip over the chips of a pod, in three panels with a line for each mode."""
     figure = Figure(figsize=(14, 4.6), dpi=110, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    for axes, (label, key) in zip(figure.subplots(1, 3), _PANELS, strict=True):
-        _draw_panel(axes, [found for found in points if not found["error"]], label, key)
+    for axes, panel in zip(figure.subplots(1, 3), _PANELS, strict=True):
+        _draw_panel(axes, [found for found in points if not found["error"]], *panel)
     picture = io.BytesIO()
     canvas.print_png(picture)
     replace_file(path, picture.getvalue())
 
 
-def _draw_panel(axes: Axes, points: list[dict[str, Any]], label: str, key: str) -> None:
-    unit = {"flops": 1e12, "moved": 1e9, "peak": 2**30}[key]
+def _draw_panel(axes: Axes, points: list[dict[str, Any]], label: str, key: str, unit: float) -> None:
     for mode, colour in _COLOURS.items():
         of_mode = [found for found in points if found["mode"] == mode]
         axes.plot([p["chips"] for p in of_mode], [p[key] / unit for p in of_mode], "-o", color=colour, label=mode)
@@ -86,7 +82,7 @@ def _draw_panel(axes: Axes, points: list[dict[str, Any]], label: str, key: str) 
                 linewidth=1,
             )
     if key == "peak" and points:
-        axes.axhline(points[0]["hbm"] / unit, color=_GREY, linestyle="--", linewidth=1, label="a chip has")
+        axes.axhline(points[0]["hbm"] / unit, color=GREY, linestyle="--", linewidth=1, label="a chip has")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
     axes.set_xticks(sorted({found["chips"] for found in points}))

@@ -1,13 +1,13 @@
-"""Tables of what the compiler says of a pod's programs, from plain figures. This file must never compile anything."""
+"""Tables of the TPU compiler's figures of a pod's programs."""
 
 from typing import Any
 
 import rich.console
 import rich.table
 
+from experiments.compilers.chips import GIBIBYTE, MEBIBYTE
 from experiments.pod.advice import missing_bytes
 
-GIBIBYTE, MEBIBYTE = 2**30, 2**20
 _MEMORY = (
     ("parameters", "parameters"),
     ("optimizer", "optimizer"),
@@ -17,21 +17,24 @@ _MEMORY = (
     ("peak", "peak"),
 )
 BASELINE = "gmpo"
-"""What RSPO is compared with: the same loss without the router shift."""
+"""The objective that the others are compared with: RSPO's loss without the router shift."""
 
 
 def name_of(figures: dict[str, Any]) -> str:
-    """A program in a few words."""
+    """Return a program's name."""
     objective = f" {figures['objective']}" if figures["program"] in ("score", "update") else ""
     return f"{figures['program']}{objective}, {figures['layers']} layers"
 
 
 def show(console: rich.console.Console, report: dict[str, Any]) -> None:
-    """All tables of a report: memory, arithmetic, what moves, and comparisons where there is something to compare."""
+    """Print all tables of a report: memory, arithmetic, collectives, and comparisons of objectives and depths."""
     done = [figures for figures in report["programs"] if not figures["error"]]
     console.print(_memory_table(report, done))
     console.print(_work_table(report, done))
-    for figures in _without_repeats(done):
+    # Collectives of one program of each kind, the deepest: the others move much the same, and the JSON has all.
+    deepest = {figures["program"]: figures["layers"] for figures in done}
+    of_kind = {f["program"]: f for f in reversed(done) if f["layers"] == deepest[f["program"]]}
+    for figures in reversed(of_kind.values()):
         console.print(_collectives_table(figures))
     for figures in report["programs"]:
         if figures["error"]:
@@ -90,13 +93,6 @@ def _work_table(report: dict[str, Any], programs: list[dict[str, Any]]) -> rich.
     return table
 
 
-def _without_repeats(programs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One of each kind, the deepest: the others move much the same, and the JSON has all."""
-    deepest = {figures["program"]: figures["layers"] for figures in programs}
-    kinds = {f["program"]: f for f in reversed(programs) if f["layers"] == deepest[f["program"]]}
-    return list(kinds.values())[::-1]
-
-
 def _collectives_table(figures: dict[str, Any]) -> rich.table.Table:
     table = _table(
         f"What a device receives · {name_of(figures)}", ("collective", "over", "GB", "largest", "GB", "times")
@@ -114,7 +110,7 @@ def _collectives_table(figures: dict[str, Any]) -> rich.table.Table:
 
 
 def show_fit(console: rich.console.Console, report: dict[str, Any]) -> None:
-    """One line for each program that does not fit, and what would help."""
+    """Print a line for each program that does not fit, with advice and its largest buffers."""
     for figures in report["programs"]:
         if figures["fits"] or figures["error"]:
             continue
@@ -134,7 +130,7 @@ def show_fit(console: rich.console.Console, report: dict[str, Any]) -> None:
 
 
 def compare(programs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each objective's program has more than that of `BASELINE`, in percent of it; none where that is missing."""
+    """Return the excess of each program over that of `BASELINE`, in percent; none if that is missing."""
     done = [figures for figures in programs if not figures["error"]]
     base = {(f["program"], f["layers"]): f for f in done if f["objective"] == BASELINE}
     rows = []
@@ -164,7 +160,7 @@ def _percent(value: float | None, base: float | None) -> float | None:
 
 
 def show_comparison(console: rich.console.Console, report: dict[str, Any]) -> None:
-    """A table of `compare`."""
+    """Print the comparison of objectives, as made by `compare`."""
     rows = report["comparison"]
     if not rows:
         return
@@ -178,7 +174,7 @@ def show_comparison(console: rich.console.Console, report: dict[str, Any]) -> No
 
 
 def show_depths(console: rich.console.Console, programs: list[dict[str, Any]]) -> None:
-    """How compile time grows from the smallest depth to the largest."""
+    """Print the ratio of compile times at the largest depth to those at the smallest."""
     depths = sorted({figures["layers"] for figures in programs})
     if len(depths) < 2:
         return
@@ -193,9 +189,9 @@ def show_depths(console: rich.console.Console, programs: list[dict[str, Any]]) -
 
 
 NOTES = (
-    "Activations: all temporaries, with gradients and workspaces. FLOPs: every loop's body as often as it runs; "
+    "Activations: all temporaries, gradients and workspaces included. FLOPs: every loop's body as often as it runs; "
     "kernels as they declare them, with the empty places that the exchange between experts leaves. Model: matrix "
-    "products and attention, three forward passes for an update; with remat, four. Moved: what a device receives. "
-    "G cycles: the compiler's estimate, loops multiplied, without kernels and collectives. Optimal: the compiler's, "
-    "loops once. A loop whose turns depend on the routing counts once, as when it is even."
+    "products and attention, three forward passes for an update; with remat, four. Moved: bytes that a device "
+    "receives. G cycles: the compiler's estimate, loops multiplied, without kernels and collectives. Optimal: the "
+    "compiler's estimate, loops once. A loop whose turns depend on the routing counts once, as if the loads were even."
 )

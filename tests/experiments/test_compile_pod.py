@@ -1,5 +1,5 @@
-"""The command that compiles for a pod: what it refuses, which mesh it chooses, what it advises, and, where the TPU
-compiler is installed, a whole run at small sizes."""
+"""The command that compiles for a pod: its refusals, the mesh that it chooses, its advice, and, if the TPU compiler is
+installed, a whole run at small sizes."""
 
 import importlib.util
 import io
@@ -15,12 +15,12 @@ import rich.console
 
 from experiments import compile_pod
 from experiments.bench.presets import MODELS
-from experiments.pod import sweep
-from experiments.pod import tables as report
+from experiments.compilers.chips import TPUS
+from experiments.pod import sweep, tables
 from experiments.pod.advice import advise, micro_batches, missing_bytes
-from experiments.pod.chips import CHIPS, chip_of, pods_of
 from experiments.pod.meshes import MeshFlags, suitable_sizes
 from experiments.pod.programs import Setting
+from experiments.pod.topologies import chip_of, count_chips, pods_of
 from rspo_jax.sharding import MeshConfig
 
 QWEN = MODELS["qwen3-30b-a3b"]
@@ -96,8 +96,8 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 
 
 def test_pods_double():
-    for generation in CHIPS:
-        chips = [sweep.chips_of(pod) for pod in pods_of(generation)]
+    for generation in TPUS:
+        chips = [count_chips(pod) for pod in pods_of(generation)]
         assert chips == [16 << i for i in range(len(chips))] and chips[-1] >= 256
     assert pods_of("v5p", 64, 128) == ["v5p:4x4x4", "v5p:4x4x8"]
     assert chip_of("tpu7x:4x4x4").hbm_bytes * chip_of("tpu7x:4x4x4").devices == 192 * 2**30
@@ -176,7 +176,7 @@ def test_no_smaller_parts_than_the_mesh_has():
 
 def test_objectives_are_compared_with_gmpo():
     baseline = figures(objective="gmpo", peak=100)
-    rows = report.compare([figures(peak=101), baseline, figures("decode")])
+    rows = tables.compare([figures(peak=101), baseline, figures("decode")])
     assert [(row["program"], row["objective"]) for row in rows] == [("update", "rspo")]
     assert rows[0]["peak_percent"] == pytest.approx(1) and rows[0]["hbm_percent"] == pytest.approx(100 / 95)
     assert rows[0]["flops_percent"] == 0 and rows[0]["route_bytes"] == 2**30
@@ -187,7 +187,7 @@ def test_the_report_shows_what_does_not_fit_and_what_does_not_compile():
     console = rich.console.Console(width=180, record=True, file=io.StringIO())
     rows = [figures(), figures(objective="gmpo"), figures(layers=4), figures("decode", fits=False, error="RET_CHECK")]
     head = {"model": "m", "topology": "v5p:4x4x4", "devices": 64, "mesh": MESH}
-    report.show(console, head | {"programs": rows, "comparison": report.compare(rows)})
+    tables.show(console, head | {"programs": rows, "comparison": tables.compare(rows)})
     text = console.export_text()
     for part in ("25.00 more than there is", "would help: something", "decode, 48 layers does not compile: RET_CHECK"):
         assert part in text

@@ -1,27 +1,43 @@
-"""The benchmark of the diagnostics on a tiny model: both of its programs make the same update. Takes two compiles of a
-whole step, so it is left out by default."""
+"""The benchmark of the diagnostics on a tiny model: its table, and that both of its programs make the same update.
+
+The compilation of two whole updates takes long, so most of it is left out by default.
+"""
+
+import contextlib
+import io
 
 import jax
 import numpy as np
 import pytest
 
 from experiments.bench import diagnostics as bench
-from experiments.bench.step_programs import StepSettings, make_inputs
 
 TINY = ("--rows", "2", "--row-length", "16", "--layers", "2", "--hidden-size", "16", "--experts", "4")
 TINY += ("--experts-per-token", "2", "--expert-size", "8", "--vocab-size", "16")
 
 
+@pytest.fixture(scope="module")
+def run():
+    """One run of the command: its output, the inputs that it made, and diagnostics -> the program that it timed."""
+    made, programs, output = [], {}, io.StringIO()
+    make_inputs, compile_update = bench.make_inputs, bench.compile_update
+
+    def compile_and_keep(inputs, diagnostics):
+        programs[diagnostics] = compile_update(inputs, diagnostics)
+        return programs[diagnostics]
+
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(output):
+        monkeypatch.setattr(bench, "make_inputs", lambda *settings: made.append(make_inputs(*settings)) or made[-1])
+        monkeypatch.setattr(bench, "compile_update", compile_and_keep)
+        with jax.numpy_dtype_promotion("standard"):  # Optax promotes
+            assert bench.main([*TINY, "--repeats", "2"]) == 0
+    return output.getvalue(), made[0], programs
+
+
 @pytest.mark.slow
-def test_diagnostics_leave_the_update_as_it_is():
-    settings = StepSettings(
-        rows=2, row_length=16, layers=(2,), hidden_size=16, experts=4, experts_per_token=2, expert_size=8, vocab_size=16
-    )
-    inputs = make_inputs(settings.configs()[0], settings, seed=0)
-    with jax.numpy_dtype_promotion("standard"):  # Optax promotes
-        plain, watched = (
-            bench.follow(bench.compile_update(inputs, diagnostics), inputs)() for diagnostics in (False, True)
-        )
+def test_diagnostics_leave_the_update_as_it_is(run):
+    _, inputs, programs = run
+    plain, watched = (bench.follow_updates(programs[kind], inputs.state, inputs.scored)() for kind in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain[0], watched[0])
     assert plain[1].keys() < watched[1].keys()
     for name, value in plain[1].items():
@@ -34,10 +50,8 @@ def test_diagnostics_leave_the_update_as_it_is():
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_table(capsys):
-    with jax.numpy_dtype_promotion("standard"):  # Optax promotes
-        assert bench.main([*TINY, "--repeats", "2"]) == 0
-    assert "without, again" in capsys.readouterr().out
+def test_the_command_prints_a_table(run):
+    assert "without, again" in run[0]
 
 
 def test_mistakes_are_told_in_a_sentence(capsys):

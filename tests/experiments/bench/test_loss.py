@@ -1,5 +1,5 @@
-"""The loss benchmark, by its command on tiny shapes: what it reports, what it refuses, and that the programs that it
-times compute the loss. Nothing here looks at how long anything takes."""
+"""The loss benchmark, by its command on tiny shapes: its report, its refusals, and that the timed programs compute the
+loss. No test looks at how long anything takes."""
 
 import importlib.util
 import json
@@ -9,17 +9,14 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
-import scipy.stats
 from support import oracles
 
 import models
 from experiments.bench import loss as bench_loss
 from experiments.bench import loss_programs as programs
 from experiments.bench import loss_tables as tables
-from experiments.bench import measure
 from experiments.bench import step_programs as step
-from experiments.compilers import tpu
-from rspo_jax.statistics import reduce
+from experiments.compilers.costs import Costs
 
 pytestmark = pytest.mark.slow  # they compile many programs
 
@@ -29,11 +26,11 @@ TINY_STEP = ["--rows", "4", "--row-length", "16", "--layers", "2", "--hidden-siz
 TINY_STEP += ["--experts-per-token", "2", "--expert-size", "8", "--vocab-size", "16"]
 
 
-def program_of(name="ours", library="rspo_jax", shift=False, returns="loss", value=1.0, gradient=(1.0, 2.0)):
+def candidate_of(name="ours", library="rspo_jax", shift=False, returns="loss", value=1.0, gradient=(1.0, 2.0)):
     def result():
         return np.float32(value), None if gradient is None else np.asarray(gradient, np.float32)
 
-    return programs.Program(library, name, shift, returns, result, 0.0, None, result)
+    return programs.Candidate(library, name, shift, returns, result, 0.0, None, result)
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +129,12 @@ def test_router_level_and_bfloat16(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def step_run(tmp_path_factory):
-    """One run at the level "step", of a tiny model: its report, and the programs that it timed."""
+    """One run at the level "step", of a tiny model: its report, and the candidates that it timed."""
     output, timed = tmp_path_factory.mktemp("bench"), []
     flags = ["--level", "step", "--objectives", "rspo", "gmpo", "--repeats", "2", "--output", str(output), *TINY_STEP]
     with pytest.MonkeyPatch.context() as monkeypatch, jax.numpy_dtype_promotion("standard"):  # Optax needs it
-        make = step.timed_programs
-        monkeypatch.setattr(step, "timed_programs", lambda *arguments: timed.append(make(*arguments)) or timed[-1])
+        make = step.timed_candidates
+        monkeypatch.setattr(step, "timed_candidates", lambda *arguments: timed.append(make(*arguments)) or timed[-1])
         assert bench_loss.main(flags) == 0
     assert (output / "bench_loss.png").is_file()
     return json.loads((output / "bench_loss.json").read_text()), timed
@@ -179,16 +176,15 @@ def test_a_whole_step_is_timed_with_and_without_the_route(step_run):
 
 def test_the_timed_updates_are_those_of_their_objectives(step_run):
     _, ((rspo, gmpo, _), _) = step_run
-    for program, shifts in ((rspo, True), (gmpo, False)):
-        state, statistics = program.call()
+    for candidate, shifts in ((rspo, True), (gmpo, False)):
+        state, statistics = candidate.call()
         updates = int(state.updates)
-        state, _ = program.call()  # a donated state is followed, not used twice
+        state, _ = candidate.call()  # a donated state is followed, not used twice
         assert int(state.updates) == updates + 1 > 5
-        statistics = reduce(statistics)
-        assert float(statistics["skipped_updates"]) == 0
+        assert float(statistics["skipped_updates"].reduce()) == 0
         assert ("gamma_mean" in statistics) == shifts
         if shifts:
-            assert 0 < float(statistics["gamma_mean"]) < 1
+            assert 0 < float(statistics["gamma_mean"].reduce()) < 1
 
 
 def test_the_batch_of_a_step_has_no_places_in_vain():
@@ -207,8 +203,8 @@ def test_scoring_is_compared_by_whether_it_keeps_a_route():
 
 
 def test_depths_are_a_line():
-    low, high = ({name: value for name in measure.Analysis.__annotations__} for value in (7.0, 13.0))
-    slope, rest = tables._line([low, high], (2, 4))
+    low, high = ({name: value for name in Costs.__annotations__} for value in (7.0, 13.0))
+    slope, rest = tables.line_through([low, high], (2, 4))
     assert set(slope.values()) == {3.0} and set(rest.values()) == {1.0}
 
 
@@ -226,7 +222,7 @@ def test_what_is_timed_is_the_loss_and_its_gradient(name):
     arrays = programs.make_arrays(programs.Shape.parse(SHAPE), "arrays", "float32", 0)
     shift = name in oracles.USES_ROUTER_SHIFT
     loss = programs.our_loss(name, shift, "loss")
-    program = programs.jax_program("rspo_jax", name, shift, "loss", loss, "forward + backward", arrays)
+    program = programs.jax_candidate("rspo_jax", name, shift, "loss", loss, "forward + backward", arrays)
     value, gradient = program.result()
     batch = oracles.Batch(*(np.asarray(array) for array in arrays[:5]))
     np.testing.assert_allclose(value, oracles.loss(name, batch), rtol=1e-5)
@@ -241,60 +237,19 @@ def test_the_arrays_reach_the_clip_and_the_floor():
     assert mask[:, 0].all() and (mask.sum(-1) >= 16).all() and not mask.all()
 
 
-def test_roofline_by_hand():
-    peak = measure.Peak(flops_per_second=2e12, bytes_per_second=5e11, source="")
-    assert measure.roofline(4e12, 5e11, peak) == (2.0, "compute")
-    assert measure.roofline(1e12, 2e12, peak) == (4.0, "memory")
-    assert measure.roofline(0, 1e9, peak) == (0.002, "memory")
-
-
-def test_peaks_come_from_the_table_or_a_measurement_or_not_at_all():
-    assert measure.peak_of("TPU7x", "tpu", 1).flops_per_second * 2 == 2.307e15
-    assert measure.peak_of("a device of the future", "tpu", 1) is None
-    cpu = measure.peak_of("cpu", "cpu", 1000)
-    assert math.isfinite(cpu.flops_per_second) and cpu.flops_per_second > 0 and cpu.bytes_per_second > 0
-    assert measure.peak_of("cpu", "cpu", 2000) == cpu  # measured once for working sets of like size
-
-
-def test_ratios_are_taken_turn_by_turn():
-    # The machine was four times slower in the second turn; the ratios do not see it.
-    assert measure.paired_ratios([2.0, 8.0, 2.0], [1.0, 4.0, 1.0]) == (2.0, 2.0, 2.0)
-    assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
-
-
-@pytest.mark.parametrize("count", [6, 7, 20, 101, 150])
-def test_the_interval_of_a_median_is_that_of_the_sign_test(count):
-    values = np.random.default_rng(count).lognormal(size=count)
-    expected = scipy.stats.quantile_test(values, q=1.0, p=0.5).confidence_interval(0.95)
-    assert measure.median_interval(list(values)) == (expected.low, expected.high)
-
-
-def test_few_values_have_no_interval():
-    assert measure.median_interval([1.0, 2.0, 3.0, 4.0, 5.0]) is None
-
-
-def test_calls_take_turns_and_the_second_of_two_counts(monkeypatch):
-    log, clock = [], iter(range(100))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: log.append("clock") or next(clock))
-    monkeypatch.setattr(measure.time, "sleep", lambda _: None)
-    seconds = measure.interleaved_seconds({"a": lambda: log.append("a"), "b": lambda: log.append("b")}, 2)
-    turn = ["a", "clock", "a", "clock", "b", "clock", "b", "clock"]
-    assert log == 2 * turn and seconds == {"a": [1, 1], "b": [1, 1]}
-
-
 def test_a_rival_is_compared_with_the_same_loss_of_ours():
-    metrics = program_of("rspo", shift=True, returns="loss + metrics")
-    with_gamma, without = program_of("rspo", shift=True), program_of("rspo")
-    ours = [metrics, without, with_gamma, program_of("gmpo", shift=True)]
-    assert bench_loss.counterpart(program_of("rspo", "torch eager", shift=True), ours) is with_gamma
-    assert bench_loss.counterpart(program_of("rspo", "torch eager"), ours) is without
-    assert bench_loss.counterpart(program_of("grpo", "tunix"), ours) is None
+    metrics = candidate_of("rspo", shift=True, returns="loss + metrics")
+    with_gamma, without = candidate_of("rspo", shift=True), candidate_of("rspo")
+    ours = [metrics, without, with_gamma, candidate_of("gmpo", shift=True)]
+    assert bench_loss.counterpart(candidate_of("rspo", "torch eager", shift=True), ours) is with_gamma
+    assert bench_loss.counterpart(candidate_of("rspo", "torch eager"), ours) is without
+    assert bench_loss.counterpart(candidate_of("grpo", "tunix"), ours) is None
     assert bench_loss.counterpart(with_gamma, ours) is None
 
 
 def test_agreement_is_measured():
-    rival = program_of(library="tunix", value=1.000001, gradient=(1.0, 2.00001))
-    differences = bench_loss.check_agreement(rival, program_of(), "arrays", "float32")
+    rival = candidate_of(library="tunix", value=1.000001, gradient=(1.0, 2.00001))
+    differences = bench_loss.check_agreement(rival, candidate_of(), "arrays", "float32")
     assert differences == {"loss": pytest.approx(1e-6, rel=0.1), "gradient": pytest.approx(5e-6, rel=0.1)}
     assert bench_loss.check_agreement(rival, None, "arrays", "float32") is None
 
@@ -305,7 +260,7 @@ def test_agreement_is_measured():
 )
 def test_a_rival_that_computes_something_else_is_not_timed(change, what):
     with pytest.raises(bench_loss.Disagreement, match=f"the {what} differs"):
-        bench_loss.check_agreement(program_of(library="tunix", **change), program_of(), "arrays", "float32")
+        bench_loss.check_agreement(candidate_of(library="tunix", **change), candidate_of(), "arrays", "float32")
 
 
 @pytest.mark.parametrize(
@@ -350,20 +305,6 @@ def test_a_missing_package_is_named(flags, module, package, capsys, monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == module else find_spec(name))
     assert bench_loss.main(flags) == 2
     assert f"pip install {package}\n" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("axes", "filled"),
-    [({"data": -1}, {"data": 8}), ({"data": 2, "expert": -1}, {"data": 2, "expert": 4}), ({"data": 8}, {"data": 8})],
-)
-def test_the_free_axis_of_a_topology_takes_what_is_left(axes, filled):
-    assert tpu.fill_in(axes, 8, "v5p:2x2x2") == filled
-
-
-@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 3, "expert": -1}, {"data": -1, "expert": -1}, {"data": 0}])
-def test_axes_that_do_not_fit_a_topology_are_refused(axes):
-    with pytest.raises(ValueError, match="must multiply to the 8 devices of v5p:2x2x2"):
-        tpu.fill_in(axes, 8, "v5p:2x2x2")
 
 
 def rival_rows(rival, tmp_path, *more):

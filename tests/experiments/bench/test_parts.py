@@ -1,5 +1,5 @@
-"""What the compilers of TPUs and GPUs are asked, at sizes that they answer in seconds, and the word where they are
-missing. Runs nothing on either."""
+"""The parts of a step at sizes that the compilers of TPUs and GPUs answer in seconds, and the message if these are
+missing. Nothing runs on either."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_said_in_a_sentence(monkeypatch, capsys):
     ("name", "capability", "cores"), [("a100", "major: 8 minor: 0", 108), ("h200", "major: 9 minor: 0", 132)]
 )
 def test_the_compiler_is_told_of_the_chip(name, capability, cores):
-    target = gpu.target_of(gpu.CHIPS[name])
+    target = gpu.target_config(gpu.TARGETS[name])
     assert capability in target and f"core_count: {cores} " in target
     assert ("ACCELERATED_FEATURES" in target) == (name == "h200")
     assert target.count("{") == target.count("}") == 4

@@ -1,4 +1,6 @@
-"""The benchmark of refilled slots on a small case: what it prints and what it refuses."""
+"""The benchmark of refilled slots on a small case: its table, its refusals, and that slots do not change responses."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -7,20 +9,19 @@ from experiments.bench import refill as bench_refill
 
 
 @pytest.mark.slow
-def test_a_small_case(capsys):
+def test_a_small_case(capsys, monkeypatch):
+    """The responses are those of the calls that were timed."""
+    monkeypatch.setattr(bench_refill, "MODEL", dataclasses.replace(bench_refill.MODEL, num_layers=1, expert_size=8))
+    timed, contenders = [], bench_refill.contenders
+    monkeypatch.setattr(bench_refill, "contenders", lambda *case: timed.append(contenders(*case)) or timed[-1])
     sizes = ["--requests", "4", "--slots", "2", "--prompt-tokens", "3", "--max-new-tokens", "6"]
     assert bench_refill.main([*sizes, "--stop-tokens", "8", "--repeats", "2"]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("refilled", "batch after", "all at once"))
-
-
-@pytest.mark.slow
-def test_slots_draw_what_is_drawn_all_at_once():
-    benchmark = bench_refill.Benchmark(requests=4, slots=2, prompt_tokens=3, max_new_tokens=6, repeats=2)
-    calls = bench_refill.contenders(benchmark, 8)
-    refilled, at_once = calls["refilled slots"](), calls["all at once"]()
-    np.testing.assert_array_equal(refilled.tokens, at_once.tokens)
-    np.testing.assert_array_equal(refilled.mask, at_once.mask)
+    refilled, in_batches, at_once = (call() for call in timed[0].values())
+    for samples in (refilled, in_batches):
+        np.testing.assert_array_equal(samples.tokens, at_once.tokens)
+        np.testing.assert_array_equal(samples.mask, at_once.mask)
 
 
 @pytest.mark.parametrize(

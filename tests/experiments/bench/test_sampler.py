@@ -1,5 +1,5 @@
-"""The benchmark of the sampler: its prompts, its check of the answers, its messages; and with the rivals installed,
-that their copies of our weights give our answers."""
+"""The benchmark of the sampler: its prompts, its check of the answers, its messages, and, if the rivals are installed,
+their answers with our weights."""
 
 import dataclasses
 import importlib
@@ -12,7 +12,11 @@ import pytest
 
 import models
 from experiments.bench import sampler as bench_sampler
-from experiments.bench.sampler import CASES, RIVALS, Case, Rival
+from experiments.bench import sampler_cases, sampler_rivals
+from experiments.bench.roofline import Peak
+from experiments.bench.sampler import CASES
+from experiments.bench.sampler_cases import Case
+from experiments.bench.sampler_rivals import RIVALS, Rival
 
 pytestmark = pytest.mark.slow  # they compile many programs
 
@@ -26,22 +30,22 @@ MODEL = models.TransformerConfig(
     num_experts=4,
     num_experts_per_token=2,
     expert_size=12,
-    rope_theta=bench_sampler.ROPE_THETA,
+    rope_theta=sampler_cases.ROPE_THETA,
 )
-SPARSE = Case(MODEL, rows=3, prompt_tokens=6, new_tokens=4)
-DENSE = Case(dataclasses.replace(MODEL, num_experts=1, num_experts_per_token=1), rows=3, prompt_tokens=6, new_tokens=4)
-
-QUEUED = dataclasses.replace(SPARSE, rows=6, new_tokens=12, slots=2, stop_token=7)
+SPARSE = Case(MODEL, rows=6, prompt_tokens=6, new_tokens=4)
+DENSE = dataclasses.replace(SPARSE, model=dataclasses.replace(MODEL, num_experts=1, num_experts_per_token=1))
+QUEUED = dataclasses.replace(SPARSE, new_tokens=12, slots=2, stop_token=7)
 
 
 @pytest.fixture(autouse=True)
 def small_cases(monkeypatch):
     monkeypatch.setattr(bench_sampler, "CASES", {"sparse": SPARSE, "dense": DENSE})
+    monkeypatch.setattr(bench_sampler, "peak_of", lambda device, working_set: Peak(1e9, 1e9, ""))
     monkeypatch.setenv("COLUMNS", "160")
 
 
 def prepared(case):
-    return models.init_params(case.model, jax.random.key(0)), *bench_sampler.make_prompts(case, seed=1)
+    return models.init_params(case.model, jax.random.key(0)), *sampler_cases.make_prompts(case, seed=1)
 
 
 def call(capsys, *arguments):
@@ -64,18 +68,18 @@ def rival(change):
 
 def test_prompts_are_left_padded_and_of_many_lengths():
     case = dataclasses.replace(SPARSE, rows=200, prompt_tokens=7)
-    tokens, mask = bench_sampler.make_prompts(case, seed=3)
+    tokens, mask = sampler_cases.make_prompts(case, seed=3)
     assert tokens.shape == mask.shape == (200, 7)
     assert tokens.dtype == np.int32
     assert set(mask.sum(axis=1)) == {4, 5, 6, 7}
     assert mask[:, -1].all() and (np.diff(mask.astype(int), axis=1) >= 0).all()
     np.testing.assert_array_equal(tokens > 0, mask)
     assert tokens.max() < case.model.vocab_size
-    np.testing.assert_array_equal(tokens, bench_sampler.make_prompts(case, seed=3)[0])
+    np.testing.assert_array_equal(tokens, sampler_cases.make_prompts(case, seed=3)[0])
 
 
 def test_the_sizes_that_are_measured():
-    run = bench_sampler.RUNS["countdown"]()
+    run = sampler_cases.RUNS["countdown"]()
     assert {CASES["countdown-64"].rows, CASES["countdown-512"].rows} == {64, 512}
     for name in ("countdown-64", "countdown-512"):
         assert dataclasses.replace(CASES[name].model, rope_theta=run.model.rope_theta) == run.model
@@ -90,7 +94,8 @@ def test_the_table(monkeypatch, capsys):
     cores = os.sched_getaffinity(0)
     code, captured = call(capsys, "--against", "hf", "--cases", "sparse", "--threads", 1, "--repeats", 2)
     assert (code, captured.err) == (0, "")
-    assert "sparse: 3 rows, prompts up to 6, 4 new tokens" in captured.out
+    assert "sparse: 6 rows, prompts up to 6, 4 new tokens" in captured.out
+    assert "at 1 GFLOP/s here" in captured.out
     ours, theirs = (
         next(line for line in captured.out.splitlines() if name in line.split()) for name in ("rspo_jax", "stranger")
     )
@@ -107,7 +112,7 @@ def one_other_token(tokens):
     ("change", "words"),
     [
         (one_other_token, "sparse: stranger is not greedy: token"),
-        (lambda tokens: tokens[:, :-1], "sparse: stranger gave tokens of shape (3, 3) instead of (3, 4)"),
+        (lambda tokens: tokens[:, :-1], "sparse: stranger gave tokens of shape (6, 3) instead of (6, 4)"),
     ],
 )
 def test_wrong_answers_are_refused(monkeypatch, capsys, change, words):
@@ -149,9 +154,11 @@ def test_wrong_flags(capsys, arguments, words):
 @pytest.mark.parametrize("case", [SPARSE, DENSE], ids=["sparse", "dense"])
 def test_our_parameters_in_their_layout(case):
     """Shapes and some entries, by the index rules of both layouts."""
-    params, _, _ = prepared(case)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: models.init_params(case.model, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
     c, attention, moe = case.model, params["layers"]["attention"], params["layers"]["moe"]
-    weights = bench_sampler.hf_weights(case, params)
+    weights = sampler_rivals.hf_weights(case, params)
     name = "model.layers.1"
     query = weights[f"{name}.self_attn.q_proj.weight"]
     assert query.shape == (c.num_heads * c.head_dim, c.hidden_size)
@@ -184,53 +191,52 @@ def test_rivals_with_our_weights_give_our_answers(name, case):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         contenders = RIVALS[name].build(case, params, prompts, mask)
         for answer in contenders.values():
-            kept = bench_sampler.responses(case, expected)
+            kept = sampler_cases.responses(case, expected)
             np.testing.assert_array_equal(np.where(kept, answer(), 0), np.where(kept, expected, 0))
 
 
 def test_groups_share_their_prompts():
-    case = Case(MODEL, rows=6, prompt_tokens=6, new_tokens=4, group=3)
-    prompts, mask = bench_sampler.make_prompts(case, seed=0)
+    case = dataclasses.replace(SPARSE, group=3)
+    prompts, mask = sampler_cases.make_prompts(case, seed=0)
     assert prompts.shape == (6, 6)
     np.testing.assert_array_equal(prompts[[0, 0, 3, 3]], prompts[[1, 2, 4, 5]])
     assert np.any(prompts[0] != prompts[3])
     params = models.init_params(MODEL, jax.random.key(0))
-    alone = dataclasses.replace(case, group=1)
-    shared, separate = (bench_sampler.our_sampler(each, params, prompts, mask)["rspo_jax"]() for each in (case, alone))
+    shared, separate = (bench_sampler.our_sampler(each, params, prompts, mask)["rspo_jax"]() for each in (case, SPARSE))
     np.testing.assert_array_equal(shared, separate)
 
 
 def test_responses_end_with_their_stop_token():
     tokens = np.array([[3, 7, 7, 3], [7, 0, 0, 0], [3, 3, 3, 3], [3, 3, 3, 7]])
     expected = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
-    np.testing.assert_array_equal(bench_sampler.responses(QUEUED, tokens), expected)
-    assert bench_sampler.responses(SPARSE, tokens).all()
+    np.testing.assert_array_equal(sampler_cases.responses(QUEUED, tokens), expected)
+    assert sampler_cases.responses(SPARSE, tokens).all()
 
 
 def test_batches_may_end_early():
     answers = {0: np.full((2, 3), 1), 2: np.full((2, 12), 2), 4: np.full((2, 1), 3)}
-    tokens = bench_sampler.in_batches(QUEUED, lambda rows: answers[rows.start])
+    tokens = sampler_cases.in_batches(QUEUED, lambda rows: answers[rows.start])
     assert tokens.shape == (6, 12) and tokens.dtype == np.int32
     np.testing.assert_array_equal(np.count_nonzero(tokens, axis=1), [3, 3, 12, 12, 1, 1])
 
 
 def test_a_queue_is_timed_by_the_tokens_of_its_responses(monkeypatch, capsys):
     """A rival may leave anything behind a stop token, and nothing else than the likeliest tokens before it."""
-    params, prompts, mask = prepared(QUEUED)
-    free = bench_sampler.our_sampler(dataclasses.replace(QUEUED, stop_token=None), params, prompts, mask)["rspo_jax"]()
-    queue = dataclasses.replace(QUEUED, stop_token=int(free[0, 4]))
-    lengths = bench_sampler.responses(queue, free).sum(axis=1)
-    assert 0 < lengths.mean() < 12
+    params, prompts, mask = prepared(SPARSE)
+    free = bench_sampler.our_sampler(SPARSE, params, prompts, mask)["rspo_jax"]()
+    queue = dataclasses.replace(SPARSE, slots=2, stop_token=int(free[0, 1]))
+    lengths = sampler_cases.responses(queue, free).sum(axis=1)
+    assert 0 < lengths.mean() < 4
 
     def rubbish_at_the_end(tokens):
-        return np.where(bench_sampler.responses(queue, tokens), tokens, 5)
+        return np.where(sampler_cases.responses(queue, tokens), tokens, 5)
 
     monkeypatch.setattr(bench_sampler, "CASES", {"queue": queue})
     monkeypatch.setattr(bench_sampler, "make_prompts", lambda case, seed: (prompts, mask))
     monkeypatch.setitem(RIVALS, "hf", rival(rubbish_at_the_end))
     code, captured = call(capsys, "--against", "hf", "--cases", "queue", "--threads", 1, "--repeats", 2)
     assert (code, captured.err) == (0, "")
-    assert f"12 new tokens at most, {lengths.mean():.1f} on average, 2 rows at once" in " ".join(captured.out.split())
+    assert f"4 new tokens at most, {lengths.mean():.1f} on average, 2 rows at once" in " ".join(captured.out.split())
     assert "100.0 %" in next(line for line in captured.out.splitlines() if "stranger" in line)
 
 
@@ -240,5 +246,5 @@ def test_flops_of_products():
     attention = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads) + 2 * c.head_dim + 2 * c.hidden_size
     active = attention + c.hidden_size * c.num_experts + c.num_experts_per_token * 3 * c.hidden_size * c.expert_size
     head = c.hidden_size * c.vocab_size
-    expected = 2 * (c.num_layers * active * (3 * 5 + 12) + 12 * head)
+    expected = 2 * (c.num_layers * active * (6 * 5 + 12) + 12 * head)
     assert bench_sampler.product_flops(SPARSE, params, 12) == expected

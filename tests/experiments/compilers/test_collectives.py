@@ -1,4 +1,4 @@
-"""What moves between devices: kinds, groups in every notation of XLA, bytes, and a program for four devices."""
+"""Collectives: their kinds, groups in every notation of XLA, bytes, and a program for four devices."""
 
 import json
 import os
