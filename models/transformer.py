@@ -131,7 +131,7 @@ class Layer(nn.Module):
         return LayerCarry(x, cache, reading), (router_logits, layer_reading)
 
 
-def _scanned_layers(config: TransformerConfig, length: int) -> type[nn.Module]:
+def _scanned_layers(config: TransformerConfig, length: int, is_initializing: bool) -> type[nn.Module]:
     layer: type[nn.Module] = Layer
     if config.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
@@ -143,6 +143,8 @@ def _scanned_layers(config: TransformerConfig, length: int) -> type[nn.Module]:
         in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
         out_axes=0,
         length=length,
+        # The check traces a layer twice. Random numbers count on that: the second trace draws others than the first.
+        check_constancy_invariants=is_initializing,
     )
 
 
@@ -201,7 +203,8 @@ class Transformer(nn.Module):
         for stack in c.stacks:
             shared = SharedInputs(attention, self._experts_of(stack) if decodes and stack.sparse else None)
             layers = _layer_inputs(c, stack, (reader.read, forced_route), sparse_before)
-            carry, output = _scanned_layers(c, stack.length)(c, stack.sparse, name=stack.name)(carry, layers, shared)
+            scanned = _scanned_layers(c, stack.length, self.is_initializing())(c, stack.sparse, name=stack.name)
+            carry, output = scanned(carry, layers, shared)
             if stack.sparse:
                 outputs.append(output)
                 sparse_before += stack.length
