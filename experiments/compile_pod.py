@@ -14,7 +14,6 @@ import jax
 import rich.console
 import tyro
 
-from experiments.bench.presets import MODELS, ModelName
 from experiments.compilers import tpu
 from experiments.compilers.chips import Chip
 from experiments.errors import UserError, complain
@@ -22,6 +21,7 @@ from experiments.pod import programs, sweep, tables
 from experiments.pod.advice import advise
 from experiments.pod.analysis import analyse
 from experiments.pod.meshes import MeshFlags
+from experiments.pod.presets import MODELS, ModelName
 from experiments.pod.programs import PROGRAMS, SCORE, UPDATE, ProgramName, Setting, uses_route
 from experiments.pod.sweep import SweepMode
 from experiments.pod.topologies import chip_of, count_chips, pods_of
@@ -72,13 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
     pod = tyro.cli(Pod, args=arguments, prog="python -m experiments.compile_pod")
     console = rich.console.Console(width=None if sys.stdout.isatty() else 180)
     try:
-        check(pod)
+        check_flags(pod)
         return run_sweep(pod, console) if pod.sweep else run_pod(pod, console)
     except UserError as error:
         return complain(error)
 
 
-def check(pod: Pod) -> None:
+def check_flags(pod: Pod) -> None:
     """Refuse flags that cannot be compiled, as far as the flags alone tell.
 
     Raises:
@@ -130,7 +130,7 @@ def jobs(pod: Pod) -> list[tuple[ProgramName, str]]:
 
 
 @dataclass(frozen=True)
-class Place:
+class PodPlan:
     """A pod, its mesh, and the setting that is compiled for it."""
 
     topology: str
@@ -144,7 +144,7 @@ class Place:
         return dict(self.mesh.shape)
 
 
-def place_of(pod: Pod, topology: str, batch: int, layers: int | None = None) -> Place:
+def plan_for(pod: Pod, topology: str, batch: int, layers: int | None = None) -> PodPlan:
     """Choose the mesh and the setting for a topology.
 
     Raises:
@@ -158,38 +158,38 @@ def place_of(pod: Pod, topology: str, batch: int, layers: int | None = None) -> 
         mesh = make_mesh(mesh_config, devices)
         prompt = pod.prompt_len or max(1, pod.seq_len // 8)
         setting = Setting(config, mesh_config, batch, pod.seq_len, prompt, pod.micro_batches)
-        programs.check(setting, mesh)
+        programs.check_mesh(setting, mesh)
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-    return Place(topology, chip_of(topology), len(devices), mesh, setting)
+    return PodPlan(topology, chip_of(topology), len(devices), mesh, setting)
 
 
-def compile_one(place: Place, program: ProgramName, objective: str, console: rich.console.Console) -> dict[str, Any]:
+def compile_one(plan: PodPlan, program: ProgramName, objective: str, console: rich.console.Console) -> dict[str, Any]:
     """Return one program's figures, with advice if it does not fit.
 
     Raises:
       UserError: if the mesh does not divide an array.
     """
-    console.print(f"compiling {program} of {objective}, {place.setting.model.num_layers} layers …", style="dim")
+    console.print(f"compiling {program} of {objective}, {plan.setting.model.num_layers} layers …", style="dim")
     try:
-        figures = analyse(program, place.setting, objective, place.mesh, place.chip)
+        figures = analyse(program, plan.setting, objective, plan.mesh, plan.chip)
     except ValueError as error:
         raise UserError(str(error)) from error
     does_not_fit = not figures["fits"] and not figures["error"]
-    return figures | {"advice": advise(figures, place.setting, place.axes) if does_not_fit else []}
+    return figures | {"advice": advise(figures, plan.setting, plan.axes) if does_not_fit else []}
 
 
-def describe(pod: Pod, place: Place) -> dict[str, Any]:
+def describe_pod(pod: Pod, plan: PodPlan) -> dict[str, Any]:
     """Return the settings that a report names besides its figures."""
     return {
         "model": pod.model,
-        "topology": place.topology,
-        "devices": place.devices,
-        "mesh": place.axes,
-        "rules": list(place.setting.mesh.rules),
-        "batch": place.setting.batch,
+        "topology": plan.topology,
+        "devices": plan.devices,
+        "mesh": plan.axes,
+        "rules": list(plan.setting.mesh.rules),
+        "batch": plan.setting.batch,
         "seq_len": pod.seq_len,
-        "prompt_len": place.setting.prompt_length,
+        "prompt_len": plan.setting.prompt_length,
         "micro_batches": pod.micro_batches,
         "param_dtype": pod.param_dtype,
         "remat": pod.remat,
@@ -200,9 +200,9 @@ def describe(pod: Pod, place: Place) -> dict[str, Any]:
 def run_pod(pod: Pod, console: rich.console.Console) -> int:
     """Compile all programs for one pod, and show and write the figures."""
     started = time.perf_counter()
-    places = [place_of(pod, pod.topology, pod.batch, depth) for depth in pod.layers or (None,)]
-    figures = [compile_one(place, *job, console) for place in places for job in jobs(pod)]
-    found = describe(pod, places[0]) | {"programs": figures, "comparison": tables.compare(figures)}
+    plans = [plan_for(pod, pod.topology, pod.batch, depth) for depth in pod.layers or (None,)]
+    figures = [compile_one(plan, *job, console) for plan in plans for job in jobs(pod)]
+    found = describe_pod(pod, plans[0]) | {"programs": figures, "comparison": tables.compare(figures)}
     tables.show(console, found)
     console.print(tables.NOTES, style="dim")
     console.print(f"{len(figures)} programs compiled in {time.perf_counter() - started:.0f} s")
@@ -216,15 +216,15 @@ def run_sweep(pod: Pod, console: rich.console.Console) -> int:
     program, objective = jobs(pod)[0]
     generation = pod.topology.partition(":")[0]
     depth = pod.layers[0] if pod.layers else None
-    base = place_of(pod, pod.topology, pod.batch, depth)
+    base = plan_for(pod, pod.topology, pod.batch, depth)
     base_chips = base.devices // base.chip.devices
     points, fits = [], True
     for mode in pod.sweep:
         for topology in pods_of(generation, pod.fewest_chips, pod.most_chips):
             chips = count_chips(topology)
-            place = place_of(pod, topology, sweep.batch_for(mode, pod.batch, chips, base_chips), depth)
-            figures = compile_one(place, program, objective, console)
-            found = describe(pod, place) | {"programs": [figures], "comparison": []}
+            plan = plan_for(pod, topology, sweep.batch_for(mode, pod.batch, chips, base_chips), depth)
+            figures = compile_one(plan, program, objective, console)
+            found = describe_pod(pod, plan) | {"programs": [figures], "comparison": []}
             tables.show(console, found)
             points.append(sweep.point(mode, found, chips))
             fits = fits and figures["fits"]
@@ -232,7 +232,7 @@ def run_sweep(pod: Pod, console: rich.console.Console) -> int:
             name = f"{pod.model}-{generation}-{program}"
             _write(pod.output / f"sweep-{name}.json", {"points": points}, console)
             title = f"{program} {objective}, {pod.model}, {generation}, rows of {pod.seq_len} tokens"
-            sweep.draw(points, title, pod.output / f"sweep-{name}.png")
+            sweep.draw_sweep(points, title, pod.output / f"sweep-{name}.png")
     return 0 if fits else 1
 
 

@@ -19,9 +19,10 @@ import tyro
 
 import models
 from experiments.bench import timing
-from experiments.bench.step_programs import OPTIMIZER, Inputs, StepSettings, follow_updates, make_inputs, shape_of
+from experiments.bench.step_programs import Inputs, StepSettings, follow_updates, make_inputs, shape_of
 from experiments.compilers.costs import read_costs
 from experiments.errors import complain
+from experiments.pod.programs import OPTIMIZER
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.rollouts import unpack
 from rspo_jax.routing import (
@@ -41,7 +42,7 @@ WITHOUT, WITH, CONTROL = "without", "with", "without, again"
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class DiagnosticsBenchmark:
     """Time an update with and without diagnostics."""
 
     step: Annotated[StepSettings, tyro.conf.arg(name="")] = StepSettings()
@@ -54,7 +55,7 @@ class Benchmark:
             raise ValueError(f"repeats must be at least 2, got {self.repeats}")
 
 
-def update(
+def update_once(
     policy: Any, diagnostics: bool, state: TrainState, batch: ScoredBatch
 ) -> tuple[TrainState, dict[str, Array]]:
     """Update once on the only part of a batch, and finish the statistics."""
@@ -87,7 +88,7 @@ def update(
 
 def compile_update(inputs: Inputs, diagnostics: bool) -> jax.stages.Compiled:
     """Compile the update with or without diagnostics."""
-    function = functools.partial(update, models.Transformer(inputs.config), diagnostics)
+    function = functools.partial(update_once, models.Transformer(inputs.config), diagnostics)
     return jax.jit(function, donate_argnums=0).lower(inputs.state, inputs.scored).compile()
 
 
@@ -124,7 +125,7 @@ def measure_model(inputs: Inputs, repeats: int) -> list[tuple[str, ...]]:
 def main(arguments: list[str] | None = None) -> int:
     """Print a table for each depth, and return the exit code: 0, or 2 for a mistake in the flags."""
     try:
-        benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_diagnostics")
+        benchmark = tyro.cli(DiagnosticsBenchmark, args=arguments, prog="python -m experiments.bench_diagnostics")
         configs = benchmark.step.configs()
     except ValueError as error:
         return complain(error)

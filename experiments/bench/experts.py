@@ -20,8 +20,6 @@ from experiments.bench import timing
 from models.experts import Experts, run_experts
 from rspo_jax.types import Array
 
-DIRECTIONS = ("forward", "forward + backward")
-
 
 class BlockSize(NamedTuple):
     """Sizes of one block of experts and of its input."""
@@ -40,7 +38,7 @@ class BlockSize(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class ExpertsBenchmark:
     """Time blocks, forward and backward, against a dense SwiGLU block of width K·F."""
 
     shapes: tuple[tuple[int, int, int, int, int], ...] = ((4096, 96, 192, 8, 2), (2048, 512, 256, 16, 4))
@@ -53,7 +51,7 @@ class Benchmark:
     seed: int = 0
 
 
-def choose_experts(router: Array, x: Array, experts_per_token: int) -> tuple[Array, Array]:
+def top_experts(router: Array, x: Array, experts_per_token: int) -> tuple[Array, Array]:
     """Return combine weights and ids of the chosen experts: [N, D] -> [N, K], [N, K]."""
     weights, expert_ids = jax.lax.top_k(jax.nn.softmax(x @ router, axis=-1), experts_per_token)
     return weights / jnp.sum(weights, axis=-1, keepdims=True), expert_ids
@@ -72,7 +70,7 @@ RunExperts = Callable[[Array, Array, Array, Experts], Array]
 
 def expert_block(run: RunExperts, experts_per_token: int, parameters: Block, x: Array) -> Array:
     """Run router, top-K and the chosen experts: [N, D] -> [N, D]."""
-    return run(x, *choose_experts(parameters.router, x, experts_per_token), parameters.experts)
+    return run(x, *top_experts(parameters.router, x, experts_per_token), parameters.experts)
 
 
 def run_ragged_experts(x: Array, weights: Array, expert_ids: Array, experts: Experts) -> Array:
@@ -130,14 +128,15 @@ def programs(b: BlockSize, seed: int, ragged_dot: bool, biases: bool) -> dict[st
     def compile_both(block: Callable[..., Array], parameters: Any) -> dict[str, Callable[[], Array]]:
         forward = jax.jit(block)
         gradient = jax.jit(jax.grad(lambda parameters, x: jnp.sum(block(parameters, x) ** 2), argnums=(0, 1)))
-        return dict(zip(DIRECTIONS, (lambda: forward(parameters, x), lambda: gradient(parameters, x)), strict=True))
+        calls = (lambda: forward(parameters, x), lambda: gradient(parameters, x))
+        return dict(zip(timing.DIRECTIONS, calls, strict=True))
 
     return {name: compile_both(*block) for name, block in blocks.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a row for each shape, direction and block, and return the exit code."""
-    benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_experts")
+    benchmark = tyro.cli(ExpertsBenchmark, args=arguments, prog="python -m experiments.bench_experts")
     table = rich.table.Table(title=f"Experts beside a dense block of equal FLOPs, {jax.devices()[0].device_kind}")
     for column in ("shape", "direction", "block"):
         table.add_column(column)
@@ -145,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_column(column, justify="right")
     for size in (BlockSize(*sizes) for sizes in benchmark.shapes):
         compiled = programs(size, benchmark.seed, benchmark.ragged_dot, benchmark.biases)
-        for direction in DIRECTIONS:
+        for direction in timing.DIRECTIONS:
             calls = {name: of_block[direction] for name, of_block in compiled.items()}
             seconds = timing.interleaved_seconds(calls, benchmark.repeats)
             for name, times in seconds.items():

@@ -22,11 +22,10 @@ from rspo_jax.types import Array
 
 Form = Callable[[Array, Array, Array], TokenScores]
 """(hidden [B, T, D], head [D, V], targets [B, T]) -> log-probs and entropy, [B, T] each."""
-DIRECTIONS = ("forward", "forward + backward")
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class HeadBenchmark:
     """Time log-probs and entropy from hidden states, forward and backward, with and without the logits."""
 
     shapes: tuple[str, ...] = ("1,1024,256,151936", "8,512,96,32")
@@ -59,7 +58,7 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def make_inputs(shape: tuple[int, int, int, int], dtype: Dtype, seed: int | Array) -> tuple[Array, Array, Array]:
+def random_inputs(shape: tuple[int, int, int, int], dtype: Dtype, seed: int | Array) -> tuple[Array, Array, Array]:
     """Return random hidden states, head and targets; the logits have unit variance."""
     rows, tokens, hidden_size, vocab_size = shape
     keys = jax.random.split(jax.random.key(seed), 3)
@@ -68,7 +67,7 @@ def make_inputs(shape: tuple[int, int, int, int], dtype: Dtype, seed: int | Arra
     return hidden, head, jax.random.randint(keys[2], (rows, tokens), 0, vocab_size)
 
 
-def compile_form(form: Form, direction: str, arguments: tuple[Array, ...]) -> jax.stages.Compiled:
+def compile_form(form: Form, direction: timing.Direction, arguments: tuple[Array, ...]) -> jax.stages.Compiled:
     """Compile the scores alone, or with the gradient of Σ log π in hidden states and head."""
 
     def loss(hidden: Array, head: Array, targets: Array) -> tuple[Array, TokenScores]:
@@ -79,9 +78,11 @@ def compile_form(form: Form, direction: str, arguments: tuple[Array, ...]) -> ja
     return jax.jit(form if direction == "forward" else backward).lower(*arguments).compile()
 
 
-def measure_shape(shape: tuple[int, int, int, int], direction: str, benchmark: Benchmark) -> list[tuple[str, ...]]:
+def measure_shape(
+    shape: tuple[int, int, int, int], direction: timing.Direction, benchmark: HeadBenchmark
+) -> list[tuple[str, ...]]:
     """Return the table's lines for one shape and direction."""
-    arguments = make_inputs(shape, benchmark.dtype, benchmark.seed)
+    arguments = random_inputs(shape, benchmark.dtype, benchmark.seed)
     compiled = {name: compile_form(form, direction, arguments) for name, form in FORMS.items()}
     calls = {name: lambda program=program: program(*arguments) for name, program in compiled.items()}
     seconds = timing.interleaved_seconds(calls, benchmark.repeats)
@@ -107,7 +108,7 @@ def measure_shape(shape: tuple[int, int, int, int], direction: str, benchmark: B
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a row for each shape, direction and form, and return the exit code."""
-    benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_head")
+    benchmark = tyro.cli(HeadBenchmark, args=arguments, prog="python -m experiments.bench_head")
     shapes = [parse_shape(text) for text in benchmark.shapes]
     if benchmark.repeats < 2:
         raise ValueError(f"repeats must be at least 2 for quartiles, got {benchmark.repeats}")
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     for column in ("B,T,D,V", "", "form", "median ms", "ratio", "quartiles", "temporary MiB", "ratio"):
         table.add_column(column, justify="right" if column[-2:] in ("ms", "io", "iB") else "left")
     for shape in shapes:
-        for direction in DIRECTIONS:
+        for direction in timing.DIRECTIONS:
             for line in measure_shape(shape, direction, benchmark):
                 table.add_row(*line)
     console = rich.console.Console()

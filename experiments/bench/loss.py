@@ -27,7 +27,6 @@ import models
 from experiments.bench import loss_programs, loss_tables, step_programs, timing
 from experiments.bench.cores import cpu_threads
 from experiments.bench.loss_programs import (
-    DIRECTIONS,
     LOSS,
     METRICS,
     ArraysLevel,
@@ -56,7 +55,7 @@ to this much. Gradients are not compared there, as a ratio beside a clip bound m
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class LossBenchmark:
     """Time the losses of this library, alone or against others."""
 
     shapes: tuple[str, ...] = ("64x1024x48x8x128",)
@@ -102,24 +101,24 @@ class Disagreement(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark, and return the exit code: 0, or 2 for a mistake in the flags or a rival that disagrees."""
-    benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_loss")
+    benchmark = tyro.cli(LossBenchmark, args=arguments, prog="python -m experiments.bench_loss")
     console = rich.console.Console(width=None if sys.stdout.isatty() else 170)
     try:
-        shapes = check(benchmark)
+        shapes = check_flags(benchmark)
         levels: list[ArraysLevel] = [level for level in benchmark.level if level != "step"]
         cases = itertools.product(levels, shapes, benchmark.dtypes)
         run = compile_case if benchmark.platform == "tpu" else run_case
         reports = [run(benchmark, *case, console) for case in cases]
         if "step" in benchmark.level:
             reports += run_steps(benchmark, console)
-        figures = describe(benchmark) | {"cases": reports}
+        figures = describe_run(benchmark) | {"cases": reports}
     except (UserError, Disagreement) as error:
         return complain(error)
-    write(benchmark, figures, console)
+    write_files(benchmark, figures, console)
     return 0
 
 
-def check(benchmark: Benchmark) -> list[Shape]:
+def check_flags(benchmark: LossBenchmark) -> list[Shape]:
     """Refuse flags that cannot work, before anything is compiled, and return the shapes.
 
     Raises:
@@ -158,7 +157,7 @@ def check(benchmark: Benchmark) -> list[Shape]:
         raise UserError(f"--shapes: {error}") from error
 
 
-def our_variants(benchmark: Benchmark) -> list[tuple[str, bool, Returns]]:
+def our_variants(benchmark: LossBenchmark) -> list[tuple[str, bool, Returns]]:
     """Return (objective, with γ, returns) of our candidates. γ is given only if it changes what they return."""
     chosen = itertools.product(benchmark.objectives, benchmark.router_shift, benchmark.returns)
     return list(
@@ -170,7 +169,7 @@ def our_variants(benchmark: Benchmark) -> list[tuple[str, bool, Returns]]:
 
 
 def run_case(
-    benchmark: Benchmark, level: ArraysLevel, shape: Shape, dtype: Dtype, console: rich.console.Console
+    benchmark: LossBenchmark, level: ArraysLevel, shape: Shape, dtype: Dtype, console: rich.console.Console
 ) -> dict[str, Any]:
     """Compile, check and time one case, and show it."""
     arrays = jax.block_until_ready(loss_programs.make_arrays(shape, level, dtype, benchmark.seed))
@@ -178,13 +177,13 @@ def run_case(
     if level == "router" and "torch" in benchmark.against:
         old_router = loss_programs.make_old_router(shape, dtype, benchmark.seed)
     rows = []
-    for direction in DIRECTIONS:
+    for direction in timing.DIRECTIONS:
         losses = [("rspo_jax", *variant, loss_programs.our_loss(*variant)) for variant in our_variants(benchmark)]
         if benchmark.floor:
             losses.append(("floor", "least loss", False, LOSS, loss_programs.least_loss))
         candidates = [loss_programs.jax_candidate(*loss, direction, arrays) for loss in losses]
         for rival in benchmark.against:
-            candidates += loss_programs.RIVALS[rival](benchmark.objectives, direction, arrays, old_router)
+            candidates += loss_programs.RIVAL_LOSSES[rival](benchmark.objectives, direction, arrays, old_router)
         agreements = [check_agreement(one, counterpart(one, candidates), level, dtype) for one in candidates]
         seconds = timing.interleaved_seconds({one.name: one.call for one in candidates}, benchmark.turns(level))
         rows += [
@@ -277,14 +276,14 @@ def compiled_row(candidate: Candidate, direction: str, device: Any) -> dict[str,
 
 
 def compile_case(
-    benchmark: Benchmark, level: ArraysLevel, shape: Shape, dtype: Dtype, console: rich.console.Console
+    benchmark: LossBenchmark, level: ArraysLevel, shape: Shape, dtype: Dtype, console: rich.console.Console
 ) -> dict[str, Any]:
     """Compile one case for a TPU pod and show XLA's costs."""
     mesh = pod_mesh(benchmark)
     check_divides("--shapes", shape.batch, mesh, benchmark.topology)
     arrays = loss_programs.abstract_arrays(shape, level, dtype, mesh)
     rows = []
-    for direction, variant in itertools.product(DIRECTIONS, our_variants(benchmark)):
+    for direction, variant in itertools.product(timing.DIRECTIONS, our_variants(benchmark)):
         started = time.perf_counter()
         with compiling(variant[0], benchmark.topology):
             compiled = tpu.compile_for(loss_programs.jax_function(loss_programs.our_loss(*variant), direction), arrays)
@@ -296,7 +295,7 @@ def compile_case(
     return case
 
 
-def run_steps(benchmark: Benchmark, console: rich.console.Console) -> list[dict[str, Any]]:
+def run_steps(benchmark: LossBenchmark, console: rich.console.Console) -> list[dict[str, Any]]:
     """Run the level "step": a case for each depth of the model."""
     on_tpu = benchmark.platform == "tpu"
     run, topology = (compile_step, benchmark.topology) if on_tpu else (run_step, "")
@@ -321,7 +320,7 @@ def compare_with_first(rows: list[dict[str, Any]]) -> None:
         row["first_minus_this"] = {key: None if value is None else base[key] - value for key, value in costs.items()}
 
 
-def run_step(benchmark: Benchmark, config: models.TransformerConfig) -> dict[str, Any]:
+def run_step(benchmark: LossBenchmark, config: models.TransformerConfig) -> dict[str, Any]:
     """Compile and time the candidates of one training step."""
     inputs = jax.block_until_ready(step_programs.make_inputs(config, benchmark.step_settings, benchmark.seed))
     shape, rows = step_programs.shape_of(inputs), []
@@ -335,7 +334,7 @@ def run_step(benchmark: Benchmark, config: models.TransformerConfig) -> dict[str
     return {"shape": shape._asdict(), "programs": rows, "route": step_programs.route_report(inputs, shape, 1)}
 
 
-def compile_step(benchmark: Benchmark, config: models.TransformerConfig) -> dict[str, Any]:
+def compile_step(benchmark: LossBenchmark, config: models.TransformerConfig) -> dict[str, Any]:
     """Compile the candidates of one training step for a TPU pod."""
     mesh = pod_mesh(benchmark)
     inputs = step_programs.abstract_inputs(config, benchmark.step_settings, mesh)
@@ -349,7 +348,7 @@ def compile_step(benchmark: Benchmark, config: models.TransformerConfig) -> dict
     return {"shape": shape._asdict(), "programs": rows, "route": step_programs.route_report(inputs, shape, mesh.size)}
 
 
-def pod_mesh(benchmark: Benchmark) -> jax.sharding.Mesh:
+def pod_mesh(benchmark: LossBenchmark) -> jax.sharding.Mesh:
     """Return a mesh of all devices of the topology, along the rows."""
     try:
         return tpu.topology_mesh(benchmark.topology, {"data": -1})
@@ -372,7 +371,7 @@ def compiling(name: str, topology: str) -> Iterator[None]:
         raise UserError(f"{name} does not compile for {topology}: {str(error).splitlines()[0]}") from error
 
 
-def describe(benchmark: Benchmark) -> dict[str, Any]:
+def describe_run(benchmark: LossBenchmark) -> dict[str, Any]:
     """Return the settings and the machine as plain JSON."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(benchmark).items()}
     versions = {rival: importlib.metadata.version(loss_programs.PACKAGES[rival][1]) for rival in benchmark.against}
@@ -389,7 +388,7 @@ def describe(benchmark: Benchmark) -> dict[str, Any]:
     return {"settings": settings, "device": device, "versions": {"jax": jax.__version__} | versions}
 
 
-def write(benchmark: Benchmark, figures: dict[str, Any], console: rich.console.Console) -> None:
+def write_files(benchmark: LossBenchmark, figures: dict[str, Any], console: rich.console.Console) -> None:
     """Write the JSON file and the picture if they are asked for."""
     folder = benchmark.output
     if folder is not None:
@@ -400,5 +399,5 @@ def write(benchmark: Benchmark, figures: dict[str, Any], console: rich.console.C
         write_json(json_path, figures)
         console.print(f"figures: {json_path}", soft_wrap=True)
     if picture and benchmark.platform == "default":
-        loss_tables.draw(figures, picture)
+        loss_tables.draw_times(figures, picture)
         console.print(f"picture: {picture}", soft_wrap=True)

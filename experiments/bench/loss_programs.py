@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.cores import cpu_threads
+from experiments.bench.timing import Direction
 from experiments.compilers import tpu
 from experiments.compilers.costs import Costs, read_costs
 from models.config import Dtype
 from rspo_jax import OBJECTIVES, RouterTrace, router_shift, trace_router
 from rspo_jax.types import Array
 
-Direction = Literal["forward", "forward + backward"]
-DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 ArraysLevel = Literal["arrays", "router"]
 """Input of a candidate: γ, or the router logits and the old policy's trace that γ is computed from."""
 Returns = Literal["loss", "loss + metrics"]
@@ -57,7 +56,7 @@ class Shape(NamedTuple):
         return "x".join(map(str, self))
 
 
-class Arrays(NamedTuple):
+class LossArrays(NamedTuple):
     """Arguments of the candidates."""
 
     log_probs: Any  # [B, T]
@@ -77,7 +76,7 @@ class OldRouter(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "level", "dtype"))
-def make_arrays(shape: Shape, level: ArraysLevel, dtype: Dtype, seed: int | Array) -> Arrays:
+def make_arrays(shape: Shape, level: ArraysLevel, dtype: Dtype, seed: int | Array) -> LossArrays:
     """Draw arrays in which some ratios are clipped, some γ lie below the floor, and lengths run from T/4 to T."""
     keys = jax.random.split(jax.random.key(seed), 6)
     size = (shape.batch, shape.tokens)
@@ -85,7 +84,7 @@ def make_arrays(shape: Shape, level: ArraysLevel, dtype: Dtype, seed: int | Arra
     # Drift is mostly small, with a few tokens beyond every clip bound.
     drift = jnp.where(jax.random.bernoulli(keys[1], 0.1, size), 0.4, 0.02) * jax.random.normal(keys[2], size)
     lengths = jax.random.randint(keys[3], (shape.batch, 1), max(1, shape.tokens // 4), shape.tokens + 1)
-    arrays = Arrays(
+    arrays = LossArrays(
         log_probs.astype(dtype),
         (log_probs + drift).astype(dtype),
         jax.random.normal(keys[4], (shape.batch,)),
@@ -113,9 +112,9 @@ def make_old_router(shape: Shape, dtype: Dtype, seed: int | Array) -> OldRouter:
     return OldRouter(expert_ids, log_probs)
 
 
-def abstract_arrays(shape: Shape, level: ArraysLevel, dtype: Dtype, mesh: jax.sharding.Mesh) -> Arrays:
+def abstract_arrays(shape: Shape, level: ArraysLevel, dtype: Dtype, mesh: jax.sharding.Mesh) -> LossArrays:
     """Return the arrays of `make_arrays` without data, their rows sharded over the mesh axis "data"."""
-    shapes: Arrays = jax.eval_shape(functools.partial(make_arrays, shape, level, dtype, 0))
+    shapes: LossArrays = jax.eval_shape(functools.partial(make_arrays, shape, level, dtype, 0))
 
     def shard(leaf: jax.ShapeDtypeStruct, *axes: str | None) -> jax.ShapeDtypeStruct:
         return tpu.shape_on(mesh, leaf.shape, leaf.dtype, *axes)
@@ -152,13 +151,13 @@ def no_call() -> Any:
     raise RuntimeError("this program was compiled for devices that are not there")
 
 
-LossFunction = Callable[[Array, Arrays], tuple[Array, Any]]
+LossFunction = Callable[[Array, LossArrays], tuple[Array, Any]]
 
 
 def our_loss(objective: str, shift: bool, returns: Returns) -> LossFunction:
     """Return `OBJECTIVES[objective].loss` as a function of `log_probs` and the other arrays."""
 
-    def loss(log_probs: Array, arrays: Arrays) -> tuple[Array, Any]:
+    def loss(log_probs: Array, arrays: LossArrays) -> tuple[Array, Any]:
         gamma = None
         if shift:
             gamma = arrays.gamma
@@ -172,19 +171,19 @@ def our_loss(objective: str, shift: bool, returns: Returns) -> LossFunction:
     return loss
 
 
-def least_loss(log_probs: Array, arrays: Arrays) -> tuple[Array, Any]:
+def least_loss(log_probs: Array, arrays: LossArrays) -> tuple[Array, Any]:
     """Return Σ log π · advantage over the mask: one multiplication and one sum, the floor under every jitted loss."""
     terms = log_probs.astype(jnp.float32) * arrays.advantages[:, None]
     return jnp.sum(jnp.where(arrays.mask, terms, 0)), {}
 
 
-def jax_function(loss: LossFunction, direction: Direction) -> Callable[[Arrays], Any]:
+def jax_function(loss: LossFunction, direction: Direction) -> Callable[[LossArrays], Any]:
     """Return a function of the arrays that returns ((loss, metrics), gradient); forward, the gradient is None."""
 
-    def forward(arrays: Arrays) -> Any:
+    def forward(arrays: LossArrays) -> Any:
         return loss(arrays.log_probs, arrays), None
 
-    def forward_and_backward(arrays: Arrays) -> Any:
+    def forward_and_backward(arrays: LossArrays) -> Any:
         return jax.value_and_grad(loss, has_aux=True)(arrays.log_probs, arrays)
 
     return forward if direction == "forward" else forward_and_backward
@@ -197,7 +196,7 @@ def jax_candidate(
     returns: Returns,
     loss: LossFunction,
     direction: Direction,
-    arrays: Arrays,
+    arrays: LossArrays,
 ) -> Candidate:
     """Compile a JAX loss; tracing and compilation are timed together."""
     started = time.perf_counter()
@@ -213,7 +212,7 @@ def jax_candidate(
 
 
 def tunix_candidates(
-    objectives: tuple[str, ...], direction: Direction, arrays: Arrays, old_router: OldRouter | None
+    objectives: tuple[str, ...], direction: Direction, arrays: LossArrays, old_router: OldRouter | None
 ) -> Iterator[Candidate]:
     """Yield Tunix's losses of the objectives that it has."""
     from experiments.bench import tunix_losses
@@ -221,7 +220,7 @@ def tunix_candidates(
     for objective in objectives:
         if objective in tunix_losses.OBJECTIVES:
 
-            def loss(log_probs: Array, arrays: Arrays, objective: str = objective) -> tuple[Array, Any]:
+            def loss(log_probs: Array, arrays: LossArrays, objective: str = objective) -> tuple[Array, Any]:
                 others = arrays.old_log_probs, arrays.advantages, arrays.mask
                 return tunix_losses.loss(objective, log_probs, *others)
 
@@ -229,7 +228,7 @@ def tunix_candidates(
 
 
 def torch_candidates(
-    objectives: tuple[str, ...], direction: Direction, arrays: Arrays, old_router: OldRouter | None
+    objectives: tuple[str, ...], direction: Direction, arrays: LossArrays, old_router: OldRouter | None
 ) -> Iterator[Candidate]:
     """Yield PyTorch's losses of the objectives that are written in it, eager and compiled."""
     from experiments.bench import torch_losses
@@ -252,6 +251,6 @@ def torch_candidates(
 
 
 RivalName = Literal["tunix", "torch"]
-RIVALS = {"tunix": tunix_candidates, "torch": torch_candidates}
+RIVAL_LOSSES = {"tunix": tunix_candidates, "torch": torch_candidates}
 PACKAGES = {"tunix": ("tunix", "google-tunix"), "torch": ("torch", "torch")}
 """Rival -> the module that it needs, and the package that holds it."""

@@ -46,7 +46,7 @@ def show_times(console: rich.console.Console, case: dict[str, Any]) -> None:
                 continue
             share = row["share_of_bound"]
             table.add_row(
-                describe(row),
+                name_of(row),
                 f"{row['compile_seconds']:.2f}" if row["compile_seconds"] else "",
                 f"{1e3 * row['fastest_seconds']:.3f}",
                 _median_and_range(row["seconds"], digits=3, scale=1e3),
@@ -74,7 +74,7 @@ def show_costs(console: rich.console.Console, case: dict[str, Any], where: str =
         table = _table(" · ".join(filter(None, (_title(case), direction, where))), columns)
         for row in rows:
             if row["direction"] == direction:
-                table.add_row(describe(row), *_cost_cells(row, optimal))
+                table.add_row(name_of(row), *_cost_cells(row, optimal))
         console.print(table)
     console.print(
         "kernels: bytes read and written by all kernels. Bound: in + out bytes once, or the program's own FLOPs, at "
@@ -119,7 +119,7 @@ def show_step(console: rich.console.Console, case: dict[str, Any], topology: str
 def _step_costs(title: str, rows: list[dict[str, Any]], columns: tuple[_Column, ...]) -> rich.table.Table:
     table = _table(title, ("program", "compile s", *(column.title for column in columns)))
     for row in rows:
-        table.add_row(describe(row), f"{row['compile_seconds']:.1f}", *_step_cells(row["analysis"], columns))
+        table.add_row(name_of(row), f"{row['compile_seconds']:.1f}", *_step_cells(row["analysis"], columns))
     for row in rows[1:]:
         name, excess = f"{rows[0]['objective']} − {row['objective']}", row["first_minus_this"]
         table.add_row(name, "", *_step_cells(excess, columns))
@@ -131,7 +131,7 @@ def _step_times(title: str, rows: list[dict[str, Any]], tokens: int) -> rich.tab
     table = _table(title, ("program", "fastest ms", "median ms", "places/s", "÷ first"))
     for row in rows:
         table.add_row(
-            describe(row),
+            name_of(row),
             f"{1e3 * row['fastest_seconds']:.1f}",
             _median_and_range(row["seconds"], digits=1, scale=1e3),
             f"{tokens / row['seconds']['median']:,.0f}",
@@ -152,7 +152,7 @@ def show_depths(console: rich.console.Console, cases: list[dict[str, Any]], topo
             if one["is_control"]:
                 continue
             slope, rest = line_through([row["analysis"] for row in (one, other)], depths)
-            name = f"{describe(one)}, {one['direction']}"
+            name = f"{name_of(one)}, {one['direction']}"
             table.add_row(name, "a layer more", *_step_cells(slope, columns))
             table.add_row("", "at no layers", *_step_cells(rest, columns))
             base = first.setdefault(one["direction"], rest)
@@ -199,13 +199,13 @@ def _cost_cells(row: dict[str, Any], optimal: bool) -> list[str]:
     return cells
 
 
-def describe(row: dict[str, Any]) -> str:
+def name_of(row: dict[str, Any]) -> str:
     """Return a candidate's name."""
     shift = " with γ" if row["router_shift"] else ""
     return f"{row['library']}: {row['objective']}{shift}, {row['returns']}"
 
 
-def draw(figures: dict[str, Any], path: Path) -> None:
+def draw_times(figures: dict[str, Any], path: Path) -> None:
     """Draw median times with quartiles and bounds on a log axis, in a panel for each case and direction."""
     panels = [
         (f"{_title(case)} · {direction}", [row for row in case["programs"] if row["direction"] == direction])
@@ -218,7 +218,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     for axes, (title, rows) in zip(
         figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0], panels, strict=True
     ):
-        _draw_times(axes, rows)
+        _draw_panel(axes, rows)
         axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("ms; dot: median, line: quartiles, grey mark: bound of the device")
     picture = io.BytesIO()
@@ -226,7 +226,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     replace_file(path, picture.getvalue())
 
 
-def _draw_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _draw_panel(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for height, row in enumerate(rows):
         low, median, high = (1e3 * row["seconds"][name] for name in ("low", "median", "high"))
         colour = _COLOURS[row["library"]]
@@ -234,7 +234,7 @@ def _draw_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.plot(median, height, "o", color=colour)
         if row["bound"]:
             axes.plot(1e3 * row["bound"]["seconds"], height, "|", color=GREY, markersize=10, markeredgewidth=2)
-    axes.set_yticks(range(len(rows)), [describe(row) for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [name_of(row) for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.grid(axis="x", which="both", alpha=0.25)

@@ -17,14 +17,14 @@ import rich.table
 import tyro
 
 import rspo_jax
-from experiments.bench.experts import RunExperts, choose_experts, run_ragged_experts
-from experiments.bench.presets import MODELS
+from experiments.bench.experts import RunExperts, run_ragged_experts, top_experts
 from experiments.compilers import gpu, tpu
 from experiments.compilers.chips import MEBIBYTE
 from experiments.compilers.costs import read_costs
 from experiments.errors import complain
 from experiments.pod import programs
 from experiments.pod.meshes import MeshFlags
+from experiments.pod.presets import MODELS
 from models.attention import attend
 from models.config import Dtype
 from models.experts import Experts, run_experts
@@ -37,7 +37,7 @@ Part = Literal["experts", "attention", "head", "route", "step"]
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class PartsBenchmark:
     """Compile the parts of a step for a TPU or a GPU; the defaults are Qwen3-30B-A3B's sizes."""
 
     topology: str = "v5p:2x2x1"
@@ -100,7 +100,7 @@ class Compiler(NamedTuple):
             yield Figure(part, form, measured, worst.spilled_bytes, None)
 
 
-def experts(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
+def experts(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
     """Compile a block, router included, forward and backward.
 
     On a TPU, the figures are its FLOPs beside those of the chosen experts and the router, as the kernel declares them
@@ -138,7 +138,7 @@ def block_of(run: RunExperts, experts_per_token: int) -> Callable[..., tuple[Arr
     """Return a function of a router and its experts, forward and backward."""
 
     def block(parameters: dict[str, Array], x: Array) -> Array:
-        weights, expert_ids = choose_experts(parameters["router"], x.astype(jnp.float32), experts_per_token)
+        weights, expert_ids = top_experts(parameters["router"], x.astype(jnp.float32), experts_per_token)
         return run(x, weights.astype(x.dtype), expert_ids, Experts(parameters["gate_up"], parameters["down"]))
 
     def forward_and_backward(parameters: dict[str, Array], x: Array, gradient: Array) -> tuple[Array, Any]:
@@ -157,7 +157,7 @@ def gradient_of(form: Callable[..., Array], differentiated: int) -> Callable[...
     return jax.value_and_grad(loss, argnums=tuple(range(differentiated)))
 
 
-def attention(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
+def attention(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
     """Compile attention with segments, forward and backward, at T/2 and T: its memory beside the plain form's."""
 
     def plain(queries: Array, keys: Array, values: Array, segments: Array) -> Array:
@@ -179,7 +179,7 @@ def attention(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
             yield from compiler.kernels("attention", form, gradient_of(kernel, 3), *inputs)
 
 
-def head(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
+def head(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
     """Compile log-probs from hidden states, forward and backward: their memory beside the plain form's."""
 
     def plain(hidden: Array, head: Array, targets: Array) -> Array:
@@ -197,7 +197,7 @@ def head(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
         yield Figure("head", f"{b.vocab_size} entries, {dtype}", "temporary MiB", *mebibytes)
 
 
-def route(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
+def route(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
     """Compile a program of the route alone: its bytes a token beside 3 · L · K."""
     num_experts = max(b.num_experts)
     for tokens in (b.tokens, b.tokens - 1):
@@ -210,7 +210,7 @@ def route(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
         yield Figure("route", f"{tokens} tokens", "bytes a token", memory.argument_size_in_bytes / tokens, meant)
 
 
-def step(b: Benchmark, compiler: Compiler) -> Iterator[Figure]:
+def step(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
     """Compile an update of the whole model on all devices, two rows for each: the memory of RSPO beside GMPO."""
     rows = 2 * len(compiler.devices)
     config = replace(
@@ -252,7 +252,7 @@ def find_devices(topology: str) -> tuple[jax.sharding.Mesh, bool]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the figures, and return the exit code: 0, 1 if something does not compile or fit, 2 for a mistake."""
-    benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_parts")
+    benchmark = tyro.cli(PartsBenchmark, args=arguments, prog="python -m experiments.bench_parts")
     try:
         mesh, is_gpu = find_devices(benchmark.topology)
     except (RuntimeError, ValueError) as error:

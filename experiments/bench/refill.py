@@ -26,7 +26,7 @@ MODEL = models.TransformerConfig(vocab_size=VOCABULARY, expert_size=96)
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class RefillBenchmark:
     """Time sampling with and without refilled slots; compilation is left out."""
 
     requests: int = 256
@@ -47,7 +47,7 @@ class Benchmark:
             raise ValueError(f"repeats must be at least 2, got {self.repeats}")
 
 
-def contenders(benchmark: Benchmark, stop_count: int) -> dict[str, Callable[[], Samples]]:
+def contenders(benchmark: RefillBenchmark, stop_count: int) -> dict[str, Callable[[], Samples]]:
     """Return name -> a call that draws all responses."""
     b, model = benchmark, models.Transformer(MODEL)
     params = models.init_params(MODEL, jax.random.key(b.seed))
@@ -76,7 +76,7 @@ def contenders(benchmark: Benchmark, stop_count: int) -> dict[str, Callable[[], 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a row for each number of stop tokens and way to draw, and return the exit code."""
-    benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_refill")
+    benchmark = tyro.cli(RefillBenchmark, args=arguments, prog="python -m experiments.bench_refill")
     b = benchmark
     table = rich.table.Table(
         title=f"{b.requests} responses of at most {b.max_new_tokens} tokens, prompts of {b.prompt_tokens}, {b.slots} "

@@ -19,7 +19,7 @@ from experiments.bench import timing
 from experiments.bench.cores import on_cores
 from experiments.bench.roofline import peak_of
 from experiments.bench.sampler_cases import CASES, Case, Contender, make_prompts, responses
-from experiments.bench.sampler_rivals import RIVALS, check_installed
+from experiments.bench.sampler_rivals import RIVAL_SAMPLERS, check_installed
 from experiments.errors import complain
 from rspo_jax.rollouts import SamplerConfig, generate
 from rspo_jax.types import Array, Params
@@ -52,7 +52,7 @@ def check_greedy(case: Case, params: Params, prompts: np.ndarray, mask: np.ndarr
         raise ValueError(f"gave tokens of shape {tokens.shape} instead of {(case.rows, case.new_tokens)}")
     inputs = np.concatenate([prompts, tokens[:, :-1]], axis=1)
     segment_ids = np.concatenate([mask, np.ones_like(tokens[:, :-1], bool)], axis=1).astype(np.int32)
-    logits = np.asarray(_logits(case.model, params, inputs, segment_ids))[:, case.prompt_tokens - 1 :]
+    logits = np.asarray(_forward(case.model, params, inputs, segment_ids))[:, case.prompt_tokens - 1 :]
     below = logits.max(-1) - np.take_along_axis(logits, tokens[:, :, None], -1)[..., 0]
     below = np.where(responses(case, tokens), below, 0)
     if not below.max() <= TIE:
@@ -61,7 +61,7 @@ def check_greedy(case: Case, params: Params, prompts: np.ndarray, mask: np.ndarr
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _logits(config: models.TransformerConfig, params: Params, tokens: Array, segment_ids: Array) -> Array:
+def _forward(config: models.TransformerConfig, params: Params, tokens: Array, segment_ids: Array) -> Array:
     output: Any = models.Transformer(config).apply({"params": params}, tokens, segment_ids=segment_ids)
     return output.logits
 
@@ -90,7 +90,7 @@ def measure_case(name: str, case: Case, against: tuple[str, ...], repeats: int, 
     prompts, mask = make_prompts(case, seed)
     contenders = our_sampler(case, params, prompts, mask)
     for rival in against:
-        contenders |= RIVALS[rival].build(case, params, prompts, mask)
+        contenders |= RIVAL_SAMPLERS[rival].build(case, params, prompts, mask)
     answers = {}
     for contender, answer in contenders.items():
         tokens = answer()
@@ -121,7 +121,7 @@ def measure_case(name: str, case: Case, against: tuple[str, ...], repeats: int, 
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class SamplerBenchmark:
     """Time greedy sampling from random weights, compilation left out."""
 
     against: tuple[Literal["hf", "tunix"], ...] = ()
@@ -144,7 +144,7 @@ class Benchmark:
 def main(arguments: list[str] | None = None) -> int:
     """Print a table for each case, and return the exit code: 0, or 2 for a mistake in the flags or a wrong answer."""
     try:
-        benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_sampler")
+        benchmark = tyro.cli(SamplerBenchmark, args=arguments, prog="python -m experiments.bench_sampler")
         with on_cores(benchmark.threads):
             check_installed(benchmark.against)
             console = rich.console.Console()

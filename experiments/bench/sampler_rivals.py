@@ -242,7 +242,7 @@ class Rival(NamedTuple):
     """(case, our parameters, prompts [B, P], mask [B, P]) -> name -> contender."""
 
 
-RIVALS = {
+RIVAL_SAMPLERS = {
     "hf": Rival(("torch", "transformers"), "torch transformers", hf_sampler),
     "tunix": Rival(("tunix.generate.sampler", "tunix.models.qwen3.model"), "google-tunix", tunix_sampler),
 }
@@ -255,10 +255,10 @@ def check_installed(against: tuple[str, ...]) -> None:
       ValueError: if one is missing, naming the packages to install.
     """
     for name in against:
-        for module in RIVALS[name].modules:
+        for module in RIVAL_SAMPLERS[name].modules:
             try:
                 importlib.import_module(module)
             except ImportError as error:
                 raise ValueError(
-                    f"--against {name} needs other packages ({error}): pip install {RIVALS[name].packages}"
+                    f"--against {name} needs other packages ({error}): pip install {RIVAL_SAMPLERS[name].packages}"
                 ) from error

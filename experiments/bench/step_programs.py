@@ -16,19 +16,19 @@ import numpy as np
 
 import models
 from experiments.bench.loss_programs import METRICS, Candidate, Shape, no_call
-from experiments.bench.presets import MODELS
 from experiments.compilers import tpu
 from experiments.compilers.costs import read_costs
+from experiments.pod.presets import MODELS
+from experiments.pod.programs import OPTIMIZER
 from models.config import Remat
 from rspo_jax import OBJECTIVES
 from rspo_jax.rollouts import Packing, pack
-from rspo_jax.training import LearnerConfig, OptimizerConfig, TrainState, init_train_state, score, update
+from rspo_jax.training import LearnerConfig, TrainState, init_train_state, score, update
 from rspo_jax.types import Array, PackedBatch, Params, RolloutBatch, RouterTrace, ScoredBatch
 
 StepDirection = Literal["update", "score"]
 UPDATE, SCORE = get_args(StepDirection)
 CONTROL = "again, as a control"
-OPTIMIZER = OptimizerConfig(learning_rate=1e-6)  # GMPO's; so small that the routing, and with it the work, stays put
 ROUTE_BYTES_A_SLOT = 3  # as meant by the library: one byte for an id, two for a log-probability
 
 

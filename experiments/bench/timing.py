@@ -5,10 +5,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
+Direction = Literal["forward", "forward + backward"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+"""Passes of a function that are timed apart."""
 _REST = 0.01  # seconds
 
 

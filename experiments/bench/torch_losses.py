@@ -106,7 +106,7 @@ def runner(
     Args:
       loss: a function of `log_probs` and `others`.
       compiled: if true, Inductor compiles the loss at the first call.
-      direction: one of `loss_programs.DIRECTIONS`.
+      direction: one of `timing.DIRECTIONS`.
       log_probs: float [B, T].
       others: the remaining arguments of the loss.
     """

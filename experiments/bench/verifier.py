@@ -38,7 +38,7 @@ Item = tuple[str, str, bool]
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class VerifierBenchmark:
     """Judge reference solutions, right answers and answers of other problems, and report counts and throughput."""
 
     data: Annotated[Path, tyro.conf.arg(metavar="DIR")]
@@ -111,7 +111,7 @@ def plain_value(answer: str) -> Fraction | str:
         return text
 
 
-def check(pool: WorkerPool, name: str, kind: str, items: Sequence[Item], right: bool) -> Check:
+def judge_items(pool: WorkerPool, name: str, kind: str, items: Sequence[Item], right: bool) -> Check:
     """Judge items that should all be right (`right`), or all be wrong."""
     result = Check(name, kind, len(items))
     for (answer, response, _), outcome in zip(items, pool.map(items), strict=True):
@@ -127,12 +127,14 @@ def checks_of(pool: WorkerPool, data: Path, name: str) -> list[Check]:
     """Judge a set in every way that is counted."""
     problems = read_problems(str(data / FILES[name]), name)
     results = [
-        check(pool, name, "answers, right against themselves", own_items(problems), True),
-        check(pool, name, "reference solutions, right", reference_items(data, name), True),
-        check(pool, name, "answers of another problem, wrong", list(foreign_items(problems)), False),
+        judge_items(pool, name, "answers, right against themselves", own_items(problems), True),
+        judge_items(pool, name, "reference solutions, right", reference_items(data, name), True),
+        judge_items(pool, name, "answers of another problem, wrong", list(foreign_items(problems)), False),
     ]
     if name == "gsm8k":
-        results.append(check(pool, name, "reference solutions as in the file, right", file_items(data, name), True))
+        results.append(
+            judge_items(pool, name, "reference solutions as in the file, right", file_items(data, name), True)
+        )
     return results
 
 
@@ -153,7 +155,7 @@ def seconds_of(items: Sequence[Item], workers: int, time_limit: float) -> float:
         return time.perf_counter() - start
 
 
-def throughput(benchmark: Benchmark) -> rich.table.Table:
+def throughput(benchmark: VerifierBenchmark) -> rich.table.Table:
     """Time pools of every size, and return a table of their verdicts a second."""
     items = [item for name in ("gsm8k", "math500") for item in reference_items(benchmark.data, name)]
     measurements = {
@@ -174,7 +176,7 @@ def throughput(benchmark: Benchmark) -> rich.table.Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the verdicts, every exception and the throughput, and return the exit code."""
-    benchmark = tyro.cli(Benchmark, args=arguments, prog="python -m experiments.bench_verifier")
+    benchmark = tyro.cli(VerifierBenchmark, args=arguments, prog="python -m experiments.bench_verifier")
     if benchmark.repeats < 1 or not benchmark.workers or min(benchmark.workers) < 1:
         raise ValueError("repeats and workers must be at least 1")
     console = rich.console.Console()

@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.compilers.hlo import Computation, Instruction
 
-Kind = Literal[
+CollectiveKind = Literal[
     "all-gather",
     "reduce-scatter",
     "all-reduce",
@@ -35,7 +35,7 @@ UNKNOWN_AXES = ("unknown",)
 class Collective:
     """One collective of a program."""
 
-    kind: Kind
+    kind: CollectiveKind
     axes: tuple[str, ...]
     """Mesh axes along which the devices of a group differ; `UNKNOWN_AXES` without a mesh."""
     bytes_received: float
@@ -51,10 +51,10 @@ class Collective:
         return self.bytes_received * self.times
 
 
-def kind_of(instruction: Instruction) -> Kind | None:
+def kind_of(instruction: Instruction) -> CollectiveKind | None:
     """Return the kind of collective that an instruction begins, or None; the end of an asynchronous one is None."""
     opcode = instruction.opcode.removesuffix("-start")
-    return next((kind for kind in get_args(Kind) if kind == opcode), None)
+    return next((kind for kind in get_args(CollectiveKind) if kind == opcode), None)
 
 
 def is_scattered(computation: Computation, all_reduce: Instruction) -> bool:
@@ -63,7 +63,7 @@ def is_scattered(computation: Computation, all_reduce: Instruction) -> bool:
     return root.opcode == "dynamic-slice" and root.operands[:1] == (all_reduce.name,)
 
 
-def read(
+def read_collective(
     computation: Computation, instruction: Instruction, mesh: Mapping[str, int], is_fused: bool = False
 ) -> Collective:
     """Read a collective.
@@ -96,7 +96,7 @@ def read(
     return Collective(kind, axes, received, 1, shape, instruction.op_name)
 
 
-def _received(kind: Kind, size: float, group: int) -> float:
+def _received(kind: CollectiveKind, size: float, group: int) -> float:
     """Return the bytes that a device receives, in the convention of this module."""
     match kind:
         case "all-gather":

@@ -42,7 +42,7 @@ _MOST_TRIPS = 1 << 40
 
 
 @dataclass(frozen=True)
-class Array:
+class ArrayType:
     """The type of an array."""
 
     dtype: str
@@ -66,7 +66,7 @@ class Instruction:
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]
+    arrays: tuple[ArrayType, ...]
     """Arrays of the result: one, or the leaves of a tuple."""
     is_tuple: bool
     operands: tuple[str, ...]
@@ -215,7 +215,7 @@ def _derived_trip_count(program: Program, computation: Computation, loop: Instru
     return beyond
 
 
-def parse(text: str) -> Program:
+def parse_hlo(text: str) -> Program:
     """Parse optimized HLO, as `jax.stages.Compiled.as_text` returns it.
 
     Raises:
@@ -227,7 +227,7 @@ def parse(text: str) -> Program:
         if header is None:
             header, lines = _COMPUTATION.match(line), []
         elif line == "}" or line.startswith("}, "):
-            instructions = {instruction.name: instruction for instruction in map(_instruction, lines)}
+            instructions = {instruction.name: instruction for instruction in map(_parse_instruction, lines)}
             roots = [name for name, text in zip(instructions, lines, strict=True) if text.startswith("  ROOT ")]
             root = instructions[roots[-1] if roots else list(instructions)[-1]]
             computation = computations[header.group(2)] = Computation(header.group(2), instructions, root)
@@ -242,7 +242,7 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-def _instruction(line: str) -> Instruction:
+def _parse_instruction(line: str) -> Instruction:
     """Parse one instruction, all its lines joined."""
     header = _INSTRUCTION.match(line)
     assert header is not None
@@ -256,7 +256,7 @@ def _instruction(line: str) -> Instruction:
     inside = line[opcode.end() : close]
     result = re.sub(r"/\*.*?\*/", "", line[start:end])  # without comments
     arrays = tuple(
-        Array(dtype, tuple(int(size.removeprefix("<=")) for size in dims.split(",") if size))
+        ArrayType(dtype, tuple(int(size.removeprefix("<=")) for size in dims.split(",") if size))
         for dtype, dims in _ARRAY.findall(result)
     )
     is_constant = opcode.group(1) in ("constant", "parameter")

@@ -48,7 +48,7 @@ class Memory:
         return sum(size for path, size in self.arguments.items() if path.startswith(prefixes))
 
 
-def read(program: Program, buffers: str, peak: str = "") -> Memory:
+def read_memory(program: Program, buffers: str, peak: str = "") -> Memory:
     """Read the compiler's lists of buffers.
 
     Args:

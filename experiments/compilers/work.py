@@ -126,7 +126,7 @@ def _count_instruction(
 ) -> Work:
     program, opcode = context.program, instruction.opcode
     if collectives.kind_of(instruction):
-        return Work(collectives=(collectives.read(computation, instruction, context.mesh, is_fused),))
+        return Work(collectives=(collectives.read_collective(computation, instruction, context.mesh, is_fused),))
     match opcode:
         case "while":
             body = program.computations[instruction.called("body")[0]]

@@ -62,9 +62,9 @@ def analyse(
     cpu_seconds = time.process_time() - cpu_started
     figures |= {"compile_seconds": reading.seconds, "cpu_seconds": cpu_seconds, "error": "", "refusal": reading.refusal}
     costs = read_costs(reading.compiled) if reading.compiled else None
-    parsed = hlo.parse(reading.text)
+    parsed = hlo.parse_hlo(reading.text)
     done = work.count(parsed, dict(mesh.shape), attention_flops)
-    held = _memory(memory.read(parsed, reading.buffers, reading.peak), chip)
+    held = _memory(memory.read_memory(parsed, reading.buffers, reading.peak), chip)
     held["alive"] = costs and costs.peak_bytes
     return figures | {
         "fits": reading.compiled is not None,

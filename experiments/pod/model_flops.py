@@ -55,11 +55,11 @@ def model_flops(program: ProgramName, setting: Setting) -> ModelFlops:
     head = 2 * c.hidden_size * c.vocab_size
     layers = 2 * count_parameters(c).active - head
     if program == DECODE:
-        return ModelFlops(*(float(rows * (layers + head + _attention(c, tokens - 1, tokens))),) * 2)
+        return ModelFlops(*(float(rows * (layers + head + _attention_flops(c, tokens - 1, tokens))),) * 2)
     if program == PREFILL:
         prompt = setting.prompt_length
-        return ModelFlops(*(float(rows * (prompt * layers + head + _attention(c, 0, prompt))),) * 2)
-    forward = float(rows * (tokens * (layers + head) + _attention(c, 0, tokens)))
+        return ModelFlops(*(float(rows * (prompt * layers + head + _attention_flops(c, 0, prompt))),) * 2)
+    forward = float(rows * (tokens * (layers + head) + _attention_flops(c, 0, tokens)))
     assert program in (SCORE, UPDATE)
     if program == SCORE:
         return ModelFlops(forward, forward)
@@ -68,15 +68,15 @@ def model_flops(program: ProgramName, setting: Setting) -> ModelFlops:
     return ModelFlops(3 * forward, 3 * forward + again)
 
 
-def _attention(c: models.TransformerConfig, first: int, end: int) -> int:
+def _attention_flops(c: models.TransformerConfig, first: int, end: int) -> int:
     """Return the FLOPs of attention logits and values for the tokens from `first` to before `end`, over all layers."""
     of_values = c.head_dim if c.latent is None else c.latent.value_dim
     sliding = len(c.sliding_layers)
-    seen = (c.num_layers - sliding) * _seen(first, end) + sliding * _seen(first, end, c.sliding_window)
+    seen = (c.num_layers - sliding) * _seen_pairs(first, end) + sliding * _seen_pairs(first, end, c.sliding_window)
     return 2 * c.num_heads * (c.head_dim + of_values) * seen
 
 
-def _seen(first: int, end: int, window: int | None = None) -> int:
+def _seen_pairs(first: int, end: int, window: int | None = None) -> int:
     """Return the number of pairs of a token from `first` to before `end` and a token that it sees, itself included."""
     full = end if window is None else min(max(window, first), end)  # tokens before it see all earlier ones
     return (full * (full + 1) - first * (first + 1)) // 2 + (end - full) * (window or 0)

@@ -30,6 +30,7 @@ ProgramName = Literal["score", "update", "prefill", "decode"]
 PROGRAMS: tuple[ProgramName, ...] = get_args(ProgramName)
 SCORE, UPDATE, PREFILL, DECODE = PROGRAMS
 OPTIMIZER = OptimizerConfig(learning_rate=1e-6)
+"""AdamW with GMPO's rate, so small that the routing, and with it the work, does not change while updates are timed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Setting:
     prompt_length: int
     micro_batches: int = 1
 
-    def check(self, mesh: Mapping[str, int]) -> None:
+    def check_batch(self, mesh: Mapping[str, int]) -> None:
         """Refuse a mesh that does not divide the batch.
 
         Raises:
@@ -87,13 +88,13 @@ def lower(program: ProgramName, setting: Setting, objective: str, mesh: jax.shar
     return _LOWER[program](setting, objective, mesh)
 
 
-def check(setting: Setting, mesh: jax.sharding.Mesh) -> None:
+def check_mesh(setting: Setting, mesh: jax.sharding.Mesh) -> None:
     """Refuse a mesh that does not divide the batch or the model, before anything is compiled.
 
     Raises:
       ValueError: naming the array that it does not divide.
     """
-    setting.check(dict(mesh.shape))
+    setting.check_batch(dict(mesh.shape))
     state_shapes(setting, mesh)
     sampling_shapes(setting, mesh)
     batch_shapes(setting, mesh)
@@ -165,7 +166,7 @@ def _lower_update(setting: Setting, objective: str, mesh: jax.sharding.Mesh) -> 
         return update.lower(setting.policy, OPTIMIZER, state, batch, learner, setting.mesh)
 
 
-def _rows(setting: Setting, mesh: jax.sharding.Mesh, tokens: int) -> jax.ShapeDtypeStruct:
+def _token_rows(setting: Setting, mesh: jax.sharding.Mesh, tokens: int) -> jax.ShapeDtypeStruct:
     shape = jax.ShapeDtypeStruct((setting.batch, tokens), jnp.int32)
     return _with_shardings(shape, shardings_of(mesh, shape, ("rows", None)))
 
@@ -179,7 +180,7 @@ def _lower_prefill(setting: Setting, objective: str, mesh: jax.sharding.Mesh) ->
         output = policy.apply({"params": params}, tokens, segment_ids=segment_ids, cache=cache)
         return output.logits[:, -1], output.cache  # pyright: ignore
 
-    params, tokens = sampling_shapes(setting, mesh), _rows(setting, mesh, setting.prompt_length)
+    params, tokens = sampling_shapes(setting, mesh), _token_rows(setting, mesh, setting.prompt_length)
     with jax.set_mesh(mesh):
         return jax.jit(run_prefill).lower(params, tokens, tokens)
 
@@ -195,7 +196,7 @@ def _lower_decode(setting: Setting, objective: str, mesh: jax.sharding.Mesh) -> 
         output = policy.apply({"params": params}, tokens, segment_ids=segment_ids, cache=cache)
         return output.logits[:, -1], output.cache  # pyright: ignore
 
-    params, tokens = sampling_shapes(setting, mesh), _rows(setting, mesh, 1)
+    params, tokens = sampling_shapes(setting, mesh), _token_rows(setting, mesh, 1)
     cache = jax.eval_shape(init_cache)
     with jax.set_mesh(mesh):
         cache = _with_shardings(cache, jax.jit(init_cache).lower().compile().output_shardings)

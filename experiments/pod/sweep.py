@@ -55,7 +55,7 @@ def point(mode: SweepMode, report: dict[str, Any], chips: int) -> dict[str, Any]
     }
 
 
-def draw(points: list[dict[str, Any]], title: str, path: Path) -> None:
+def draw_sweep(points: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draw FLOPs, received bytes and HBM a chip over the chips of a pod, in three panels with a line for each mode."""
     figure = Figure(figsize=(14, 4.6), dpi=110, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)

@@ -41,7 +41,7 @@ def show(console: rich.console.Console, report: dict[str, Any]) -> None:
             console.print(f"{name_of(figures)} does not compile: {figures['error']}", style="bold red", soft_wrap=True)
     show_fit(console, report)
     show_comparison(console, report)
-    show_depths(console, done)
+    show_compile_times(console, done)
 
 
 def _table(title: str, columns: tuple[str, ...]) -> rich.table.Table:
@@ -173,7 +173,7 @@ def show_comparison(console: rich.console.Console, report: dict[str, Any]) -> No
     console.print(table)
 
 
-def show_depths(console: rich.console.Console, programs: list[dict[str, Any]]) -> None:
+def show_compile_times(console: rich.console.Console, programs: list[dict[str, Any]]) -> None:
     """Print the ratio of compile times at the largest depth to those at the smallest."""
     depths = sorted({figures["layers"] for figures in programs})
     if len(depths) < 2:

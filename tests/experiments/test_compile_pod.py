@@ -14,11 +14,11 @@ import pytest
 import rich.console
 
 from experiments import compile_pod
-from experiments.bench.presets import MODELS
 from experiments.compilers.chips import TPUS
 from experiments.pod import sweep, tables
 from experiments.pod.advice import advise, micro_batches, missing_bytes
 from experiments.pod.meshes import MeshFlags, suitable_sizes
+from experiments.pod.presets import MODELS
 from experiments.pod.programs import Setting
 from experiments.pod.topologies import chip_of, count_chips, pods_of
 from rspo_jax.sharding import MeshConfig
@@ -90,9 +90,9 @@ def test_a_given_mesh_is_taken_as_it_is():
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     setting = Setting(QWEN, MeshConfig(), batch=96, row_length=8192, prompt_length=1024)
     with pytest.raises(ValueError, match="96 rows of a micro-batch cannot be split into 64 equal parts"):
-        setting.check(MESH)
+        setting.check_batch(MESH)
     with pytest.raises(ValueError, match="8191 tokens of a row cannot be split into 2"):
-        Setting(QWEN, MeshConfig(), 128, 8191, 1024).check(MESH | {"context": 2})
+        Setting(QWEN, MeshConfig(), 128, 8191, 1024).check_batch(MESH | {"context": 2})
 
 
 def test_pods_double():
@@ -203,7 +203,7 @@ def test_a_sweep_is_drawn(tmp_path):
     ]
     points.append(sweep.point(sweep.FIXED_TOTAL, head | {"programs": [figures(error="no")]}, 64))
     assert points[0]["flops"] == 1e12 and points[1]["flops"] == 0.5e12
-    sweep.draw(points, "a title", tmp_path / "sweep.png")
+    sweep.draw_sweep(points, "a title", tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 

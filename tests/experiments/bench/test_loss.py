@@ -16,6 +16,7 @@ from experiments.bench import loss as bench_loss
 from experiments.bench import loss_programs as programs
 from experiments.bench import loss_tables as tables
 from experiments.bench import step_programs as step
+from experiments.bench.timing import DIRECTIONS
 from experiments.compilers.costs import Costs
 
 pytestmark = pytest.mark.slow  # they compile many programs
@@ -81,7 +82,7 @@ def test_bytes_are_those_of_the_arrays(arrays_report):
     without_gamma = 2 * 4 * B * T + 4 * B + B * T  # log-probs twice, advantages, mask
     assert rows["gmpo", False, "loss", "forward"]["argument_bytes"] == without_gamma
     assert rows["rspo", True, "loss", "forward"]["argument_bytes"] == without_gamma + 4 * B * T
-    forward, both = (rows["rspo", True, "loss", direction] for direction in programs.DIRECTIONS)
+    forward, both = (rows["rspo", True, "loss", direction] for direction in DIRECTIONS)
     assert both["output_bytes"] - forward["output_bytes"] >= 4 * B * T
     for analysis in rows.values():
         assert analysis["compulsory_bytes"] == analysis["argument_bytes"] + analysis["output_bytes"]
@@ -116,7 +117,7 @@ def test_router_level_and_bfloat16(tmp_path, capsys):
     assert bench_loss.main(flags) == 0
     (case,) = json.loads(path.read_text())["cases"]
     ours, floors = case["programs"][::2], case["programs"][1::2]
-    assert [row["direction"] for row in ours] == [row["direction"] for row in floors] == list(programs.DIRECTIONS)
+    assert [row["direction"] for row in ours] == [row["direction"] for row in floors] == list(DIRECTIONS)
     layers, k, experts = 2, 2, 4
     logits = 2 * layers * B * T * experts
     for row in floors:

@@ -35,4 +35,4 @@ def test_a_small_case(capsys, monkeypatch):
 )
 def test_what_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        bench_refill.Benchmark(**changes)
+        bench_refill.RefillBenchmark(**changes)

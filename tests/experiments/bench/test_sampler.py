@@ -16,7 +16,7 @@ from experiments.bench import sampler_cases, sampler_rivals
 from experiments.bench.roofline import Peak
 from experiments.bench.sampler import CASES
 from experiments.bench.sampler_cases import Case
-from experiments.bench.sampler_rivals import RIVALS, Rival
+from experiments.bench.sampler_rivals import RIVAL_SAMPLERS, Rival
 
 pytestmark = pytest.mark.slow  # they compile many programs
 
@@ -90,7 +90,7 @@ def test_the_sizes_that_are_measured():
 
 
 def test_the_table(monkeypatch, capsys):
-    monkeypatch.setitem(RIVALS, "hf", rival(lambda tokens: tokens))
+    monkeypatch.setitem(RIVAL_SAMPLERS, "hf", rival(lambda tokens: tokens))
     cores = os.sched_getaffinity(0)
     code, captured = call(capsys, "--against", "hf", "--cases", "sparse", "--threads", 1, "--repeats", 2)
     assert (code, captured.err) == (0, "")
@@ -116,7 +116,7 @@ def one_other_token(tokens):
     ],
 )
 def test_wrong_answers_are_refused(monkeypatch, capsys, change, words):
-    monkeypatch.setitem(RIVALS, "hf", rival(change))
+    monkeypatch.setitem(RIVAL_SAMPLERS, "hf", rival(change))
     code, captured = call(capsys, "--against", "hf", "--cases", "sparse", "--threads", 1, "--repeats", 2)
     assert code == 2
     assert captured.err.startswith(f"error: {words}")
@@ -178,18 +178,18 @@ def test_our_parameters_in_their_layout(case):
 
 
 @pytest.mark.parametrize("case", [SPARSE, DENSE, QUEUED], ids=["sparse", "dense", "queue"])
-@pytest.mark.parametrize("name", list(RIVALS))
+@pytest.mark.parametrize("name", list(RIVAL_SAMPLERS))
 @pytest.mark.filterwarnings("default")  # those of other libraries
 def test_rivals_with_our_weights_give_our_answers(name, case):
-    for module in RIVALS[name].modules:
+    for module in RIVAL_SAMPLERS[name].modules:
         try:
             importlib.import_module(module)
         except ImportError:
-            pytest.skip(f"needs {RIVALS[name].packages}")
+            pytest.skip(f"needs {RIVAL_SAMPLERS[name].packages}")
     params, prompts, mask = prepared(case)
     expected = bench_sampler.our_sampler(case, params, prompts, mask)["rspo_jax"]()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        contenders = RIVALS[name].build(case, params, prompts, mask)
+        contenders = RIVAL_SAMPLERS[name].build(case, params, prompts, mask)
         for answer in contenders.values():
             kept = sampler_cases.responses(case, expected)
             np.testing.assert_array_equal(np.where(kept, answer(), 0), np.where(kept, expected, 0))
@@ -233,7 +233,7 @@ def test_a_queue_is_timed_by_the_tokens_of_its_responses(monkeypatch, capsys):
 
     monkeypatch.setattr(bench_sampler, "CASES", {"queue": queue})
     monkeypatch.setattr(bench_sampler, "make_prompts", lambda case, seed: (prompts, mask))
-    monkeypatch.setitem(RIVALS, "hf", rival(rubbish_at_the_end))
+    monkeypatch.setitem(RIVAL_SAMPLERS, "hf", rival(rubbish_at_the_end))
     code, captured = call(capsys, "--against", "hf", "--cases", "queue", "--threads", 1, "--repeats", 2)
     assert (code, captured.err) == (0, "")
     assert f"4 new tokens at most, {lengths.mean():.1f} on average, 2 rows at once" in " ".join(captured.out.split())

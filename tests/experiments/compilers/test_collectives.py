@@ -22,9 +22,9 @@ def one(line: str, mesh=MESH) -> collectives.Collective:
     text = (
         "ENTRY %main (x: f32[16,4]) -> f32[16,4] {\n  %x = f32[16,4]{1,0} parameter(0)\n" + f"  ROOT {line}\n" + "}\n"
     )
-    program = hlo.parse(text)
+    program = hlo.parse_hlo(text)
     assert collectives.kind_of(program.entry.root)
-    return collectives.read(program.entry, program.entry.root, mesh)
+    return collectives.read_collective(program.entry, program.entry.root, mesh)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_without_a_mesh_the_axes_are_unknown():
 
 def test_the_end_of_an_asynchronous_collective_is_not_counted_again():
     for opcode in ("all-gather-done", "collective-permute-done", "async-done", "add"):
-        instruction = hlo.Instruction("a", opcode, (hlo.Array("f32", (4,)),), False, (), "", "")
+        instruction = hlo.Instruction("a", opcode, (hlo.ArrayType("f32", (4,)),), False, (), "", "")
         assert collectives.kind_of(instruction) is None
 
 
@@ -110,7 +110,7 @@ ENTRY %main (x: bf16[30,8]) -> bf16[4,8] {
 
 
 def test_the_tpu_form_of_a_reduce_scatter():
-    found = work.count(hlo.parse(SCATTER), MESH)
+    found = work.count(hlo.parse_hlo(SCATTER), MESH)
     assert found.by_collective() == {("reduce-scatter", ("expert",)): 32 * 8 * 2 * 7 / 8}
 
 
@@ -133,7 +133,7 @@ def step(x):
     return x + jax.lax.psum(x, ("data", "expert"))
 
 text = jax.jit(step).lower(jax.ShapeDtypeStruct((16, 4), jnp.float32)).compile().as_text()
-moved = work.count(hlo.parse(text), dict(mesh.shape)).collectives
+moved = work.count(hlo.parse_hlo(text), dict(mesh.shape)).collectives
 print(json.dumps([[m.kind, list(m.axes), m.bytes_received, m.times] for m in moved]))
 """
 

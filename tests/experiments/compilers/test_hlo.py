@@ -43,7 +43,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 
 def looping(start: int, end: int, step: int, direction: str) -> hlo.Program:
     text = LOOP.replace("START", str(start)).replace("END", str(end)).replace("STEP", str(step))
-    return hlo.parse(text.replace("DIRECTION", direction))
+    return hlo.parse_hlo(text.replace("DIRECTION", direction))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,9 @@ def test_the_turns_of_a_loop_follow_from_its_condition(start, end, step, directi
 
 def test_what_the_compiler_notes_counts_first():
     text = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"17"}}')
-    program = hlo.parse(text.replace("DIRECTION", "LT").replace("START", "0").replace("END", "5").replace("STEP", "1"))
+    program = hlo.parse_hlo(
+        text.replace("DIRECTION", "LT").replace("START", "0").replace("END", "5").replace("STEP", "1")
+    )
     assert program.trip_count(program.entry, program.entry.instructions["loop"]) == 17
 
 
@@ -95,12 +97,12 @@ def test_instructions_are_read_whole():
     [("f32", 24), ("bf16", 12), ("u8", 6), ("pred", 6), ("s64", 48), ("f8e4m3fn", 6), ("s4", 3), ("token", 0)],
 )
 def test_bytes_of_a_type(dtype, expected):
-    assert hlo.Array(dtype, (2, 3)).bytes == expected
+    assert hlo.ArrayType(dtype, (2, 3)).bytes == expected
 
 
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no HLO program"):
-        hlo.parse("HloModule without anything in it")
+        hlo.parse_hlo("HloModule without anything in it")
 
 
 def turns(function, *arguments, drop_notes: bool) -> list[int | None]:
@@ -108,7 +110,7 @@ def turns(function, *arguments, drop_notes: bool) -> list[int | None]:
     if drop_notes:
         text, dropped = re.subn(r'"known_trip_count":\{[^}]*\}', '"forgotten":{}', text)
         assert dropped, "the compiler's notes look different now"
-    program = hlo.parse(text)
+    program = hlo.parse_hlo(text)
     found = [(c, i) for c in program.computations.values() for i in c.instructions.values() if i.opcode == "while"]
     return sorted(program.trip_count(*loop) or -1 for loop in found)
 

@@ -35,7 +35,7 @@ PEAK = """  Live ranges at 12:
 
 
 def test_sizes_by_kind():
-    found = memory.read(hlo.parse(PROGRAM), BUFFERS)
+    found = memory.read_memory(hlo.parse_hlo(PROGRAM), BUFFERS)
     assert found.arguments == {"state.params['w']": 512, "state.opt_state[0].mu['w']": 1024}
     assert (found.results, found.temporaries, found.constants) == (64, 7000, 32)
     assert found.peak == 512 + 1024 + 64 + 7000 + 32
@@ -44,10 +44,10 @@ def test_sizes_by_kind():
 
 
 def test_what_is_alive_at_the_peak():
-    largest = memory.read(hlo.parse(PROGRAM), BUFFERS, PEAK).largest
+    largest = memory.read_memory(hlo.parse_hlo(PROGRAM), BUFFERS, PEAK).largest
     assert largest == (memory.Buffer(96, "", "gone"), memory.Buffer(64, "f32[16]", "jit(f)/big"))
 
 
 def test_text_without_buffers_is_refused():
     with pytest.raises(ValueError, match="names no allocation"):
-        memory.read(hlo.parse(PROGRAM), "BufferAssignment:\n")
+        memory.read_memory(hlo.parse_hlo(PROGRAM), "BufferAssignment:\n")

@@ -22,7 +22,7 @@ def compiled(function, *arguments):
 
 
 def work_of(function, *arguments) -> work.Work:
-    return work.count(hlo.parse(compiled(function, *arguments).as_text()))
+    return work.count(hlo.parse_hlo(compiled(function, *arguments).as_text()))
 
 
 def convolve(x, kernel, **options):
@@ -53,7 +53,7 @@ def convolve(x, kernel, **options):
 def test_without_loops_it_is_what_xla_counts(function, arguments):
     program = compiled(function, *arguments)
     cost = program.cost_analysis()
-    found = work.count(hlo.parse(program.as_text()))
+    found = work.count(hlo.parse_hlo(program.as_text()))
     assert found.flops == cost["flops"] > 0
     assert found.transcendentals == cost.get("transcendentals", 0)
 
@@ -129,7 +129,7 @@ KERNELS = """ENTRY %main (x: f32[16,4]) -> f32[16,4] {
 
 
 def test_kernels_count_what_they_declare_or_what_the_caller_knows():
-    program = hlo.parse(KERNELS)
+    program = hlo.parse_hlo(KERNELS)
     found = work.count(program)
     assert (found.kernel_flops, found.elementwise_flops, found.cycles) == (1000, 64, 77)
     assert found.undeclared_kernels == ("jit(f)/secret",)
@@ -153,7 +153,7 @@ ENTRY %main (x: f32[3,8]) -> f32[3,8] {
 
 @pytest.mark.parametrize(("size", "pad", "terms"), [(3, 1, 3 * 8 * 2), (15, 7, 3 * 7)])
 def test_a_window_over_a_whole_axis_is_one_reduction(size, pad, terms):
-    program = hlo.parse(WINDOWS.replace("SIZE", str(size)).replace("PAD", str(pad)))
+    program = hlo.parse_hlo(WINDOWS.replace("SIZE", str(size)).replace("PAD", str(pad)))
     assert work.count(program).elementwise_flops == terms
 
 
@@ -177,12 +177,12 @@ ENTRY %main (x: f32[64]) -> f32[64] {
 
 
 def test_what_another_core_does_counts_once():
-    (moved,) = work.count(hlo.parse(SPARSE_CORE), {"fsdp": 4}).collectives
+    (moved,) = work.count(hlo.parse_hlo(SPARSE_CORE), {"fsdp": 4}).collectives
     assert (moved.kind, moved.axes, moved.total_bytes) == ("all-reduce", ("fsdp",), 2 * 256 * 3 / 4)
 
 
 def test_a_cost_beyond_every_number_is_no_estimate():
-    program = hlo.parse(KERNELS.replace('"77"', '"9223372036854775807"'))
+    program = hlo.parse_hlo(KERNELS.replace('"77"', '"9223372036854775807"'))
     assert work.count(program).cycles == 0
 
 
@@ -216,7 +216,7 @@ matrix = tpu.shape_on(mesh, (DEPTH, WIDTH, WIDTH), jnp.bfloat16, None, "data")
 x = tpu.shape_on(mesh, (ROWS, WIDTH), jnp.bfloat16, "data")
 for function in (loss, loss_unrolled):
     reading = tpu.compile_and_read(jax.jit(jax.value_and_grad(function)).lower((matrix, matrix), x))
-    found = work.count(hlo.parse(reading.text), dict(mesh.shape))
+    found = work.count(hlo.parse_hlo(reading.text), dict(mesh.shape))
     print(found.matrix_flops, found.cycles > 0, "data" in str(found.by_collective()), len(found.unknown_loops))
 """
 

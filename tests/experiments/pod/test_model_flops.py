@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import models
-from experiments.bench.presets import MODELS
-from experiments.compilers.hlo import Array, Instruction
+from experiments.compilers.hlo import ArrayType, Instruction
 from experiments.pod.analysis import attention_flops
 from experiments.pod.model_flops import count_parameters, model_flops
+from experiments.pod.presets import MODELS
 from experiments.pod.programs import PROGRAMS, Setting
 from rspo_jax.sharding import MeshConfig
 
@@ -89,7 +89,11 @@ def test_attention_kernels_count_pairs_under_the_mask(kernel, products):
     call = Instruction("a", "custom-call", (), True, (), "", f'metadata={{op_name="jit(f)/{kernel}_segmented/call"}}')
     one_row = rows * heads * pairs * products * 2 * head_dim / rows
     for leading in ((rows,), ()):
-        types = [Array("s8", (1, 2, 2)), Array("bf16", (*leading, heads, tokens, head_dim)), Array("s32", (2, 8, 128))]
+        types = [
+            ArrayType("s8", (1, 2, 2)),
+            ArrayType("bf16", (*leading, heads, tokens, head_dim)),
+            ArrayType("s32", (2, 8, 128)),
+        ]
         operands = [Instruction("x", "parameter", (array,), False, (), "", "") for array in types]
         assert attention_flops(call, operands) == one_row * (rows if leading else 1)
     other = Instruction("a", "custom-call", (), True, (), "", 'metadata={op_name="jit(f)/gmm"}')
