@@ -125,7 +125,9 @@ def _chance_to_win(own: int, others: tuple[int, ...], samples: int, k: int) -> f
     return total / _scaled_binomial(samples, k)
 
 
+@functools.lru_cache(maxsize=65536)
 def _scaled_binomial(size: int, drawn: int) -> float:
+    """Return C(size, drawn) / 2^size."""
     return math.comb(size, drawn) / 2**size
 
 

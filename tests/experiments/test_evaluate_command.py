@@ -1,7 +1,8 @@
-"""`python -m experiments.evaluate`: what is said and kept of a model that knows all answers by heart, how an evaluation
-goes on, and what is refused. The run that it is given is made here from a config and a checkpoint."""
+"""The command `python -m experiments.evaluate`: its output and files for a model that knows all answers by heart,
+interrupted evaluations, and mistakes. The run is made here from a config and a checkpoint, without training."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -22,18 +23,16 @@ from experiments.evaluation.progress import EvaluationProgress
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig
 from experiments.tasks.countdown.task import CountdownTask
 from rspo_jax.records.checkpoint import Checkpoints
-from rspo_jax.rollouts import Packing, ResponseLengths, SamplerConfig, encode_solutions, pack, usable_problems
-from rspo_jax.training import EvaluationConfig, OptimizerConfig, TrainerConfig, init_train_state
-from rspo_jax.training.state import RunState
-from rspo_jax.training.update import supervised_update
+from rspo_jax.rollouts import SamplerConfig
+from rspo_jax.training import EvaluationConfig, TrainerConfig
+from rspo_jax.training.state import fresh_state
 
 RESPONSE = 6
 NAME_ONE = "name what to evaluate: either the folder of a run, or --model FOLDER and --task TASK"
-OPTIMIZER = OptimizerConfig(learning_rate=0.03, warmup_updates=1)
 
 
 def make_run(data_dir):
-    """Four test problems of two numbers each, whose solutions are at most five characters long."""
+    """Return a run with four test problems of two numbers each, whose solutions have at most five characters."""
     return CountdownRun(
         task=CountdownConfig(numbers_min=2, numbers_max=2, low=1, high=9, train=20, validation=4, test=4),
         model=models.TransformerConfig(
@@ -52,7 +51,6 @@ def make_run(data_dir):
             prompts=4,
             group_size=2,
             sampler=SamplerConfig(max_new_tokens=RESPONSE),
-            optimizer=OPTIMIZER,
             evaluation=EvaluationConfig(problems=4),
         ),
         data_dir=str(data_dir),
@@ -60,43 +58,46 @@ def make_run(data_dir):
 
 
 def memorise(run, problems):
-    """Parameters that answer each problem with its own solution."""
+    """Return the state of a run at step 7 whose model answers each problem with its own solution.
+
+    All parameters are random but the head, which is solved for: at each place of each solution the next token's logit
+    is 9, all others are 0. This takes no training, as there are fewer places than hidden dimensions.
+    """
+    init_params = functools.partial(models.init_params, run.model)
+    shapes = jax.eval_shape(functools.partial(fresh_state, init_params, run.trainer))
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.normal(0, 0.5, leaf.shape).astype(leaf.dtype), state.train.params)
     task = run.build_task()
-    width = usable_problems(task, problems).width
-    solutions = encode_solutions(task, problems, width, RESPONSE)
-    batch, _ = pack(solutions, RESPONSE, np.arange(len(problems)), Packing())
-    state = init_train_state(models.init_params(run.model, jax.random.key(0)), OPTIMIZER)
-    with jax.numpy_dtype_promotion("standard"):  # Optax needs it
-        for _ in range(150):
-            state, _ = supervised_update(models.Transformer(run.model), OPTIMIZER, state, batch)
-    return state
+    encode, eos = task.tokenizer.encode, task.tokenizer.eos_id
+    texts = [(encode(task.prompt(problem)), [*encode(task.solution(problem)), eos]) for problem in problems]
+    tokens = np.zeros((len(texts), max(len(prompt + solution) for prompt, solution in texts)), np.int32)
+    for row, (prompt, solution) in enumerate(texts):
+        tokens[row, : len(prompt + solution)] = prompt + solution
+    hidden = jax.jit(models.Transformer(run.model).apply)({"params": params}, tokens).hidden
+    places, nexts = [], []
+    for row, (prompt, solution) in enumerate(texts):
+        places += [(row, len(prompt) + at - 1) for at in range(len(solution))]
+        nexts += solution
+    features = np.stack([hidden[place] for place in places]).astype(np.float64)
+    wanted = 9.0 * np.eye(run.model.vocab_size)[nexts]
+    head, _, rank, _ = np.linalg.lstsq(features, wanted)
+    assert rank == len(places) <= run.model.hidden_size
+    params["head"] = head.astype(np.float32)
+    return state._replace(train=state.train._replace(params=params), step=np.int32(7))
 
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """A run folder, and the four problems that its model knows."""
+    """The folder of a run, and the four problems that its model knows."""
     folder = tmp_path_factory.mktemp("taught")
     run = make_run(folder / "data")
     problems = run.build_task().problems("test")
-    train_state = memorise(run, problems)
     run_dir = folder / "run"
     run_dir.mkdir()
     save_config(run_dir / "config.json", "countdown", run)
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        key, zero = jax.random.key_data(jax.random.key(0)), jnp.int32(0)
-        checkpoints.save(
-            7,
-            RunState(
-                train_state,
-                key,
-                zero,
-                zero,
-                jnp.int32(7),
-                ResponseLengths(jnp.float32(0), jnp.float32(0)),
-                jnp.float32(0),
-            ),
-            {"elapsed_seconds": 1.0},
-        )
+        checkpoints.save(7, jax.tree.map(jnp.asarray, memorise(run, problems)), {"elapsed_seconds": 1.0})
     return run_dir, problems
 
 

@@ -204,7 +204,7 @@ def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path):
 
 
 WAITING_WORKER = textwrap.dedent("""
-    import sys, time, types
+    import pathlib, sys, time, types
     train = types.ModuleType("experiments.train")
     def main(arguments):
         print("training", flush=True)
@@ -212,7 +212,10 @@ WAITING_WORKER = textwrap.dedent("""
     train.main = main
     config = types.ModuleType("experiments.config")
     config.load_config = lambda path: ("countdown", None)
-    sys.modules |= {"experiments.train": train, "experiments.config": config}
+    records = types.ModuleType("rspo_jax.records")
+    records.as_path = pathlib.Path
+    sys.modules |= {"experiments.train": train, "experiments.config": config, "rspo_jax.records": records}
+    sys.modules["rspo_jax"] = types.ModuleType("rspo_jax")
     import experiments
     experiments.train = train
     from experiments.ablation import worker

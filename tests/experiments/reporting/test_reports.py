@@ -138,7 +138,9 @@ def reports(runs):
 PANELS = [panel for section in SECTIONS for panel in section.panels]
 
 
-def test_a_report_is_one_file_with_all_panels(runs, tmp_path, capsys):
+def test_a_report_is_one_file_with_all_panels(runs, tmp_path, monkeypatch, capsys):
+    # Laying out every picture would double the time; the next two tests do it for some.
+    monkeypatch.setattr(page, "ConstrainedLayoutEngine", lambda **_: "none")
     path = tmp_path / "page.html"
     assert report.main([str(runs["grpo"]), "--out", str(path)]) == 0
     assert capsys.readouterr().out == f"report: {path}\n"
@@ -163,6 +165,16 @@ def test_the_legend_of_a_panel_is_inside_its_picture(reports, title):
     legend = axes.get_legend().get_window_extent()
     assert figure.bbox.y0 <= legend.y0 and legend.y1 <= figure.bbox.y1
     assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+
+
+def test_a_heat_map_and_its_scale_are_inside_their_picture(reports):
+    figure = reports["rspo"][1]["Log-ratios"].figure
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        box = axes.get_tightbbox()
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert len(figure.axes) == 2
 
 
 def test_a_report_says_what_is_left_out_and_why(reports):
