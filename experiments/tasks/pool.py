@@ -125,9 +125,20 @@ class WorkerPool:
                 while waiting or self._busy():
                     self._listen(0.0, results)  # a worker that died while idle is not handed an item
                     self._start_workers(len(waiting), results)
-                    self._hand_out(items, waiting)
-                    self._listen(self._seconds_to_wait(len(waiting)), results)
-                    self._end_overdue(results)
+                    for worker in [worker for worker in self._workers if worker.item is None][: len(waiting)]:
+                        line = json.dumps(items[waiting[0]]).encode() + b"\n"
+                        if worker.hand(waiting[0], line, self.time_limit):
+                            waiting.popleft()
+                        else:
+                            self._remove(worker)
+                    # Wait for an answer or the next deadline, but not if a worker was just found dead.
+                    seconds = 0.0
+                    if self._busy() and not self._missing(len(waiting)):
+                        seconds = max(0.0, min(worker.deadline for worker in self._workers) - time.monotonic())
+                    self._listen(seconds, results)
+                    now = time.monotonic()
+                    for worker in [worker for worker in self._workers if worker.deadline <= now]:
+                        self._settle(worker, "time limit", f"no answer within {self.time_limit:g} s", results)
             finally:
                 for worker in [worker for worker in self._workers if worker.item is not None]:
                     self._remove(worker)  # the call was interrupted; the next call would receive its answer
@@ -166,18 +177,6 @@ class WorkerPool:
                     self._settle(worker, "died", "its server was killed", results)
                 self._servers.pop().end()
 
-    def _hand_out(self, items: Sequence[Any], waiting: collections.deque[int]) -> None:
-        for worker in [worker for worker in self._workers if worker.item is None][: len(waiting)]:
-            if worker.hand(waiting[0], json.dumps(items[waiting[0]]).encode() + b"\n", self.time_limit):
-                waiting.popleft()
-            else:
-                self._remove(worker)
-
-    def _seconds_to_wait(self, waiting: int) -> float:
-        if self._missing(waiting) or not self._busy():  # the missing one was found dead when it was handed an item
-            return 0.0
-        return max(0.0, min(worker.deadline for worker in self._workers) - time.monotonic())
-
     def _listen(self, seconds: float, results: list[Outcome | None]) -> None:
         """Receive what workers send and note those that ended; wait up to `seconds` for the first event."""
         poll = select.poll()
@@ -202,11 +201,6 @@ class WorkerPool:
         outcome = Outcome(content) if kind == "value" else Outcome(None, "error", str(content))
         self._finish(worker, outcome, results)
         return True
-
-    def _end_overdue(self, results: list[Outcome | None]) -> None:
-        now = time.monotonic()
-        for worker in [worker for worker in self._workers if worker.deadline <= now]:
-            self._settle(worker, "time limit", f"no answer within {self.time_limit:g} s", results)
 
     def _settle(self, worker: "_Worker", failure: str, detail: str, results: list[Outcome | None]) -> None:
         """End a worker; the item that it worked on fails. Without a detail, the outcome says how the worker ended."""

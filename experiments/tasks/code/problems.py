@@ -63,7 +63,8 @@ def _problem(line: bytes) -> Problem:
         if not isinstance(value, str | None) or (name == "prompt" and not value):
             raise ValueError(f"{name!r} is {_short(value)}, but it must be text.")
     entry_point, tests = fields.get("entry_point"), fields["tests"]
-    if entry_point is not None and not _is_entry_point(entry_point):
+    parts = [] if entry_point is None else entry_point.split(".")
+    if len(parts) > 2 or not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):
         raise ValueError(
             f"'entry_point' is {_short(entry_point)}; it must name a function, or a method as 'Class.method'."
         )
@@ -107,11 +108,6 @@ def _check_object(value: Any, name: str, required: set[str], allowed: set[str] |
         raise ValueError(f"{name} has no {_listed(missing)}.")
     if unknown := set(value) - (allowed or required):
         raise ValueError(f"{name} has the unknown {_listed(unknown)}; its fields are {_listed(allowed or required)}.")
-
-
-def _is_entry_point(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) <= 2 and all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
 
 
 def _refuse_constant(name: str) -> None:

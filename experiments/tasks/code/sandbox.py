@@ -151,11 +151,18 @@ def _run_once(
         failed = _read_report(report)
         if failed is None:
             return None
-        _check_report(failed, accept_missing)
+        for step, reason in failed.items():
+            if not PROTECTIONS_OF_STEP.get(step, {step}) <= accept_missing:
+                raise SandboxError(
+                    f"The sandbox could not be closed at its step {step!r} ({reason}), so nothing was run in it."
+                )
         ending = _watch(process, limits, scratch)
     finally:
         os.close(report)
-        _end(process)
+        # The process leads a group, whose number stays taken until the process is waited for.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if ending is None:
         ending = "finished" if process.returncode == 0 else "failed"
     if os.fstat(standard_output.fileno()).st_size > limits.output_mib * _MIB:
@@ -228,14 +235,6 @@ def _read_report(report: int) -> dict[str, str] | None:
         text += chunk
 
 
-def _check_report(failed: dict[str, str], accept_missing: frozenset[str]) -> None:
-    for step, reason in failed.items():
-        if not PROTECTIONS_OF_STEP.get(step, {step}) <= accept_missing:
-            raise SandboxError(
-                f"The sandbox could not be closed at its step {step!r} ({reason}), so nothing was run in it."
-            )
-
-
 def _is_readable(descriptor: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -280,10 +279,3 @@ def _is_full(scratch: str, limits: Limits) -> bool:
             if count > limits.files or used > limits.disk_mib * _MIB:
                 return True
     return False
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    # The process leads a group, whose number stays taken until the process is waited for.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

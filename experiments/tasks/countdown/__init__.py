@@ -1,9 +1,7 @@
 """Countdown: reach a target number by arithmetic on a few given numbers, each used once.
 
-The generator of problems, the text format and the verifier are re-exported here.
-`load_problems` stays in `experiments.tasks.countdown.dataset`, because importing that module
-imports TensorFlow Datasets, which is slow and which nothing else here needs. Nothing in this
-package but `task`, which speaks the trainer's types, may know of JAX, of a model or of the trainer.
+The generator of problems, the text format and the verifier are re-exported here. `load_problems` stays in
+`experiments.tasks.countdown.dataset`, which imports TensorFlow Datasets; that is slow, and nothing else here needs it.
 """
 
 from experiments.tasks.countdown.problems import (

@@ -1,7 +1,6 @@
-"""Countdown problems as a TensorFlow Datasets builder, so that they are made once and then read.
+"""Countdown problems as a TensorFlow Datasets builder, so that they are generated once and then read.
 
-Data is written as ArrayRecord and read by random access, for which TensorFlow Datasets needs no
-TensorFlow. This module must never import TensorFlow, and never know how problems become prompts.
+Data is written as ArrayRecord and read by random access, for which TensorFlow Datasets needs no TensorFlow.
 """
 
 import contextlib
@@ -25,11 +24,11 @@ from experiments.tasks.countdown.problems import (
 
 @dataclasses.dataclass(eq=False)
 class CountdownBuilderConfig(tfds.core.BuilderConfig):
-    """Carries a `CountdownConfig` into the builder and names the folder of its data.
+    """A `CountdownConfig` for the builder, and the name of the folder of its data.
 
     Attributes:
-        problems: which problems to make.
-        name: readable and different for each `CountdownConfig`; it follows from `problems`.
+        problems: the problems to generate.
+        name: derived from `problems`; readable, and different for each `CountdownConfig`.
     """
 
     name: str = dataclasses.field(init=False)
@@ -46,18 +45,17 @@ class CountdownBuilderConfig(tfds.core.BuilderConfig):
 
 class _LocalDatasetInfo(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """Does nothing: no published copy of these problems exists to ask the network for."""
+        """Do nothing: no published copy of these problems exists, so the network need not be asked."""
 
 
 class Countdown(tfds.core.GeneratorBasedBuilder):
-    """Builder of Countdown problems; `as_data_source` keeps the order of `generate_problems`.
+    """The builder of Countdown problems; `as_data_source` keeps the order of `generate_problems`.
 
     An example has the features "numbers" (int32 [count]), "target" (int32 scalar) and "solution"
     (bytes). A split of size 0 is not written.
     """
 
-    # To be raised whenever `generate_problems` gives other problems for the same config, or old
-    # data would be read.
+    # Raise this whenever `generate_problems` returns other problems for the same config; otherwise old data is read.
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [CountdownBuilderConfig()]
     # Nothing is downloaded, so there are no checksums. The inherited search for them imports
@@ -101,24 +99,23 @@ def load_problems(
     split: str,
     data_dir: str | None = None,
 ) -> list[Problem]:
-    """Reads the problems of one split, after writing all splits if no earlier call has.
+    """Read the problems of one split, after writing all splits if no earlier call has.
 
-    Several processes may call this at the same time, and a call that was killed while it wrote
-    leaves nothing that disturbs the next one. The progress bars of TensorFlow Datasets stay off
-    from then on.
+    Several processes may call this at the same time, and a call that is killed while it writes does not disturb the
+    next one. The progress bars of TensorFlow Datasets stay off afterwards.
 
     Args:
-        config: which problems; each config has a folder of its own.
+        config: the problems; each config has a folder of its own.
         split: "train", "validation" or "test".
-        data_dir: the folder of all data sets. None: where TensorFlow Datasets keeps them, which
-            is the environment variable TFDS_DATA_DIR or else ~/tensorflow_datasets.
+        data_dir: the folder of all data sets. None: that of TensorFlow Datasets, which is the environment variable
+            TFDS_DATA_DIR or else ~/tensorflow_datasets.
 
     Returns:
         The problems, in the order of `generate_problems`.
 
     Raises:
-        ValueError: if the config or the split is wrong, if fewer problems are found than asked
-            for, or if the files on disk cannot be read.
+        ValueError: if the config or the split is wrong, if fewer problems are found than asked for, or if the files on
+            disk cannot be read.
     """
     config.check()
     if split not in SPLITS:
@@ -134,8 +131,8 @@ def load_problems(
             examples = source.__getitems__(range(wanted))
         except Exception as error:  # damaged files make the reader raise errors of any type
             raise ValueError(
-                f"The problems in {builder.data_dir} cannot be read ({error}); if they are "
-                "damaged, delete that folder, and they are made again."
+                f"The problems in {builder.data_dir} cannot be read ({error}); if they are damaged, delete that "
+                "folder, and they are generated again."
             ) from error
     return [
         Problem(
@@ -148,8 +145,7 @@ def load_problems(
 
 
 def _prepared_builder(config: CountdownConfig, data_dir: str | None) -> Countdown:
-    # The builder takes its own default config by None only: a second one of the same name is an
-    # error.
+    # The builder accepts its own default config only as None: another of the same name is an error.
     is_default = config == CountdownConfig()
     builder_config = None if is_default else CountdownBuilderConfig(problems=config)
     builder = Countdown(data_dir=data_dir, config=builder_config)
@@ -162,8 +158,8 @@ def _prepared_builder(config: CountdownConfig, data_dir: str | None) -> Countdow
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             )
     except OSError:
-        # Data is written to a temporary folder that is renamed in the end, which fails if another
-        # process was faster. Its data is the same.
+        # Data is written to a temporary folder that is renamed at the end. That fails if another process, with the same
+        # data, was faster.
         if not builder.is_prepared():
             raise
     return Countdown(data_dir=data_dir, config=builder_config)
@@ -171,10 +167,10 @@ def _prepared_builder(config: CountdownConfig, data_dir: str | None) -> Countdow
 
 @contextlib.contextmanager
 def _unseeded_random() -> Iterator[None]:
-    """Gives TensorFlow Datasets fresh global randomness, and the caller the old state back.
+    """Seed Python's global generator anew, and restore the caller's state afterwards.
 
-    The temporary folder has a name from Python's global generator: two processes with the same
-    seed would write to the same folder.
+    TensorFlow Datasets takes the name of its temporary folder from that generator: two processes with the same seed
+    would write to the same folder.
     """
     state = random.getstate()
     random.seed()
@@ -186,7 +182,7 @@ def _unseeded_random() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what TensorFlow Datasets says of downloads and custom configs off the terminal."""
+    """Suppress the messages of TensorFlow Datasets about downloads and custom configs."""
     tfds.disable_progress_bar()
     logger = logging.getLogger("absl")
     level = logger.level

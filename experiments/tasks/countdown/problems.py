@@ -1,8 +1,7 @@
-"""Countdown problems: what one is, which ones a config asks for, and how they are drawn.
+"""Countdown problems, their settings, and the random generator that draws them.
 
-Every problem is made from a random expression over its numbers, so that it has a solution by
-construction. Which split a problem belongs to follows from the problem alone. This module must
-never know how problems are stored, shown to a model or rewarded.
+Every problem is made from a random expression over its numbers, so that it has a solution by construction. The split
+of a problem follows from the problem alone.
 """
 
 import dataclasses
@@ -14,13 +13,12 @@ from typing import NamedTuple
 
 SPLITS = ("train", "validation", "test")
 
-# A problem's hash falls into one of ten equal buckets. The shares are fixed, so that the size
-# asked of one split never moves a problem from another.
+# A problem's hash falls into one of ten equal buckets. The shares are fixed, so that the size of one split never moves
+# a problem out of another.
 _BUCKET_TO_SPLIT = ("train",) * 8 + ("validation", "test")
 
-# Draws in a row without a new problem of the wanted split, after which the generator gives up. With
-# the default config the test split needs about 13 draws a problem at first, and 70 when 1,200 of
-# its 1,700 problems are found.
+# Draws in a row without a new problem of the wanted split, after which the generator gives up. With the default config,
+# the test split needs about 13 draws per problem at first, and 70 once 1,200 of its 1,700 problems have been found.
 _MAX_DRAWS_WITHOUT_NEW = 20_000
 
 _INT32_MAX = 2**31 - 1
@@ -35,8 +33,8 @@ class Problem(NamedTuple):
     Attributes:
         numbers: the given numbers, in the order in which they are shown.
         target: the value to reach.
-        solution: one expression that uses every number exactly once and equals the target. In it
-            no step has a negative or a fractional result. Other solutions may exist.
+        solution: an expression that uses every number exactly once and equals the target. No step of it has a
+            negative or a fractional result. Other solutions may exist.
     """
 
     numbers: tuple[int, ...]
@@ -46,21 +44,21 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CountdownConfig:
-    """Which Countdown problems to make. The defaults give short problems for small models.
+    """The settings of Countdown problems. The defaults give short problems for small models.
 
-    Problems that differ only in the order of their numbers count as one. By default about
-    16,300 of them exist: 80 % can be used for training, 10 % for each of the other two splits.
+    Problems that differ only in the order of their numbers count as one. By default about 16,300 of them exist: 80 %
+    for training, 10 % for each of the other two splits.
 
     Attributes:
         numbers_min: smallest count of numbers in a problem, at least 2.
         numbers_max: largest count of numbers in a problem; each count is drawn equally often.
         low: smallest value of a given number, at least 1.
         high: largest value of a given number, inclusive.
-        target_max: targets lie between 1 and this value, inclusive.
-        seed: changes both the problems drawn and the split each belongs to.
-        train: how many problems the split "train" has.
-        validation: how many problems the split "validation" has.
-        test: how many problems the split "test" has.
+        target_max: largest target, inclusive; the smallest is 1.
+        seed: determines the problems drawn and the split of each.
+        train: number of problems in the split "train".
+        validation: number of problems in the split "validation".
+        test: number of problems in the split "test".
     """
 
     numbers_min: int = 3
@@ -74,16 +72,16 @@ class CountdownConfig:
     test: int = 1_000
 
     def check(self) -> None:
-        """Raises ValueError, naming the mistake and the way out, if no such problems exist."""
+        """Raise ValueError, naming the mistake and the way out, if no such problems exist."""
         if self.numbers_min < 2:
             raise ValueError(
-                f"numbers_min is {self.numbers_min}, but a problem needs two numbers or more; "
-                "set numbers_min to at least 2."
+                f"numbers_min is {self.numbers_min}, but a problem needs two numbers or more; set numbers_min to at "
+                "least 2."
             )
         if self.numbers_min > self.numbers_max:
             raise ValueError(
-                f"numbers_min ({self.numbers_min}) is larger than numbers_max "
-                f"({self.numbers_max}); raise numbers_max or lower numbers_min."
+                f"numbers_min ({self.numbers_min}) is larger than numbers_max ({self.numbers_max}); raise numbers_max "
+                "or lower numbers_min."
             )
         if self.low < 1:
             raise ValueError(f"low is {self.low}, but numbers are positive; set low to at least 1.")
@@ -94,48 +92,44 @@ class CountdownConfig:
         for name in ("high", "target_max"):
             if getattr(self, name) > _INT32_MAX:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, but values are stored as 32-bit integers; "
-                    f"set {name} to at most {_INT32_MAX}."
+                    f"{name} is {getattr(self, name)}, but values are stored as 32-bit integers; set {name} to at most "
+                    f"{_INT32_MAX}."
                 )
         for split in SPLITS:
             if getattr(self, split) < 0:
                 raise ValueError(
-                    f"{split} is {getattr(self, split)}, but a split cannot have a negative number "
-                    f"of problems; set {split} to 0 or more."
+                    f"{split} is {getattr(self, split)}, but a split cannot have a negative number of problems; set "
+                    f"{split} to 0 or more."
                 )
-        self._check_enough_problems_exist()
-
-    def _check_enough_problems_exist(self) -> None:
+        # Enough problems must exist.
         values = self.high - self.low + 1
         counts = range(self.numbers_min, self.numbers_max + 1)
         selections = sum(math.comb(values + count - 1, count) for count in counts)
         wanted = sum(getattr(self, split) for split in SPLITS)
         if wanted > selections * self.target_max:
             raise ValueError(
-                f"{wanted} problems are asked for, but there are only {selections} ways to choose "
-                f"the numbers and {self.target_max} targets; lower train, validation or test, or "
-                "widen the range of the numbers."
+                f"{wanted} problems are asked for, but there are only {selections} ways to choose the numbers and "
+                f"{self.target_max} targets; lower train, validation or test, or widen the range of the numbers."
             )
 
 
 def generate_problems(config: CountdownConfig, split: str) -> Iterator[Problem]:
-    """Draws the problems of one split.
+    """Draw the problems of one split.
 
-    The result depends on the config and the split alone. It does not depend on the sizes of the
-    other splits, and a larger size of this one only adds problems at the end. No two problems of
-    a split have the same numbers (in any order) and the same target. Two splits never share such
-    a problem, whatever their configs, as long as the configs have the same seed.
+    The result depends on the config and the split alone. It does not depend on the sizes of the other splits, and a
+    larger size of this one only adds problems at the end. No two problems of a split have the same numbers (in any
+    order) and the same target. Two splits never share such a problem, whatever their configs, as long as the configs
+    have the same seed.
 
     Args:
-        config: what to draw; it is checked before this function returns.
+        config: the settings; they are checked before this function returns.
         split: one of `SPLITS`.
 
     Returns:
         An iterator over as many problems as the config asks for in this split.
 
     Raises:
-        ValueError: at once if the config or the split is wrong, and while iterating if no further
-            problem is found.
+        ValueError: at once if the config or the split is wrong, and while iterating if no further problem is found.
     """
     config.check()
     if split not in SPLITS:
@@ -144,8 +138,7 @@ def generate_problems(config: CountdownConfig, split: str) -> Iterator[Problem]:
 
 
 def _generate(config: CountdownConfig, split: str) -> Iterator[Problem]:
-    # Of all of `random`, only the stream of random() from a string seed is promised to stay the
-    # same in every Python version.
+    # Of all of `random`, only random() seeded with a string is guaranteed to return the same stream in every version.
     uniform = random.Random(f"countdown/{config.seed}/{split}").random
     wanted = getattr(config, split)
     seen: set[tuple[tuple[int, ...], int]] = set()
@@ -162,14 +155,13 @@ def _generate(config: CountdownConfig, split: str) -> Iterator[Problem]:
         draws_without_new += 1
         if draws_without_new == _MAX_DRAWS_WITHOUT_NEW:
             raise ValueError(
-                f"Only {len(seen)} of the {wanted} problems asked for in {split!r} were found; "
-                f"set {split} to at most {len(seen)}, or widen the range of the numbers, their "
-                "count or the targets."
+                f"Only {len(seen)} of the {wanted} problems asked for in {split!r} were found; set {split} to at most "
+                f"{len(seen)}, or widen the range of the numbers, their count or the targets."
             )
 
 
 def _split_of(key: tuple[tuple[int, ...], int], seed: int) -> str:
-    """The split of a problem: the same in every process and for every order of the numbers."""
+    """Return the split of a problem, the same in every process and for every order of the numbers."""
     digest = hashlib.blake2b(repr((seed, key)).encode(), digest_size=8).digest()
     return _BUCKET_TO_SPLIT[int.from_bytes(digest, "big") % len(_BUCKET_TO_SPLIT)]
 
@@ -181,9 +173,9 @@ class _Expression(NamedTuple):
 
 
 def _draw_problem(config: CountdownConfig, uniform: Callable[[], float]) -> Problem:
-    """Draws numbers and joins two random expressions at a time until one is left.
+    """Draw numbers, and join two random expressions at a time until one is left.
 
-    The target is whatever comes out: zero and values beyond target_max are for the caller to drop.
+    The target is its value: the caller drops zero and values beyond target_max.
     """
     count = config.numbers_min + int(uniform() * (config.numbers_max - config.numbers_min + 1))
     values = config.high - config.low + 1
@@ -197,7 +189,7 @@ def _draw_problem(config: CountdownConfig, uniform: Callable[[], float]) -> Prob
 
 
 def _join(left: _Expression, right: _Expression, uniform: Callable[[], float]) -> _Expression:
-    """Joins two expressions by a random operation with a non-negative integer result."""
+    """Join two expressions by a random operation with a non-negative integer result."""
     operation = "+-*/"[int(uniform() * 4)]
     if operation == "/" and not _divides(right.value, left.value):
         left, right = right, left
@@ -215,8 +207,8 @@ def _join(left: _Expression, right: _Expression, uniform: Callable[[], float]) -
         value = left.value // right.value
     precedence = _PRECEDENCE[operation]
     left_text = f"({left.text})" if left.precedence < precedence else left.text
-    # Operators of equal precedence are read from the left: a-(b+c) and a/(b*c) must keep their
-    # parentheses, a+(b-c) and a*(b/c) have the same value without.
+    # Operators of equal precedence are read from the left: a-(b+c) and a/(b*c) must keep their parentheses; a+(b-c) and
+    # a*(b/c) have the same value without them.
     lowest = precedence + 1 if operation in "-/" else precedence
     right_text = f"({right.text})" if right.precedence < lowest else right.text
     return _Expression(value, left_text + operation + right_text, precedence)

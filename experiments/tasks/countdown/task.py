@@ -1,7 +1,4 @@
-"""Countdown as the trainer sees it: problems, prompts, worked solutions and the judge, behind one Protocol.
-
-This file must never know a model or an objective.
-"""
+"""The Countdown task: problems, prompts, worked solutions and the judge, behind the trainer's `Task` protocol."""
 
 import functools
 from collections.abc import Sequence
@@ -23,7 +20,7 @@ class CountdownTask:
     config: CountdownConfig
     rule: CountdownReward
     data_dir: str | None = None
-    """The folder of the data set; TensorFlow Datasets' own when absent."""
+    """The folder of the data set. None: that of TensorFlow Datasets."""
 
     @property
     def tokenizer(self) -> CharacterTokenizer:
@@ -39,8 +36,8 @@ class CountdownTask:
         return problem.solution
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Judgement]:
-        return [self._judge(problem, response) for problem, response in zip(problems, responses, strict=True)]
-
-    def _judge(self, problem: Problem, response: str) -> Judgement:
-        verdict = verify(response, problem.numbers, problem.target, self.rule.use_all)
-        return Judgement(self.rule(problem, response), verdict.correct)
+        judgements = []
+        for problem, response in zip(problems, responses, strict=True):
+            verdict = verify(response, problem.numbers, problem.target, self.rule.use_all)
+            judgements.append(Judgement(self.rule(problem, response), verdict.correct))
+        return judgements

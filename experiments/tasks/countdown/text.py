@@ -1,7 +1,6 @@
-"""How Countdown looks as text and as token ids: the prompt, and a tokenizer of one id a character.
+"""The text format of Countdown: prompts, and a tokenizer with one id per character.
 
-A prompt such as "2,8,1=14:" is followed by a response such as "2*(8-1)" and the id that ends a
-sequence. This module must never know which expressions are right.
+A prompt such as "2,8,1=14:" is followed by a response such as "2*(8-1)" and the id that ends a sequence.
 """
 
 from collections.abc import Iterable
@@ -14,13 +13,13 @@ _ID_TO_CHARACTER = {index: character for character, index in _CHARACTER_TO_ID.it
 
 
 class CharacterTokenizer:
-    """Maps each character of prompts and responses to one id.
+    """A tokenizer that maps each character of prompts and responses to one id.
 
     Attributes:
-        pad_id: the id that fills up a batch; it stands for no text.
+        pad_id: the padding of a batch; it stands for no text.
         eos_id: the id that ends a response; it stands for no text.
         stop_ids: all ids that end a response: `eos_id` alone.
-        vocabulary_size: how many ids there are; they run from 0 to vocabulary_size - 1.
+        vocabulary_size: number of ids, which run from 0 to vocabulary_size - 1.
     """
 
     pad_id: int = 0
@@ -29,7 +28,7 @@ class CharacterTokenizer:
     vocabulary_size: int = 2 + len(_CHARACTERS)
 
     def encode(self, text: str) -> list[int]:
-        """Returns one id for each character, without an end id.
+        """Return one id for each character, without an end id.
 
         Raises:
             ValueError: if a character is not in the vocabulary.
@@ -38,17 +37,17 @@ class CharacterTokenizer:
         for position, character in enumerate(text):
             if character not in _CHARACTER_TO_ID:
                 raise ValueError(
-                    f"The character {character!a} at position {position} is not in the "
-                    f"vocabulary; use only {_CHARACTERS!r}."
+                    f"The character {character!a} at position {position} is not in the vocabulary; use only "
+                    f"{_CHARACTERS!r}."
                 )
             ids.append(_CHARACTER_TO_ID[character])
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text before the first end id, leaving out padding.
+        """Return the text before the first end id, without padding.
 
         Args:
-            ids: Python or numpy integers; what follows the first end id is not looked at.
+            ids: Python or numpy integers; those after the first end id are ignored.
 
         Raises:
             ValueError: if an id is negative or not below `vocabulary_size`.
@@ -57,8 +56,8 @@ class CharacterTokenizer:
         for position, token_id in enumerate(ids):
             if not 0 <= token_id < self.vocabulary_size:
                 raise ValueError(
-                    f"The id {token_id} at position {position} is not in the vocabulary; "
-                    f"ids lie between 0 and {self.vocabulary_size - 1}."
+                    f"The id {token_id} at position {position} is not in the vocabulary; ids lie between 0 and "
+                    f"{self.vocabulary_size - 1}."
                 )
             if token_id == self.eos_id:
                 break
@@ -68,5 +67,5 @@ class CharacterTokenizer:
 
 
 def prompt_text(problem: Problem) -> str:
-    """Returns the prompt of a problem, such as "2,8,1=14:", numbers in the order given."""
+    """Return the prompt of a problem, such as "2,8,1=14:", with the numbers in the order given."""
     return f"{','.join(map(str, problem.numbers))}={problem.target}:"

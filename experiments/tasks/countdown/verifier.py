@@ -1,15 +1,14 @@
-"""Whether an answer to a Countdown problem is right, and the reward it earns.
+"""The verifier of answers to Countdown problems, and their rewards.
 
-Answers come from a model that is being rewarded for them, so this module trusts nothing: it reads
-a small grammar of its own, in one pass and without recursion, and it answers any text whatever
-its length. It must never call eval, and never know how an answer was sampled.
+Answers come from a model that is rewarded for them, so nothing is trusted: the verifier parses a small grammar of its
+own, in one pass and without recursion, accepts text of any length, and never calls eval.
 
     expression = value { ("+" | "-" | "*" | "/") value }       * and / bind tighter; left to right
     value      = literal | "(" expression ")"
     literal    = "0" | one of 1-9 followed by any of 0-9       ASCII digits only
 
-ASCII spaces may stand anywhere but inside a literal. There are no signs in front of a value, and
-nothing may stand before or after the expression.
+ASCII spaces may stand anywhere but inside a literal. A value has no sign, and nothing may stand before or after the
+expression.
 """
 
 import dataclasses
@@ -21,8 +20,7 @@ from typing import NamedTuple
 
 from experiments.tasks.countdown.problems import Problem
 
-# A run of parentheses is one token, so that no text has more tokens than a few for each literal,
-# of which few are allowed.
+# A run of parentheses is one token, so that a text has few tokens per literal; and only a few literals are allowed.
 _TOKEN = re.compile(
     r"(?P<open>[( ]+)|(?P<close>\)[) ]*)|(?P<literal>[0-9]+)|(?P<operator>[-+*/])|(?P<other>.)",
     re.DOTALL,
@@ -31,13 +29,13 @@ _PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2}
 
 
 class Verdict(NamedTuple):
-    """What `verify` finds.
+    """The result of `verify`.
 
     Attributes:
-        correct: the answer is well formed and has the target as its value.
-        well_formed: the answer is an expression of the grammar, uses the numbers as often as
-            allowed and divides by nothing that is zero.
-        reason: why, in a few words.
+        correct: True if the answer is well formed and its value is the target.
+        well_formed: True if the answer is an expression of the grammar, uses the numbers as often as allowed, and does
+            not divide by zero.
+        reason: the reason in a few words.
     """
 
     correct: bool
@@ -50,15 +48,15 @@ class _Refused(Exception):
 
 
 def verify(text: str, numbers: Sequence[int], target: int, use_all: bool = True) -> Verdict:
-    """Checks an answer to a Countdown problem, in exact rational arithmetic.
+    """Check an answer to a Countdown problem, in exact rational arithmetic.
 
-    Intermediate values may be negative or fractions. The time taken grows linearly with the text.
+    Intermediate values may be negative or fractions. The time grows linearly with the length of the text.
 
     Args:
-        text: the answer; any string at all.
-        numbers: the given numbers, not negative; a number given twice may be used twice.
+        text: the answer; any string.
+        numbers: the given numbers, none negative; a number given twice may be used twice.
         target: the value to reach.
-        use_all: whether every number has to be used. If not, some may be left out.
+        use_all: if True, every number must be used; otherwise some may be left out.
 
     Returns:
         A `Verdict`; no text raises an error.
@@ -80,22 +78,22 @@ class CountdownReward:
 
     Attributes:
         format_reward: the reward of an answer that is well formed but wrong; at least 0, below 1.
-        use_all: whether an answer has to use every number.
+        use_all: if True, an answer must use every number.
     """
 
     format_reward: float = 0.0
     use_all: bool = True
 
     def check(self) -> None:
-        """Raises ValueError if a wrong answer would earn less than 0 or as much as a right one."""
+        """Raise ValueError if a wrong answer would earn less than 0 or as much as a right one."""
         if not 0 <= self.format_reward < 1:
             raise ValueError(
-                f"format_reward is {self.format_reward}, but a right answer earns 1; "
-                "set format_reward to at least 0 and below 1."
+                f"format_reward is {self.format_reward}, but a right answer earns 1; set format_reward to at least 0 "
+                "and below 1."
             )
 
     def __call__(self, problem: Problem, text: str) -> float:
-        """Returns 1 for a right answer, format_reward for a well-formed wrong one, else 0."""
+        """Return 1 for a right answer, format_reward for a well-formed wrong one, and 0 otherwise."""
         verdict = verify(text, problem.numbers, problem.target, self.use_all)
         if verdict.correct:
             return 1.0
@@ -103,15 +101,15 @@ class CountdownReward:
 
 
 def _parse(text: str, numbers: Sequence[int]) -> list[int | str]:
-    """Turns an expression into postfix order: literals as int, operators as str.
+    """Return an expression in postfix order: literals as int, operators as str.
 
-    This is the shunting-yard algorithm. It stops at the first error, and before it converts a
-    literal longer than any given number or takes in more literals than there are numbers.
+    This is the shunting-yard algorithm. It stops at the first error, and also before it converts a literal longer than
+    any given number or accepts more literals than there are numbers.
     """
     longest = max((len(str(number)) for number in numbers), default=0)
     literals = 0
     postfix: list[int | str] = []
-    pending: list[str] = []  # operators and "(" that wait for what follows them
+    pending: list[str] = []  # operators and "(" that wait for their right operand
     needs_value = True
     for match in _TOKEN.finditer(text):
         token = match.group()
@@ -150,7 +148,7 @@ def _parse(text: str, numbers: Sequence[int]) -> list[int | str]:
 
 
 def _close(pending: list[str], postfix: list[int | str]) -> None:
-    """Moves the operators since the last "(" to the postfix order and drops that "("."""
+    """Move the operators since the last "(" to the postfix order and drop that "("."""
     while pending:
         operator = pending.pop()
         if operator == "(":

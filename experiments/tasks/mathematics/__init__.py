@@ -1,4 +1,4 @@
-"""Mathematics: problems in words whose answer is a number or a formula, and a judge that knows when two are equal.
+"""Mathematics: word problems whose answer is a number or a formula, and a judge that decides when two are equal.
 
-Worker processes import `experiments.tasks.mathematics.verifier`, and with it this file, so this file imports nothing.
+This file imports nothing, because worker processes import it together with `experiments.tasks.mathematics.verifier`.
 """

@@ -1,4 +1,4 @@
-"""Finds the answer that a text puts into a box: \\boxed{...}. This module must never know what an answer means."""
+"""A finder of the answer that a text puts into a box: \\boxed{...}."""
 
 import re
 
@@ -7,11 +7,11 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def last_box(text: str) -> str | None:
-    """Returns what the last box of a text holds, in one pass over it.
+    """Find the content of the last box of a text, in one pass over the text.
 
     Returns:
-        The content without the braces. None if there is no box, or if the last one is never closed, as in a response
-        that was cut off.
+        The content without the braces. None if there is no box, or if the last one is never closed, as in a truncated
+        response.
     """
     starts = [match.end() for match in _BOX.finditer(text)]
     if not starts:

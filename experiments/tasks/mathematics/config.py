@@ -1,4 +1,4 @@
-"""What a mathematics task is, checked in one place. This module must never read problems or start a process."""
+"""The settings of a mathematics task, checked in one place."""
 
 import dataclasses
 import math
@@ -11,27 +11,27 @@ DEFAULT_PROMPT = "{problem}\nPlease reason step by step, and put your final answ
 
 @dataclasses.dataclass(frozen=True)
 class MathConfig:
-    """Which problems, how they are asked, and what an answer earns.
+    """The settings of a mathematics task: problems, prompts, rewards and the judge's limits.
 
     Attributes:
-        name: the set whose layout the files have: a key of `experiments.tasks.mathematics.problems.SETS`.
-        train_path: file of the problems to train on, a JSON object a line. The validation problems are drawn from it.
-        test_path: file of the test problems. Where a path is absent, TensorFlow Datasets provides the problems of
-            sets that it knows, which is gsm8k.
+        name: the set whose layout the files have, a key of `experiments.tasks.mathematics.problems.SETS`.
+        train_path: file of the training problems, one JSON object per line. The validation problems are drawn from it.
+        test_path: file of the test problems. Where a path is absent, TensorFlow Datasets provides the problems, if it
+            has the set, which is true of gsm8k.
         data_dir: the folder of TensorFlow Datasets; its own when absent.
-        validation: how many problems are drawn from the training problems and kept for the split "validation".
-        seed: changes which ones are drawn.
-        train: how many problems the split "train" has, from the first on. None: all that are left.
-        test: how many problems the split "test" has, from the first on. None: all.
-        prompt: what the user asks, with {problem} in the place of the question.
-        system: what the system says before; nothing when empty.
-        must_be_boxed: whether an answer counts in a \\boxed{} alone. If not, a response without a box is searched for
+        validation: number of problems drawn from the training problems for the split "validation".
+        seed: determines the problems drawn.
+        train: number of problems in the split "train", from the first on. None: all that are left.
+        test: number of problems in the split "test", from the first on. None: all.
+        prompt: the user's message, with {problem} in place of the question.
+        system: the system message before it; none if empty.
+        must_be_boxed: if True, only an answer in a \\boxed{} counts. Otherwise a response without a box is searched for
             its last formula or number.
-        correct_reward: of a right answer.
-        wrong_reward: of an answer that is not right.
-        unanswered_reward: of a response without an answer, and of one that cannot be judged within its limits.
-        time_limit: seconds that judging one response may take.
-        workers: processes that judge. None: one for each core but one, at most 16.
+        correct_reward: reward of a right answer.
+        wrong_reward: reward of an answer that is not right.
+        unanswered_reward: reward of a response without an answer, or one that cannot be judged within the limits.
+        time_limit: seconds for judging one response.
+        workers: number of processes that judge. None: one less than there are cores, at most 16.
         memory_limit: GiB of address space of each of these processes.
     """
 
@@ -54,23 +54,20 @@ class MathConfig:
     memory_limit: float = 4.0
 
     def check(self) -> None:
-        """Raises ValueError, naming the mistake and the way out."""
+        """Raise ValueError, naming the mistake and the way out, if a setting is impossible."""
         if self.name not in SETS:
             raise ValueError(f"there is no set {self.name!r}; choose one of {', '.join(SETS)}")
         if not SETS[self.name].builder and self.train_path is None and self.test_path is None:
             raise ValueError(f"TensorFlow Datasets has no {self.name}: give its file as test_path or train_path")
         if self.prompt.count("{problem}") != 1:
             raise ValueError(
-                f"prompt has {{problem}} {self.prompt.count('{problem}')} times, and the question has one place; "
-                "put {problem} into it once"
+                f"prompt contains {{problem}} {self.prompt.count('{problem}')} times; write it exactly once, where the "
+                "question goes"
             )
         if self.must_be_boxed and "\\boxed" not in self.prompt + self.system:
             raise ValueError(
                 "answers must be boxed, but neither prompt nor system asks for \\boxed{}; ask, or clear must_be_boxed"
             )
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
         if self.validation < 0:
             raise ValueError(f"validation is {self.validation}; set it to 0 or more")
         for field in ("train", "test", "workers"):
@@ -89,7 +86,7 @@ class MathConfig:
             )
 
     def worker_count(self) -> int:
-        """How many processes judge."""
+        """Return the number of processes that judge."""
         if self.workers is not None:
             return self.workers
         affinity = getattr(os, "sched_getaffinity", None)

@@ -1,20 +1,17 @@
-"""Problems from files and from TensorFlow Datasets, split into train, validation and test.
-
-This module must never know how problems become prompts.
-"""
+"""Problems from files and from TensorFlow Datasets, split into train, validation and test."""
 
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.problems import SETS, SPLITS, Problem, draw, problem_of, read_problems
 
 
 def load_problems(config: MathConfig, split: str) -> list[Problem]:
-    """Reads the problems of one split.
+    """Read the problems of one split.
 
-    The validation problems are drawn from the training problems by a hash of each question and the seed: which ones
-    depends on neither the order of the problems nor where they are read from.
+    The validation problems are drawn from the training problems by a hash of each question and the seed. The draw
+    depends neither on the order of the problems nor on where they are read from.
 
     Args:
-        config: which problems.
+        config: the settings of the task.
         split: "train", "validation" or "test".
 
     Returns:

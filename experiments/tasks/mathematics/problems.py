@@ -1,7 +1,7 @@
-"""Problems of the mathematics sets: the one table of the sets, and how their JSON lines are read.
+"""Problems of the mathematics sets: the table of the sets, and the reader of their JSON lines.
 
-Answers are rewritten to the LaTeX that a person would put into a box, by rules for a whole set, never for one
-problem. This module must never know how problems are shown to a model or judged.
+Answers are rewritten to the LaTeX that a person would put into a box, by rules for a whole set, never for a single
+problem.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
     """One problem.
 
     Attributes:
-        question: the problem in words and LaTeX.
+        question: the problem, as text and LaTeX.
         answer: its answer, as LaTeX without dollar signs.
         solution: a worked solution that ends with the answer in a box.
     """
@@ -35,14 +35,14 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the records of a set keep what a `Problem` needs.
+    """The layout of a set's records: the fields from which a `Problem` is made.
 
     Attributes:
-        question: field of the question.
-        answer: field that holds the answer.
+        question: the field of the question.
+        answer: the field of the answer.
         read_answer: turns that field into LaTeX; raises ValueError with the reason if it cannot.
-        solution: field of the worked solution. None: there is none, and the solution is the answer alone.
-        builder: name in TensorFlow Datasets; "" if there is no builder.
+        solution: the field of the worked solution. None: there is none, and the solution is the answer alone.
+        builder: name of the set in TensorFlow Datasets; "" if it has no builder.
     """
 
     question: str
@@ -53,7 +53,7 @@ class Layout:
 
 
 def read_problems(path: str, name: str) -> list[Problem]:
-    """Reads a file of one JSON object a line; lines without any text are passed over.
+    """Read a file with one JSON object per line, skipping empty lines.
 
     Args:
         path: a local path, or one that `etils.epath` reads.
@@ -63,18 +63,18 @@ def read_problems(path: str, name: str) -> list[Problem]:
         The problems, in the order of the file.
 
     Raises:
-        ValueError: if there is no such file, or it holds no problem, or a line is damaged; with file and line.
+        ValueError: if the file does not exist or holds no problem, or if a line is damaged, naming file and line.
     """
     file = epath.Path(path)
     if not file.is_file():
-        raise ValueError(f"there is no file {path}: give the path of the problems of {name}, a JSON object a line")
+        raise ValueError(f"there is no file {path}: give the path of the problems of {name}, one JSON object per line")
     problems = []
     for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             problems.append(problem_of(json.loads(line.decode()), SETS[name]))
-        except ValueError as error:  # of the encoding, of JSON, or of the record
+        except ValueError as error:  # from decoding, from JSON, or from the record
             raise ValueError(f"{path}, line {number}, is not a problem of {name}: {error}") from error
     if not problems:
         raise ValueError(f"{path} holds no problem of {name}: the file is empty")
@@ -82,10 +82,10 @@ def read_problems(path: str, name: str) -> list[Problem]:
 
 
 def problem_of(record: Any, layout: Layout) -> Problem:
-    """Turns a record into a `Problem`.
+    """Make a `Problem` of a record.
 
     Raises:
-        ValueError: if a field is missing, is empty or is of the wrong kind.
+        ValueError: if a field is missing, empty or of the wrong type.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"it holds {type(record).__name__}, not an object with fields")
@@ -97,17 +97,22 @@ def problem_of(record: Any, layout: Layout) -> Problem:
     if not answer:
         raise ValueError(f"the answer in the field {layout.answer!r} is empty")
     worked = "" if layout.solution is None else _text(record[layout.solution], layout.solution)
-    return Problem(question, answer, _with_box(worked, answer))
+    # The solution ends with a box, and has no calculator's notes or answers after ####, as in GSM8K.
+    worked = re.sub(r"<<[^<>]*>>", "", worked)
+    worked = re.sub(r"\s*####[^\n]*\s*\Z", "", worked)
+    if not last_box(worked):
+        worked = f"{worked}\n\nThe final answer is $\\boxed{{{answer}}}$.".lstrip()
+    return Problem(question, answer, worked)
 
 
 def draw(problems: list[Problem], count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Splits problems in two, by a hash of the seed and the question.
+    """Split problems in two, by a hash of the seed and the question.
 
-    So the draw depends neither on the order of the problems nor on the version of a random generator, and a larger
-    `count` keeps what a smaller one draws.
+    The draw depends neither on the order of the problems nor on the version of a random generator, and a larger
+    `count` includes what a smaller one draws.
 
     Returns:
-        All but `count` of the problems, and those `count`; both in their old order.
+        All but `count` of the problems, and those `count`, both in their original order.
 
     Raises:
         ValueError: if no problem would be left.
@@ -125,14 +130,6 @@ def draw(problems: list[Problem], count: int, seed: int) -> tuple[list[Problem],
     return rest, [problems[index] for index in sorted(drawn)]
 
 
-def _with_box(worked: str, answer: str) -> str:
-    worked = re.sub(r"<<[^<>]*>>", "", worked)  # a calculator's notes in GSM8K
-    worked = re.sub(r"\s*####[^\n]*\s*\Z", "", worked)
-    if last_box(worked):
-        return worked
-    return f"{worked}\n\nThe final answer is $\\boxed{{{answer}}}$.".lstrip()
-
-
 def _text(value: Any, field: str) -> str:
     if isinstance(value, list) and value:  # several solutions
         value = value[0]
@@ -142,7 +139,7 @@ def _text(value: Any, field: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Text or a number; tables of numbers turn 27 into 27.0."""
+    """Return text or a number as text; a float such as 27.0 was an integer before it came from a table."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"the answer is {value!r}, neither text nor a number")
     if isinstance(value, float):
@@ -160,7 +157,7 @@ def _after_hashes(value: Any) -> str:
 
 
 def _in_last_box(value: Any) -> str:
-    """The last box of a solution; what is in Python's notation becomes LaTeX."""
+    """Return the content of a solution's last box, with Python's notation turned into LaTeX."""
     answer = last_box(_plain(value))
     if answer is None:
         raise ValueError("the solution has no \\boxed{} answer")
@@ -169,7 +166,7 @@ def _in_last_box(value: Any) -> str:
 
 
 def _in_list(value: Any) -> str:
-    """The only entry of a list, which may itself name several answers between dollar signs."""
+    """Return the only entry of a list; it may itself name several answers between dollar signs."""
     if not isinstance(value, list) or len(value) != 1:
         raise ValueError(f"the answer is {value!r}, not a list of one text")
     return _plain(value[0]).replace("$", "").strip().removesuffix(".")

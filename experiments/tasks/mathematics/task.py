@@ -1,7 +1,4 @@
-"""Mathematics as the trainer sees it: problems, prompts, worked solutions and the judge, behind one Protocol.
-
-This file must never know a model or an objective.
-"""
+"""The mathematics task: problems, prompts, worked solutions and the judge, behind the trainer's `Task` protocol."""
 
 import functools
 from collections.abc import Sequence
@@ -15,16 +12,16 @@ from experiments.text import ChatTokenizer, ask
 from rspo_jax.types import Judgement
 
 LONGEST_RESPONSE = 100_000
-"""Characters at the end of a response that are judged; finding a box in as many takes a few milliseconds."""
+"""Number of characters at the end of a response that are judged; finding a box in them takes a few milliseconds."""
 
 _VERIFIER = "experiments.tasks.mathematics.verifier:judge"
 
 
 class MathTask:
-    """An `rspo_jax.types.Task`. Its processes start with the first judgement and end with the program."""
+    """An `rspo_jax.types.Task`. Its judging processes start with the first judgement and end with the program."""
 
     def __init__(self, config: MathConfig, tokenizer: ChatTokenizer) -> None:
-        """Raises ValueError if the config is wrong."""
+        """Raise ValueError if the config is wrong."""
         config.check()
         self.config = config
         self.tokenizer = tokenizer
@@ -43,37 +40,38 @@ class MathTask:
         return problem.solution
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Judgement]:
-        """Judges responses in parallel; one that cannot be judged within its limits counts as not answered.
+        """Judge responses in parallel; a response that cannot be judged within the limits counts as unanswered.
 
         Raises:
-            ValueError: if there are not as many problems as responses.
+            ValueError: if the numbers of problems and responses differ.
         """
-        return [self._judgement(verdict) for verdict in self._verdicts(problems, responses)]
+        judgements = []
+        for verdict in self._verdicts(problems, responses):
+            if verdict is None or not verdict["answered"]:
+                judgements.append(Judgement(self.config.unanswered_reward, False, unjudged=verdict is None))
+            elif verdict["correct"]:
+                judgements.append(Judgement(self.config.correct_reward, True))
+            else:
+                judgements.append(Judgement(self.config.wrong_reward, False))
+        return judgements
 
     def answers(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[str | None]:
-        """The answer of each response, the same text where two are seen to mean the same; None where there is none."""
+        """Return the answer of each response: the same text for answers that mean the same, None without an answer."""
         verdicts = self._verdicts(problems, responses)
         return [None if verdict is None else verdict["answer"] for verdict in verdicts]
 
     def _verdicts(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[dict[str, Any] | None]:
-        """What the verifier says of each response; None where it met a limit."""
+        """Return what the verifier says of each response; None where it met a limit."""
         pairs = zip(problems, responses, strict=True)
         items = [
             (problem.answer, response[-LONGEST_RESPONSE:], self.config.must_be_boxed) for problem, response in pairs
         ]
         return [outcome.value for outcome in self._pool.map(items)]
 
-    def _judgement(self, verdict: dict[str, Any] | None) -> Judgement:
-        if verdict is None or not verdict["answered"]:
-            return Judgement(self.config.unanswered_reward, False, unjudged=verdict is None)
-        if not verdict["correct"]:
-            return Judgement(self.config.wrong_reward, False)
-        return Judgement(self.config.correct_reward, True)
-
     def counts(self) -> dict[str, int]:
-        """How many responses were judged so far, and how many of them met a limit: `WorkerPool.counts`."""
+        """Return the numbers of responses judged so far and of those that met a limit: `WorkerPool.counts`."""
         return self._pool.counts()
 
     def close(self) -> None:
-        """Ends the processes; a later judgement starts new ones."""
+        """End the processes; a later judgement starts new ones."""
         self._pool.close()

@@ -1,7 +1,7 @@
-"""Whether a response gives the right answer, by math-verify: what the worker processes of the pool run.
+"""The verifier of mathematical answers, by math-verify; the worker processes of the pool run it.
 
-Nothing here has a limit of time. Responses are hostile, and what they make SymPy compute may take for ever, so only a
-process that may be killed should call `judge`. This module must never know of rewards.
+Nothing here has a time limit. Responses are hostile and can make SymPy compute forever, so only a process that may be
+killed should call `judge`.
 """
 
 import functools
@@ -16,35 +16,35 @@ from sympy import Expr, Integer
 from experiments.tasks.mathematics.boxes import last_box
 
 LONGEST_ANSWER = 2_000
-"""Characters that the content of a box may have. The longest answer of the sets in `problems.py` has 200."""
+"""Largest number of characters in a box. The longest answer of the sets in `problems.py` has 200."""
 LONGEST_TAIL = 2_000
-"""Characters at the end of a response in which an answer without a box is looked for."""
+"""Number of characters at the end of a response that are searched for an answer without a box."""
 
 _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 _BOLD = re.compile(r"\\(?:textbf|mathbf|boldsymbol|bm)\s*\{([^{}]*)\}")
 _DIGITS = 6
-"""To how many digits a decimal fraction has to agree."""
+"""Number of digits to which a decimal fraction must agree."""
 
-# It warns that it sets no limits of time. The pool does.
+# It warns that it sets no time limits; the pool does.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def judge(item: tuple[str, str, bool]) -> dict[str, Any]:
-    """Judges one response.
+    """Judge one response.
 
     Args:
-        item: the answer as LaTeX, the response, and whether the response's answer has to be in a box.
+        item: the right answer as LaTeX, the response, and whether the response's answer must be in a box.
 
     Returns:
-        "answered": there is an answer, in a box if it has to be; "correct": it is the right one; "answer": the same
-        text for answers that are seen to mean the same, None without one.
+        "answered": whether there is an answer, in a box if it must be; "correct": whether it is right; "answer": a text
+        that is the same for answers that are found to mean the same, None without an answer.
     """
     answer, response, must_be_boxed = item
     box = last_box(response)
     nothing = {"answered": False, "correct": False, "answer": None}
     if box is None and (must_be_boxed or "\\boxed" in response):
         return nothing
-    # GSM8K puts #### before its answers, and so does a model that has seen it.
+    # GSM8K puts #### before its answers, and so does a model that was trained on it.
     given = box if box is not None else response[-LONGEST_TAIL:].rpartition("####")[2]
     if not given.strip() or len(given) > LONGEST_ANSWER:
         return nothing
@@ -56,17 +56,17 @@ def judge(item: tuple[str, str, bool]) -> dict[str, Any]:
 
 
 def _name(value: Any) -> str:
-    """One text for a value, however it was written: 1/2 and 0.5 are the same."""
+    """Return one text for a value, however it was written: 1/2 and 0.5 have the same."""
     if _is_number(value):
         try:
             return f"{complex(value.evalf()):.{_DIGITS}g}"
-        except (TypeError, OverflowError):  # nothing that has a size
+        except (TypeError, OverflowError):  # the value has no size
             pass
     return str(value)
 
 
 def is_readable(answer: str) -> bool:
-    """Whether math-verify understands a right answer. If not, no other way of writing it is judged right."""
+    """Return whether math-verify understands a right answer. If not, no other way of writing it is judged right."""
     return any(not isinstance(reading, str) for reading in _gold(answer))
 
 
@@ -75,9 +75,9 @@ def _parse(text: str) -> list[Any]:
 
 
 def _readings(answer: str) -> list[Any]:
-    """What the content of a box may mean.
+    """Return the possible meanings of a box's content.
 
-    A number such as 4.5e33 is read as Python's notation and as LaTeX's 4.5·e·33; it is right if one of them is.
+    A number such as 4.5e33 is read both in Python's notation and as LaTeX's 4.5·e·33; one of them must be right.
     """
     answer = _BOLD.sub(r"\1", answer.strip().removesuffix("."))
     answer = re.sub(r"(\d)\.(?!\d)", r"\1", answer)  # 1./3
@@ -94,9 +94,9 @@ def _gold(answer: str) -> tuple[Any, ...]:
 
 
 def _is_same(gold: tuple[Any, ...], given: list[Any]) -> bool:
-    """math-verify's verdict, with the numbers scaled if the right one is small.
+    """Return math-verify's verdict, with the numbers scaled if the right one is small.
 
-    math-verify compares decimals to a number of places and takes what is tiny for zero, so that 4.6e-24 would equal
+    math-verify compares decimals to a number of places and takes tiny numbers for zero, so that 4.6e-24 would equal
     4.7e-24. Scaled to between 1 and 10, they are compared to as many digits.
     """
     scale = _scale(gold[0]) if gold else None
@@ -111,9 +111,9 @@ def _scale(gold: Any) -> Expr | None:
         return None
     try:
         size = abs(complex(gold.evalf()))
-    except (TypeError, OverflowError):  # a percentage, or nothing that has a size
+    except (TypeError, OverflowError):  # a percentage, or a value without a size
         return None
-    if not 0 < size < 0.01:  # 8 % and 8 stay equal, which they are by their form
+    if not 0 < size < 0.01:  # 8 % and 8 stay equal, as their form says
         return None
     return Integer(10) ** math.ceil(-math.log10(size))
 
@@ -123,10 +123,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _warm_up() -> None:
-    """Judges a few typical answers.
+    """Judge a few typical answers.
 
-    The parser learns from what it reads, and SymPy loads parts of itself when they are needed. Workers are forked
-    from a process that has imported this module, so that none of them has to learn it again.
+    The parser caches what it has read, and SymPy loads parts of itself on demand. Workers are forked from a process
+    that has imported this module, so that none of them has to repeat this.
     """
     for answer, given in (
         (r"\frac{14}{3}", r"\frac{-7}{2}"),
