@@ -179,7 +179,12 @@ class StudyProgress:
     def on_end(self, job: Job, code: int, seconds: float) -> None:
         """Print the outcome of a process that has ended, and add a finished run to the table."""
         if code != 0:
-            self._print_failure(job, code)
+            failures = self._jobs.failures
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            again = f"will be tried again ({len(failures.of(job))} of {TRIES} tries)"
+            outlook = "is given up" if failures.given_up(job) else again
+            tail = "\n".join(f"    {line}" for line in self._jobs.tail_of(job).splitlines())
+            print(f"{job.name} {how} and {outlook}; the end of {self._jobs.log_of(job)}:\n{tail}", flush=True)
             return
         self._add_to_table(job.name)
         if job.name not in self._chosen:
@@ -201,15 +206,6 @@ class StudyProgress:
         self._left.pop(name, None)
         if name in self._chosen:
             self._folder.collect(self._chosen[name], self._options.keep_checkpoints)
-
-    def _print_failure(self, job: Job, code: int) -> None:
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        tries = len(self._jobs.failures.of(job))
-        next_try = (
-            "is given up" if self._jobs.failures.given_up(job) else f"will be tried again ({tries} of {TRIES} tries)"
-        )
-        tail = "\n".join(f"    {line}" for line in self._jobs.tail_of(job).splitlines())
-        print(f"{job.name} {how} and {next_try}; the end of {self._jobs.log_of(job)}:\n{tail}", flush=True)
 
     def note_failures(self) -> None:
         """Record in the table which runs were given up."""

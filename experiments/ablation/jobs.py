@@ -23,7 +23,7 @@ from rspo_jax.hosts import StopSignal
 from rspo_jax.records import write_json
 
 State = Literal["done", "failed", "blocked", "stopped", "waiting"]
-"""Of a job: done, failed (given up), blocked (a job that it needs was given up), stopped (begun) or waiting."""
+"""States of a job: done, failed (given up), blocked (a job that it needs was given up), stopped (begun) or waiting."""
 
 DONE_FILE = "summary.json"
 """The last file that a run writes."""
@@ -166,9 +166,15 @@ class Jobs:
 
     def _start_next(self) -> bool:
         """Start a job for every free share of the cores; return whether any was started."""
-        taken = {running.share for running in self._running}
+        taken, running = {each.share for each in self._running}, {each.job.name for each in self._running}
         free = [share for share in range(len(self._shares)) if share not in taken]
-        ready = [job for job in self._jobs.values() if self._is_ready(job)]
+        ready = [
+            job
+            for job in self._jobs.values()
+            if job.name not in running
+            and self.state(job) in ("waiting", "stopped")
+            and (job.after is None or self._jobs[job.after].is_done)
+        ]
         for share, job in zip(free, ready, strict=False):
             log = self.log_of(job)
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -179,11 +185,6 @@ class Jobs:
                 )
             self._running.append(_Running(job, process, share))
         return bool(free and ready)
-
-    def _is_ready(self, job: Job) -> bool:
-        if any(running.job is job for running in self._running) or self.state(job) in ("done", "failed", "blocked"):
-            return False
-        return job.after is None or self._jobs[job.after].is_done
 
     def _collect(self, on_end: Callable[[Job, int, float], None]) -> None:
         """Take the processes that have ended off the list, and record failures."""

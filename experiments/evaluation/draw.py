@@ -24,7 +24,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Drawing:
-    """Settings of drawing."""
+    """Settings with which responses are drawn."""
 
     sampler: SamplerConfig
     samples: int

@@ -110,13 +110,13 @@ def call(capsys, *arguments):
 
 
 def cells(output, start):
-    """The numbers in the line of the table that starts with these words."""
+    """Return the numbers in the line of the table that starts with these words."""
     (line,) = (line for line in output.splitlines() if re.match(rf"\W*{re.escape(start)}", line))
     return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
 
 def read(output):
-    """The responses of an evaluation by problem and sample, and its summary without the time that it took."""
+    """Return the responses of an evaluation by problem and sample, and its summary without the speed."""
     lines = [json.loads(line) for line in (output / "responses.jsonl").read_text().splitlines()]
     summary = json.loads((output / "summary.json").read_text())
     del summary["throughput"]
@@ -187,7 +187,7 @@ def test_what_is_kept(taught, evaluated):
 
 @pytest.mark.parametrize("lines", [0.5, 3, 4.7, 7.2])
 def test_an_interrupted_evaluation_goes_on_as_if_it_had_not_been(taught, evaluated, tmp_path, capsys, lines):
-    """So many lines were written, the last of them in part."""
+    """The evaluation was killed after this number of lines, the last of which was written in part."""
     shutil.copytree(evaluated, tmp_path / "cut")
     (tmp_path / "cut" / "summary.json").unlink()
     content = (tmp_path / "cut" / "responses.jsonl").read_bytes().splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""The notebooks as a reader meets them: their outputs are there, clean, and those of the code. Slow: they run."""
+"""The notebooks as a reader sees them: outputs are present, clean and those of the code. A slow test runs them."""
 
 import base64
 import copy
@@ -22,7 +22,7 @@ from experiments.notebooks import __main__ as command
 
 ROOT = Path(__file__).resolve().parents[3]
 PICTURES = {"rspo_loss": 7, "your_own_ablation": 4}
-"""Name of each notebook -> pictures that it shows."""
+"""Name of each notebook -> number of pictures that it shows."""
 WRITE_FILE = "%%writefile my_study.py\n"
 
 
@@ -74,7 +74,7 @@ def test_both_notebooks_are_set_up_alike():
 
 @pytest.fixture
 def setup(monkeypatch):
-    """Runs the first cell as if the package were missing, on Colab or not, and returns what it asked pip for."""
+    """A function that runs the first cell as if the package were missing, on Colab or not, and returns calls of pip."""
     source = code_cells(read("rspo_loss"))[0].source
 
     def run(colab=True, installed=False, repository=""):
@@ -122,7 +122,7 @@ def with_output(notebook, **output):
     return notebook
 
 
-HOME = "/".join(("", "home", "me"))  # no file of the repository holds such a path, this one included
+HOME = "/".join(("", "home", "me"))  # put together, as no file of the repository may contain such a path
 
 
 @pytest.mark.parametrize(
