@@ -60,7 +60,7 @@ def finished_runs(table: Table, folder: Path) -> list[tuple[Row, list[Row]]]:
     for name, run in table.runs.items():
         if run["state"] != "done":
             continue
-        rows = [
+        rows: list[Row] = [
             {"phase": "rl"} | {key: math.nan if value is None else value for key, value in row.items()}
             for row in table.steps.get(name, [])
         ]

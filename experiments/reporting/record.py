@@ -24,6 +24,9 @@ Rows = list[dict[str, Any]]
 """Metrics of steps, a dict for each step."""
 Mode = Literal["sampled", "greedy"]
 """The way in which evaluations draw responses."""
+Split = Literal["test", "validation"]
+"""The held-out problems of an evaluation."""
+_PREFIXES: dict[Split, str] = {"test": "test", "validation": "eval"}
 
 
 class Series(NamedTuple):
@@ -42,7 +45,7 @@ class Rate(NamedTuple):
     low: float
     high: float
     step: int
-    split: Literal["test", "validation"]
+    split: Split
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class RunRecord:
     def rate(self, mode: Mode, last: bool = True) -> Rate | None:
         """Return the last held-out solve rate, or the one before the first step; on the test split if it was used."""
         for row in reversed(self.rl) if last else [row for row in self.rl if row["step"] == 0]:
-            for split, prefix in (("test", "test"), ("validation", "eval")):
+            for split, prefix in _PREFIXES.items():
                 rate, low, high = (row.get(f"{prefix}_{mode}{bound}", math.nan) for bound in ("", "_low", "_high"))
                 if math.isfinite(rate + low + high):
                     return Rate(rate, low, high, row["step"], split)
