@@ -1,1 +1,1 @@
-"""Scripts that start a run on Cloud TPUs, GKE and SLURM, and start it again until it is done."""
+"""Scripts that start a run on Cloud TPUs, GKE and SLURM, and restart it until it is done."""

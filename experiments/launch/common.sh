@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts beside it share: variables that must be set, and dry runs. To be sourced; knows no cloud.
+# Shared by the scripts in this folder, which source it: required variables, and dry runs.
 
 # Exit codes of experiments.train.
 export MISTAKE=2 STOPPED=75
@@ -9,12 +9,12 @@ complain() {
   exit "$MISTAKE"
 }
 
-# need NAME WHAT: ends the script with a sentence if the variable NAME is empty.
+# need NAME WHAT: end the script with a message if the variable NAME is empty.
 need() {
   [[ -n ${!1:-} ]] || complain "$1 is not set: $2"
 }
 
-# Runs a command; with DRY_RUN=1 prints it, quoted for a shell, instead.
+# Run a command; with DRY_RUN=1, print it instead, quoted for a shell.
 run() {
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%q ' "$@"

@@ -1,7 +1,6 @@
-"""`python -m experiments.launch.jobset TASK [FLAG...]`: prints the manifest of a run on TPU slices of GKE.
+"""`python -m experiments.launch.jobset TASK [FLAG...]`: the manifest of a run on TPU slices of GKE.
 
-Fills `gke_jobset.yaml` in from the environment: pipe it into `kubectl apply -f -`. This file must never talk to a
-cluster.
+The command fills in `gke_jobset.yaml` from the environment and prints it, for `kubectl apply -f -`.
 """
 
 import json
@@ -11,6 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments.errors import complain
+
 MANIFEST = Path(__file__).with_name("gke_jobset.yaml")
 NEEDED = {
     "NAME": "the name of the JobSet",
@@ -19,22 +20,22 @@ NEEDED = {
     "SERVICE_ACCOUNT": "the Kubernetes service account that may write to RUN_DIR",
     "TPU_ACCELERATOR": "the kind of chip, such as tpu-v5p-slice",
     "TPU_TOPOLOGY": "the shape of a slice, such as 4x4x4",
-    "HOSTS": "machines of a slice",
-    "CHIPS": "chips of a machine",
+    "HOSTS": "the number of machines of a slice",
+    "CHIPS": "the number of chips of a machine",
 }
 DEFAULTS = {"SLICES": "1", "MAX_RESTARTS": "1000", "GRACE_SECONDS": "600"}
 NUMBERS = ("HOSTS", "CHIPS", "SLICES", "MAX_RESTARTS", "GRACE_SECONDS")
 
 
 def render(arguments: list[str], environment: Mapping[str, str]) -> str:
-    """The manifest as YAML.
+    """Return the manifest as YAML.
 
     Args:
       arguments: the task, and flags for `experiments.train`.
-      environment: values for the names in `NEEDED` and, instead of the defaults, in `DEFAULTS`.
+      environment: values for the names in `NEEDED` and, in place of the defaults, in `DEFAULTS`.
 
     Raises:
-      ValueError: if one is missing, or is no whole number where it must be.
+      ValueError: if a value is missing, or is not a whole number where it must be one.
     """
     if not arguments:
         raise ValueError("no task was given: python -m experiments.launch.jobset TASK [FLAG...]")
@@ -45,19 +46,18 @@ def render(arguments: list[str], environment: Mapping[str, str]) -> str:
     for name in NUMBERS:
         if not (values[name].isascii() and values[name].isdigit()):
             raise ValueError(f"{name} must be a whole number, got {values[name]!r}")
-    # JSON is YAML: quotes, braces and the like in a value stay what they are.
+    # JSON is valid YAML, so quotes, braces and the like in a value keep their meaning.
     quoted = {name: value if name in NUMBERS else json.dumps(value) for name, value in values.items()}
     command = [*arguments, "--run-dir", values["RUN_DIR"], "--resume-or-start"]
     return string.Template(MANIFEST.read_text()).substitute(quoted, ARGUMENTS=json.dumps(command))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for something that the user can mend."""
+    """Print the manifest and return the exit code: 0, or 2 for a mistake that the user can correct."""
     try:
         print(render(sys.argv[1:] if arguments is None else arguments, os.environ), end="")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 0
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on all workers of a TPU slice, started from any machine that has gcloud and stays on:
+# Train on all workers of a TPU slice, started from any machine that has gcloud and stays on:
 #
 #   experiments/launch/tpu_slice.sh [--dry-run] TASK [FLAG...]
-#   experiments/launch/tpu_slice.sh --stop        lets the run save and stop
+#   experiments/launch/tpu_slice.sh --stop        let the run save and stop
 #
-# Makes the slice if there is none, copies the commit that is checked out, and runs tpu_vm.sh on every worker. When the
-# run dies it is resumed; when the slice was preempted, a new one takes its place first. Ctrl-C saves and stops.
+# It creates the slice if there is none, copies the commit that is checked out, and runs tpu_vm.sh on every worker. When
+# the run dies, it is resumed, on a new slice if the old one was preempted. Ctrl-C saves and stops.
 #
 # TPU_NAME, PROJECT, ZONE   the slice
 # ACCELERATOR_TYPE          such as v5p-128
@@ -31,7 +31,7 @@ on_all_workers() {
 }
 
 stop() {
-  # shellcheck disable=SC2016  # for the shell over there
+  # shellcheck disable=SC2016  # for the shell of the worker
   on_all_workers 'kill -TERM "$(cat rspo_jax/runs/launch.pid)"' || true
 }
 
@@ -41,7 +41,7 @@ create() {
   tpu create "$TPU_NAME" --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME_VERSION" "${spot[@]}"
 }
 
-# The slice's state, or nothing if there is none.
+# Print the slice's state; nothing if there is no slice.
 state() {
   [[ ${DRY_RUN:-0} == 1 ]] || tpu describe "$TPU_NAME" --format='value(state)' 2>/dev/null || true
 }
@@ -62,18 +62,18 @@ make_slice() {
   esac
 }
 
-# The commit that is checked out, to every worker.
+# Copy the commit that is checked out to every worker.
 copy_code() {
   local archive
   archive=$(mktemp --suffix=.tar.gz)
-  git -C "$here/../.." diff --quiet HEAD || echo "note: what is not committed is not copied to the slice" >&2
+  git -C "$here/../.." diff --quiet HEAD || echo "note: uncommitted changes are not copied to the slice" >&2
   git -C "$here/../.." archive --format=tar.gz --output="$archive" HEAD
   tpu scp "$archive" "$TPU_NAME:rspo_jax.tar.gz" --worker=all "${ssh_flags[@]}"
   rm "$archive"
 }
 
-# Makes the slice, copies the code and trains, once. The workers must not start again by themselves: a worker that went
-# away with its machine could not, and the others would wait for it.
+# Create the slice, copy the code and train, once. The workers must not restart by themselves: a worker whose machine
+# is gone could not, and the others would wait for it.
 once() {
   local command="mkdir -p rspo_jax && tar -xzf rspo_jax.tar.gz -C rspo_jax && cd rspo_jax &&"
   command+=$(printf ' %q' env "RUN_DIR=$RUN_DIR" "PYTHON=${PYTHON:-python3}" MAX_RESTARTS=0 \

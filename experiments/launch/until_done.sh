@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs a command until it is done, and again after it has failed: until_done.sh COMMAND [ARGUMENT...]
+# Run a command until it is done, and restart it when it fails: until_done.sh COMMAND [ARGUMENT...]
 #
-# Exit code 0 means done and 2 a mistake that another try would only repeat; both end it. So does SIGTERM or SIGINT,
-# which is passed on as SIGTERM, so that the command can save first. After any other code the command is started again:
-# RESTART_SECONDS later (15), at most MAX_RESTARTS times (1000).
+# Exit code 0 means done, and 2 a mistake that another try would only repeat; both end this script. So does SIGTERM or
+# SIGINT, which is passed on as SIGTERM, so that the command can save first. After any other code the command is
+# restarted after RESTART_SECONDS (15), at most MAX_RESTARTS times (1000).
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 (($#)) || complain "no command was given: until_done.sh COMMAND [ARGUMENT...]"
@@ -15,11 +15,11 @@ pass_on() {
 }
 trap pass_on TERM INT
 
-# Runs a command to its end, also across signals, which end `wait` before it; its exit code is in `code`.
+# Run a command to its end and leave its exit code in `code`. A signal makes `wait` return early, so it is repeated.
 run_to_the_end() {
   "$@" &
   child=$!
-  [[ -z $asked ]] || kill -TERM "$child" # a signal that came just before
+  [[ -z $asked ]] || kill -TERM "$child" # the signal came just before the start
   interrupted=1
   while [[ -n $interrupted ]]; do
     interrupted=''

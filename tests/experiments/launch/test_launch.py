@@ -1,6 +1,6 @@
-"""The launch scripts as far as a machine without a cloud can check them: their text, what they print in a dry run, what
-they ask of a cloud that is played by scripts on the PATH, and real processes of JAX that they start, lose and start
-again. The manifest for GKE is held against what JobSet's and Kubernetes' own schemas allow."""
+"""The launch scripts, as far as a machine without a cloud can check them: their text, their dry runs, their requests to
+a cloud that scripts on the PATH stand in for, and real JAX processes that they start, lose and restart. The manifest
+for GKE is compared with the schemas of JobSet and Kubernetes."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.processes import free_port
 
 from experiments.launch import jobset
 from rspo_jax.hosts.cluster import SIGNS
@@ -23,12 +23,12 @@ from rspo_jax.hosts.cluster import SIGNS
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "experiments" / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
-SECONDS = 120  # after which a script is taken to hang
-RUN_DIR = "gs://bucket/my run"  # the space shows what is not quoted
+SECONDS = 120  # time after which a script is taken to hang
+RUN_DIR = "gs://bucket/my run"  # the space reveals what is not quoted
 
 
 def environment(bin_dir=None, **variables):
-    """Without what a real cluster would have set."""
+    """Return environment variables without those that a real cluster would set."""
     environ = {name: value for name, value in os.environ.items() if name not in SIGNS and name != "RUN_DIR"}
     path = environ["PATH"] if bin_dir is None else f"{bin_dir}:{environ['PATH']}"
     return environ | {"PATH": path, "RESTART_SECONDS": "0", "JAX_PLATFORMS": "cpu"} | variables
@@ -46,7 +46,7 @@ def call(script, *arguments, cwd=None, bin_dir=None, **variables):
 
 
 def put(path, text):
-    """An executable script."""
+    """Write an executable script."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.chmod(0o755)
@@ -95,7 +95,7 @@ def test_bash_can_read_it(script):
 
 @pytest.fixture
 def codes(tmp_path):
-    """A command that ends with one code after the other, from a file."""
+    """A function that makes a command which ends with the given exit codes, one after the other."""
 
     def make(*codes):
         (tmp_path / "codes").write_text("\n".join(map(str, codes)) + "\n")
@@ -180,7 +180,7 @@ RECORD = '#!/usr/bin/env bash\nprintf "%s\\0" "$(basename "$0")" "$@" >> "$CALLS
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the scripts in a folder of its own, with a Python that only notes down what it is told."""
+    """A copy of the scripts in a folder of its own, with a Python that only records its arguments."""
     root = tmp_path / "checkout"
     shutil.copytree(LAUNCH, root / "experiments" / "launch")
     put(root / ".venv" / "bin" / "python", RECORD)
@@ -189,7 +189,7 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def bin_dir(tmp_path):
-    """Commands that only note down what they are told."""
+    """A folder with commands that only record their arguments."""
     folder = tmp_path / "bin"
     for name in ("make", "curl", "gcloud", "srun", "scontrol"):
         put(folder / name, RECORD)
@@ -250,7 +250,7 @@ def test_a_notice_of_the_metadata_server_asks_the_run_to_stop(tmp_path, checkout
 
 
 def waiting_for_sigterm(tmp_path, name="ready"):
-    """A Python that takes training seriously: until SIGTERM."""
+    """Return a stand-in for Python that trains until SIGTERM."""
     return (
         f'#!/usr/bin/env bash\n[[ $2 == experiments.train ]] || exit 0\nexec {shlex.quote(sys.executable)} -c "\n'
         "import pathlib, signal, sys, time\n"
@@ -276,7 +276,7 @@ def test_a_run_that_is_left_over_is_asked_to_make_room(tmp_path, checkout, bin_d
         old.kill()
     assert (old.returncode, output) == (75, "saved\n")
     assert new.returncode == 0, new.stderr
-    assert "a run is still going on here: asking it to save and stop" in new.stderr
+    assert "a run is still active here: asking it to save and stop" in new.stderr
     assert calls(tmp_path)[-1] == ["python", *TRAINING]
 
 
@@ -320,7 +320,7 @@ SLICE = {
 
 @pytest.fixture
 def repository(checkout):
-    """The checkout as a git repository, of which slices get the commit."""
+    """The checkout as a git repository, whose commit slices get."""
     (checkout / "committed").write_text("1")
     (checkout / ".gitignore").write_text(".venv\nruns\n")
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.com"]
@@ -354,7 +354,7 @@ def test_a_dry_run_of_a_slice_prints_the_commands(repository, bin_dir):
 
 
 GCLOUD = """#!/usr/bin/env bash
-# Plays Google Cloud: a slice of two workers, each a folder here. States and exit codes come from files.
+# Stands in for Google Cloud: a slice of two workers, each a folder here. States and exit codes come from files.
 cd "$CLOUD"
 echo "$4" >> verbs
 case $4 in
@@ -403,11 +403,6 @@ def cloud(tmp_path, bin_dir):
     put(bin_dir / "gcloud", GCLOUD)
     put(bin_dir / "make", '#!/usr/bin/env bash\nmkdir -p .venv/bin && cp "$FAKE_PYTHON" .venv/bin/python\n')
     return folder
-
-
-def free_port():
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
 
 
 def start_slice(repository, bin_dir, cloud, python, *arguments, **variables):
@@ -479,7 +474,7 @@ def test_a_mistake_is_not_tried_again(repository, bin_dir, cloud):
 def test_what_is_not_committed_is_said_not_to_be_copied(repository, bin_dir, cloud):
     (repository / "committed").write_text("2")
     result = start_slice(repository, bin_dir, cloud, "#!/usr/bin/env bash\n")
-    assert "note: what is not committed is not copied to the slice" in result.stderr
+    assert "note: uncommitted changes are not copied to the slice" in result.stderr
     assert (cloud / "0/rspo_jax/committed").read_text() == "1"
 
 
@@ -509,7 +504,7 @@ def test_a_signal_to_the_script_saves_and_stops_the_run(repository, bin_dir, clo
 # --- SLURM ---
 
 SRUN = """#!/usr/bin/env bash
-# Plays SLURM: two tasks here, with the variables that a step has.
+# Stands in for SLURM: two tasks here, with the variables of a step.
 while [[ $1 == --* ]]; do shift; done
 echo srun >> "$CALLS"
 attempt=$(grep -c srun "$CALLS")
@@ -597,7 +592,7 @@ def test_a_dry_run_of_a_slurm_job(checkout, bin_dir):
 
 
 def test_sbatch_finds_its_options():
-    """They count only above the first command."""
+    """sbatch reads options only above the first command."""
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
@@ -609,7 +604,8 @@ def test_sbatch_finds_its_options():
 
 MANY = "many"  # marks a list
 
-# What of jobset.x-k8s.io/v1alpha2, batch/v1 and core/v1 the manifest may use: names, types and, in sets, values.
+# The part of jobset.x-k8s.io/v1alpha2, batch/v1 and core/v1 that the manifest may use: names, types and, in sets,
+# values. A name that ends with ! is required.
 CONTAINER = {
     "name!": str,
     "image": str,
@@ -662,7 +658,7 @@ JOBSET = {
 
 
 def departures(value, schema, where=""):
-    """What is not as the schema has it; a sentence each. A name with "!" is required."""
+    """Return the departures of a value from a schema, a sentence each."""
     if isinstance(schema, set):
         return [] if value in schema else [f"{where} is {value!r}"]
     if isinstance(schema, type):
