@@ -115,7 +115,7 @@ def _chance_to_win(own: int, others: tuple[int, ...], samples: int, k: int) -> f
         # Counts are in units of 2^(size of the group), which keeps them below 1.
         ways[: min(silent, rest) + 1, 0] = [_scaled_binomial(silent, drawn) for drawn in range(min(silent, rest) + 1)]
         for size in others:
-            # Up to `votes` samples come from each other group; with more it would beat the own one.
+            # Up to `votes` samples come from each other group; with more, that group would win.
             added = np.zeros_like(ways)
             for drawn in range(min(size, votes, rest) + 1):
                 tied = int(drawn == votes)

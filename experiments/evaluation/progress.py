@@ -11,7 +11,7 @@ import rich.text
 
 from experiments.evaluation.responses import Response
 
-_REPORTS = 20  # lines that an output other than a terminal gets, about
+_REPORTS = 20  # approximate number of lines on an output that is no terminal
 
 
 class Throughput(NamedTuple):

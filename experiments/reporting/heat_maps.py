@@ -46,7 +46,7 @@ def draw_histogram(axes: Axes, counts: Series, edges: Sequence[float], quantiles
             width = 1.6 if index == count // 2 else 0.7  # the line in the middle is the boldest
             axes.plot(quantiles.steps, line, color="#FEFEFE", linewidth=width, alpha=0.9)
     axes.set_ylim(-0.5, len(edges) + 0.5)
-    # Ticks stand at powers of ten; bins to both sides of 0 have the small ones too close to it.
+    # Ticks stand at powers of ten; with bins on both sides of 0, small powers are too close to it for a tick.
     two_sided = edges[0] < 0
     powers = np.log10(np.abs(edges))
     is_power = np.isclose(powers, np.rint(powers), atol=1e-3)

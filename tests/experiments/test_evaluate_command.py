@@ -150,7 +150,7 @@ def test_the_table_and_the_solutions(taught, capsys):
     assert cells(captured.out, "│ pass@1 = avg@1") == [100.0, 100.0, 100.0]
     assert cells(captured.out, "│ cut off") == [0.0, 0.0, 0.0]
     assert cells(captured.out, "│ reward") == [1.0, 1.0, 1.0]
-    lengths = [len(problem.solution) + 1 for problem in problems]  # and the end
+    lengths = [len(problem.solution) + 1 for problem in problems]  # with the stop token
     assert cells(captured.out, "│ tokens of a response")[0] == pytest.approx(np.mean(lengths), abs=0.051)
     assert f"longest {max(lengths)}, mean of right ones" in captured.out
     assert "mean of wrong ones" not in captured.out

@@ -81,7 +81,7 @@ def test_grids_that_are_refused(make, message):
 def test_a_run_is_the_base_with_the_changes_and_the_seed():
     plan = plan_study(study(METHODS * UPDATES * RATES, seeds=(3, 1)))
     assert len(plan.runs) == 16
-    assert [run.seed for run in plan.runs] == [3] * 8 + [1] * 8  # some of everything first
+    assert [run.seed for run in plan.runs] == [3] * 8 + [1] * 8  # all cells of the first seed come first
     run = next(run for run in plan.runs if run.name == "method=rspo,updates=16,rate=0.0003,seed=1")
     expected = StartingRun()
     optimizer = dataclasses.replace(expected.trainer.optimizer, learning_rate=3e-4)

@@ -300,7 +300,7 @@ def test_curves_end_at_the_mean_of_their_last_steps():
     assert endings[3]["mean"] == pytest.approx(1.0)
     assert endings[3]["mean_interval"] == pytest.approx([0.0, 2.0])
     logarithmic = FIGURES[1].means(results(of))
-    assert logarithmic[3]["mean"] == pytest.approx(np.e)  # of means of logarithms
+    assert logarithmic[3]["mean"] == pytest.approx(np.e)  # a geometric mean
     assert logarithmic[3]["mean_interval"] == pytest.approx([1.0, np.e**2])
     for step in of.steps[first] + of.steps[second] + of.steps[third]:
         del step["reward"]
