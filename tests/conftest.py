@@ -7,10 +7,12 @@ import signal
 # Most of a test's time is XLA's: it optimises programs that run once, and in the lock's version it compiles fusions two to
 # four times as long as without its new emitters. The flags must be set before JAX is imported; an XLA_FLAGS of one's own,
 # also an empty one (`make test-slow`), keeps the programs as users compile them.
-FLAGS = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # an unknown flag would end the process
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    # An unknown flag would end the process.
+    + (" --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""),
+)
 
 import jax
 
