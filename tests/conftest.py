@@ -1,12 +1,12 @@
-"""Settings for the whole suite: silent type promotion, silent rank promotion and warnings (`pyproject.toml`) are errors."""
+"""Settings of the whole suite: silent type and rank promotion are errors, as warnings are (`pyproject.toml`)."""
 
 import importlib.metadata
 import os
 import signal
 
-# Most of a test's time is XLA's: it optimises programs that run once, and in the lock's version it compiles fusions two to
-# four times as long as without its new emitters. The flags must be set before JAX is imported; an XLA_FLAGS of one's own,
-# also an empty one (`make test-slow`), keeps the programs as users compile them.
+# Most of a test's time is XLA's: it optimises programs that run once, and its new emitters make fusions take two to four
+# times as long to compile. The flags must be set before JAX is imported. An XLA_FLAGS of one's own, even an empty one
+# (`make test-slow`), keeps the programs as users compile them.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"

@@ -167,7 +167,8 @@ def is_noticed(fault: Fault, tree: Path) -> bool:
     sound = file.read_text(encoding="utf-8")
     file.write_text(plant(sound, fault), encoding="utf-8")
     try:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *noticing_tests(fault.path)]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider"]
+        command += noticing_tests(fault.path)
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
         result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     finally:
