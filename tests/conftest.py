@@ -4,8 +4,8 @@ import importlib.metadata
 import os
 import signal
 
-# Most of a test's time is XLA's: it optimises programs that run once, and its new emitters make fusions take two to four
-# times as long to compile. The flags must be set before JAX is imported. An XLA_FLAGS of one's own, even an empty one
+# Most of a test's time is XLA's: it optimises programs that run once, and its new emitters compile fusions two to four
+# times as long. The flags must be set before JAX is imported. An XLA_FLAGS of one's own, even an empty one
 # (`make test-slow`), keeps the programs as users compile them.
 os.environ.setdefault(
     "XLA_FLAGS",
