@@ -1,7 +1,6 @@
 """Upcycled folders in transformers: it loads them, and they compute what the dense model does. Needs PyTorch."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest

@@ -13,8 +13,8 @@ from support import hf_cases, hf_comparison
 import models
 
 torch = pytest.importorskip("torch")
-from support import hf_golden_live  # noqa: E402
 import transformers  # noqa: E402
+from support import hf_golden_live  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
