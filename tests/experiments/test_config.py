@@ -1,4 +1,4 @@
-"""What a run may be: the mistakes that are refused before anything is computed, and `config.json` there and back."""
+"""Configurations of runs: mistakes that are refused before anything is computed, and round trips of `config.json`."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ def test_objective_options_that_are_refused(arguments, message):
 
 
 def with_trainer(**changes):
-    """The defaults of the experiments are tuned now and then, so nothing here may depend on them."""
+    """Return a trainer's config. Defaults of experiments are tuned now and then, so no test here depends on them."""
     return {"trainer": TrainerConfig(**({"prompts": 4, "group_size": 8, "mini_batches": 2} | changes))}
 
 

@@ -1,5 +1,5 @@
-"""The whole path, once for real: transformers writes a model and a tokenizer, a run learns from mathematics with RSPO,
-and transformers loads what came of it. Knows commands only."""
+"""The whole path, once for real: transformers writes a model and a tokenizer, a run learns mathematics with RSPO, and
+transformers loads the result."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ STEPS = 3
 
 
 def problem(index):
-    """One of the kind and the layout of GSM8K."""
+    """Return a problem in the style and the layout of GSM8K."""
     have, more, thing = 3 + index % 7, 2 + index % 5, THINGS[index % len(THINGS)]
     total = have + more
     return {
@@ -98,7 +98,7 @@ def test_from_a_folder_to_a_folder(tmp_path):
         *("--task.test-path", write_problems(tmp_path / "test.jsonl", range(40, 46))),
         *("--task.validation", 6, "--task.workers", 1, "--mini-batches", 2, "--sampler.max-new-tokens", 24),
         *("--evaluation.problems", 4, "--optimizer.learning-rate", 1e-3, "--optimizer.warmup-updates", 0),
-        # A random model is never right: what it earns for a box, or for nothing, lets groups differ.
+        # A random model is never right, so groups differ only in rewards for a box or for no answer.
         *("--task.unanswered-reward", -0.5, "--task.no-must-be-boxed"),
     )
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Tests of the Countdown data set on disk: round trips, interrupted and concurrent builds."""
+"""The Countdown data set on disk: round trips, interrupted and concurrent builds."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""Tests of the Countdown generator, against a brute-force solver and Python's own parser."""
+"""The generator of Countdown problems, against a brute-force solver and Python's own parser."""
 
 import ast
 import dataclasses
@@ -36,7 +36,7 @@ def key_of(problem: Problem) -> tuple[tuple[int, ...], int]:
 
 @functools.cache
 def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
-    """All values of expressions over all of the sorted numbers without a negative or fraction."""
+    """Return all values of expressions over all of the sorted numbers, without negative or fractional steps."""
     if len(numbers) == 1:
         return frozenset(numbers)
     found: set[int] = set()
@@ -54,7 +54,7 @@ def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
 
 
 def value_in_whole_steps(node: ast.expr) -> int:
-    """The value of a parsed solution; fails at a step that is negative or not whole."""
+    """Return the value of a parsed solution; fail at a step that is negative or fractional."""
     if isinstance(node, ast.Constant):
         assert type(node.value) is int
         return node.value

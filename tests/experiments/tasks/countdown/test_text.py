@@ -1,4 +1,4 @@
-"""Tests of the Countdown prompt and the character tokenizer."""
+"""The prompts of Countdown and the character tokenizer."""
 
 import numpy as np
 import pytest

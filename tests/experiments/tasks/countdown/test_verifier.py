@@ -1,4 +1,4 @@
-"""Tests of the Countdown verifier: an oracle built on Python's parser, and hostile answers."""
+"""The verifier of Countdown, against an oracle built on Python's parser, and with hostile answers."""
 
 import ast
 import operator
@@ -25,7 +25,7 @@ PROPERTY = settings(deadline=None, max_examples=400, database=None)
 
 
 def oracle_value(node: ast.expr) -> Fraction:
-    """The value of a parsed expression; SyntaxError for what Countdown does not know."""
+    """Return the value of a parsed expression; raise SyntaxError for syntax that Countdown does not have."""
     if isinstance(node, ast.Constant):
         return Fraction(str(node.value))
     symbols = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -35,7 +35,7 @@ def oracle_value(node: ast.expr) -> Fraction:
 
 
 def oracle(text: str, numbers: tuple[int, ...], target: int, use_all: bool) -> tuple[bool, bool]:
-    """(correct, well_formed) of a text of digits, operators, parentheses and spaces."""
+    """Return (correct, well_formed) for a text of digits, operators, parentheses and spaces."""
     if re.search(r"\b0\d", text):
         return False, False
     try:
@@ -57,7 +57,7 @@ trees = st.recursive(
 
 
 def tree_value(tree) -> Fraction | None:
-    """The exact value, or None after a division by zero."""
+    """Return the exact value, or None after a division by zero."""
     if isinstance(tree, int):
         return Fraction(tree)
     left, right = tree_value(tree[0]), tree_value(tree[2])
@@ -71,7 +71,7 @@ def tree_leaves(tree) -> list[int]:
 
 
 def render(tree, draw) -> str:
-    """The text of a tree, with parentheses around each pair and more, and spaces at random."""
+    """Return the text of a tree, with parentheses around each pair and more, and random spaces."""
     if isinstance(tree, int):
         text = str(tree)
         extra = draw(st.integers(0, 2))
@@ -103,7 +103,7 @@ def test_the_value_of_a_random_expression_is_exact(data):
 
 @st.composite
 def token_rows(draw) -> str:
-    """An expression with one pair of parentheses, and up to two tokens at random places in it."""
+    """Return an expression with one pair of parentheses and up to two tokens at random places."""
     values = draw(st.permutations(["3", "17", "25"]))[: draw(st.integers(1, 3))]
     first, last = sorted(draw(st.integers(0, len(values) - 1)) for _ in range(2))
     values[first] = "(" + values[first]
@@ -167,7 +167,7 @@ def test_no_text_raises(text, use_all):
         ("12/(6/2)", (2, 6, 12), 4),
         ("12/6*2", (2, 6, 12), 4),
         ("2*3-4/2", (2, 2, 3, 4), 4),
-        # fractions on the way are exact: the classic 24 out of 3, 3, 8, 8
+        # intermediate fractions are exact: the classic 24 from 3, 3, 8, 8
         ("8/(3-8/3)", (3, 3, 8, 8), 24),
         ("1/3*3", (1, 3, 3), 1),
         ("0*5", (0, 5), 0),

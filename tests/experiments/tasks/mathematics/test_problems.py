@@ -1,4 +1,4 @@
-"""Tests of mathematics problems: boxes, the layouts of the sets, damaged files, splits, TFDS, and the config."""
+"""Mathematics problems: boxes, the layouts of the sets, damaged files, splits, TensorFlow Datasets, and the config."""
 
 import dataclasses
 import json
@@ -214,7 +214,7 @@ def test_reading_a_file_loads_neither_tfds_nor_jax(tmp_path):
 
 @pytest.fixture
 def downloads(tmp_path, monkeypatch) -> Path:
-    """Stands in for the network: the files that the builder of TensorFlow Datasets downloads."""
+    """A stand-in for the network: the files that the builder of TensorFlow Datasets downloads."""
     folder = tmp_path / "downloads"
     folder.mkdir()
     ranges = {"train": (0, 40), "test": (40, 50), "train_socratic": (0, 40), "test_socratic": (40, 50)}

@@ -1,4 +1,4 @@
-"""Tests of the mathematics task: prompts, rewards, hostile answers in its processes, and the whole data when given.
+"""The mathematics task: prompts, rewards, hostile answers in its processes, and the whole data sets if given.
 
 Set RSPO_MATH_DATA to a folder with the six files that `experiments.bench_verifier` names, and the verifier is tried
 on all of them.
@@ -43,7 +43,7 @@ class Characters:
 
 @pytest.fixture(scope="module")
 def task() -> Iterator[MathTask]:
-    """Rewards that tell a right, a wrong and a missing answer apart, and a short limit for the hostile."""
+    """Rewards that distinguish right, wrong and missing answers, and a short time limit for hostile ones."""
     config = MathConfig(workers=2, time_limit=1.5, correct_reward=1.0, wrong_reward=0.25, unanswered_reward=-0.5)
     task = MathTask(config, Characters())
     yield task
@@ -91,7 +91,7 @@ def test_rewards(task):
 
 
 def test_what_the_processes_are_given(monkeypatch):
-    """The answer, the end of the response, and whether it has to be boxed; what they cannot judge earns nothing."""
+    """The pool is given the answer, the end of the response, and whether a box is needed; a limit met earns nothing."""
     given = []
 
     def judge(pool: WorkerPool, items: Sequence[tuple[str, str, bool]]) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""Tests of the mathematics verifier: which answers are the same, and which are not."""
+"""The verifier of mathematics: answers that are the same, and answers that are not."""
 
 import pytest
 
