@@ -220,8 +220,10 @@ def _replaced(config: Any, tree: Mapping[str, Any], prefix: str, who: str) -> An
         elif isinstance(value, dict):
             raise ValueError(f"{who}: {prefix}{name} has no fields of its own, such as {next(iter(value))}")
         elif not _fits(hints[name], value):
-            expected = getattr(hints[name], "__name__", None) or str(hints[name])
-            raise ValueError(f"{who}: {prefix}{name} cannot be {value!r}: it must be of type {expected}")
+            choices = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else ()
+            expected = f"one of {', '.join(map(str, choices))}" if choices else ""
+            expected = expected or "of type " + (getattr(hints[name], "__name__", None) or str(hints[name]))
+            raise ValueError(f"{who}: {prefix}{name} cannot be {value!r}: it must be {expected}")
         else:
             values[name] = value
     try:

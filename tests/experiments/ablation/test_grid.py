@@ -146,7 +146,10 @@ def test_each_run_makes_its_own_warm_start_where_none_is_shared():
             "x=4,seed=0: trainer.mini_batches cannot be '4': it must be of type int",
         ),
         (vary("x", "trainer.mini_batches", True), "trainer.mini_batches cannot be True: it must be of type int"),
-        (vary("x", "objective.objective", "ppo"), r"x=ppo,seed=0 \(objective.objective\): unknown objective 'ppo'"),
+        (
+            vary("x", "objective.objective", "ppo"),
+            "x=ppo,seed=0: objective.objective cannot be 'ppo': .* one of rspo, gmpo",
+        ),
         (vary("x", "trainer.seed", 4), "x=4 changes trainer.seed: leave that to the seeds of the study"),
         (
             vary("x", "trainer.steps", 3, 4) + vary("y", "trainer.steps", 4),

@@ -18,7 +18,10 @@ def shape(*sizes, dtype=jnp.float32):
 
 
 def compiled(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile()
+    # The suite compiles without these emitters, and then a scatter becomes a loop.
+    emitters = "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "")
+    options = {"xla_cpu_use_fusion_emitters": True} if emitters else None
+    return jax.jit(function).lower(*arguments).compile(options)
 
 
 def work_of(function, *arguments) -> work.Work:
