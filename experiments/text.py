@@ -126,8 +126,9 @@ class HuggingFaceTokenizer:
         if self._chat.template == "plain":
             # The mark that the tokenizer puts at the beginning of a text, if it does.
             before, mark = self._backend.encode("", add_special_tokens=True).ids, self._tokenizer.bos_token
-            begins = mark is not None and before[:1] == [self._tokenizer.bos_token_id]
-            return (mark if begins else "") + "\n\n".join(message["content"] for message in messages)
+            if mark is None or before[:1] != [self._tokenizer.bos_token_id]:
+                mark = ""
+            return mark + "\n\n".join(message["content"] for message in messages)
         if self._template is None:
             self._template = self._checked_template()
         from jinja2 import TemplateError
