@@ -1,7 +1,7 @@
-"""The fields of a `config.json`, taken one by one: what nobody takes must be known to leave the mathematics alone.
+"""The fields of a `config.json`, taken one by one, and the refusal of those that nobody takes.
 
-A field that is not understood is refused by name, as a model that runs and is wrong costs more than one that does not
-load. This file must never know what a family makes of a field.
+Only fields that are known to leave the mathematics alone may be left over. Any other is refused by name, because a
+model that runs and is wrong costs more than one that does not load. The meaning of a field is up to `families`.
 """
 
 import json
@@ -51,9 +51,9 @@ WITHOUT_EFFECT = {
     "unsloth_fixed",
     "use_cache",
 }
-"""Of these a forward pass knows nothing, or another field says it: losses of pretraining, special tokens, heads that
-predict further tokens and are not loaded, names of what was there before."""
-OF_THE_WRITER = {
+"""Fields that a forward pass ignores, or that repeat another field: losses of pretraining, special tokens, heads for
+further tokens (which are not loaded), older names."""
+WRITER_FIELDS = {
     "architectures",
     "auto_map",
     "dtype",
@@ -63,9 +63,9 @@ OF_THE_WRITER = {
     "torch_dtype",
     "transformers_version",
 }
-"""Of those, what another folder with the same mathematics says anew, or must not say: code and further heads stay
-where they are."""
-NAMES_OF_SCALING = {
+"""Those among them that a new folder with the same mathematics sets anew or must leave out, as code and further heads
+do not go along."""
+SCALING_NAMES = {
     "factor": "factor",
     "original_max_position_embeddings": "original_max_positions",
     "beta_fast": "beta_fast",
@@ -77,10 +77,8 @@ NAMES_OF_SCALING = {
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
 }
-"""A file's names -> those of `RopeScaling`."""
-
-
-KINDS: dict[type, str] = {
+"""Names in the file -> names in `RopeScaling`."""
+TYPE_NAMES: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -91,34 +89,37 @@ KINDS: dict[type, str] = {
 
 
 class Fields:
-    """What is left of a config.json. A field that is null counts as absent."""
+    """The fields of a config.json that have not been taken yet. A field that is null counts as absent."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = {name: value for name, value in values.items() if value is not None}
 
     def take(self, name: str, *default: Any) -> Any:
-        """The value of a field, or the default.
+        """Remove a field and return its value, or the default.
 
-        It is of the default's kind; without a default a whole number, and of any kind if that is None.
+        Args:
+          name: the field.
+          default: at most one. The value must be of its type, or of any type if it is None. Without a default, the
+            value must be a whole number.
 
         Raises:
-          ValueError: if the value is of another kind, or the field is absent and there is no default.
+          ValueError: if the value is of another type, or the field is absent and there is no default.
         """
         if name not in self._values and not default:
             raise ValueError(f"config.json lacks the field {name}")
         value = self._values.pop(name, *default)
-        kind = type(default[0]) if default else int
-        supported = (int, float) if kind is float else kind
-        if kind in KINDS and (not isinstance(value, supported) or isinstance(value, bool) != (kind is bool)):
-            raise ValueError(f"config.json has {name} = {value!r}, but it must be {KINDS[kind]}")
+        wanted = type(default[0]) if default else int
+        supported = (int, float) if wanted is float else wanted
+        if wanted in TYPE_NAMES and (not isinstance(value, supported) or isinstance(value, bool) != (wanted is bool)):
+            raise ValueError(f"config.json has {name} = {value!r}, but it must be {TYPE_NAMES[wanted]}")
         return value
 
     def peek(self, name: str, default: Any = None) -> Any:
-        """The same, without taking it."""
+        """Return the value of a field, or the default, and keep the field."""
         return self._values.get(name, default)
 
     def expect(self, name: str, *supported: Any) -> Any:
-        """The value of a field of which not all values are supported; the first of them when absent.
+        """Remove a field and return its value, which must be one of those supported; the first of them when absent.
 
         Raises:
           ValueError: on another value.
@@ -130,43 +131,47 @@ class Fields:
         return value
 
     def close(self) -> None:
-        """Raises ValueError if a field is left that may change the mathematics."""
+        """Check that no field is left that may change the mathematics.
+
+        Raises:
+          ValueError: naming the first such field.
+        """
         left = sorted(self._values.keys() - WITHOUT_EFFECT)
         if left:
             raise ValueError(
-                f"config.json has {left[0]} = {self._values[left[0]]!r}, which this library does not know: what it "
-                "computes could be wrong"
+                f"config.json has {left[0]} = {self._values[left[0]]!r}, which this library does not know: its results "
+                "could be wrong"
             )
 
 
 def read_config_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config.json of a Hugging Face folder.
+    """Return the config.json of a Hugging Face folder.
 
     Raises:
-      ValueError: if there is none, or it is no JSON object.
+      ValueError: if there is none, or it is not a JSON object.
     """
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{os.fspath(folder)} is no Hugging Face folder: it has no config.json")
+        raise ValueError(f"{os.fspath(folder)} is not a Hugging Face folder: it has no config.json")
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no object")
+        raise ValueError(f"{path} is damaged: it does not hold an object")
     return values
 
 
 def take_rope(fields: Fields, default_theta: float, default: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a `TransformerConfig`, from the fields of old and new versions.
+    """Return `rope_theta` and `rope_scaling` of a `TransformerConfig`, from the fields of old or new versions.
 
     Args:
-      fields: of the config.json.
-      default_theta: what a config.json means that does not say it.
-      default: the same of scaling.
+      fields: those of the config.json; the ones about rotary positions are taken.
+      default_theta: the base of a config.json that names none.
+      default: the scaling of a config.json that names none, as fields of `rope_parameters`.
 
     Raises:
-      ValueError: on a kind of scaling, or a field of it, that is not supported.
+      ValueError: if a kind of scaling, or one of its fields, is not supported.
     """
     theta = fields.take("rope_theta", default_theta)
     old, new = fields.take("rope_scaling", {}), fields.take("rope_parameters", {})
@@ -177,9 +182,7 @@ def take_rope(fields: Fields, default_theta: float, default: Mapping[str, Any]) 
     kind = rope.take("rope_type", rope.take("type", "default"))
     for part in (fields, rope):
         part.expect("partial_rotary_factor", 1.0)
-    values = {
-        ours: rope.take(theirs, None) for theirs, ours in NAMES_OF_SCALING.items() if rope.peek(theirs) is not None
-    }
+    values = {ours: rope.take(theirs, None) for theirs, ours in SCALING_NAMES.items() if rope.peek(theirs) is not None}
     if kind == "default" and values:
         raise ValueError(f"config.json scales rotary positions by {sorted(values)[0]}, but has no rope_type")
     if kind in ("yarn", "llama3") and "original_max_positions" not in values:
@@ -193,10 +196,10 @@ def take_rope(fields: Fields, default_theta: float, default: Mapping[str, Any]) 
 
 
 def rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """What `take_rope` reads back, in the form that both old and new versions of transformers read."""
+    """Return the inverse of `take_rope`: fields in the form that both old and new versions of transformers read."""
     if scaling is None:
         return {"rope_theta": theta}
-    values = {theirs: getattr(scaling, ours) for theirs, ours in NAMES_OF_SCALING.items()}
+    values = {theirs: getattr(scaling, ours) for theirs, ours in SCALING_NAMES.items()}
     return {
         "rope_theta": theta,
         "rope_scaling": {"rope_type": scaling.kind} | {k: v for k, v in values.items() if v is not None},

@@ -1,7 +1,7 @@
-"""The families of Hugging Face models: for each, how its config.json reads as a `TransformerConfig`, and back.
+"""The families of Hugging Face models, each with the translation of its config.json to a `TransformerConfig` and back.
 
-What the families share is said once, and each names what is its own. The transformer itself knows no family. This file
-must never open a file of weights.
+The part that all families share is written once, and each adds its own. Only this table knows families: the transformer
+itself reads a `TransformerConfig`.
 """
 
 import dataclasses
@@ -15,29 +15,31 @@ from models.hugging_face.config_json import Fields, rope_fields, take_rope
 from models.hugging_face.names import Names
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-NAMES_OF_EXPERTS = ("num_experts", "num_local_experts")
+EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts")
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models of one architecture."""
+    """A family: the models of one architecture."""
 
     model_type: str
     architecture: str
     read: Callable[[Fields, int], dict[str, Any]]
-    """Takes the fields that not all families have, given the number of layers: what of a `TransformerConfig` they say,
-    beyond or in place of what all have."""
+    """Function that takes the fields of this family, given the number of layers, and returns their meaning as fields of
+    a `TransformerConfig`, which add to or replace the shared ones."""
     write: Callable[[TransformerConfig], dict[str, Any]]
-    """The inverse: fields that say it, and None for those that must not be there."""
+    """The inverse of `read`: fields of config.json, with None for those that must be absent."""
     names: Names = Names()
-    """Of the tensors."""
+    """Names of the tensors."""
     default_theta: float = 10_000.0
+    """Base of the rotary frequencies where config.json gives none."""
     default_epsilon: float = 1e-6
+    """Epsilon of the norms where config.json gives none."""
     default_rope: Mapping[str, Any] = field(default_factory=dict)
-    """Scaling of rotary positions where config.json says nothing of it."""
+    """Scaling of rotary positions where config.json gives none, as fields of `rope_parameters`."""
 
     def config_of(self, values: Mapping[str, Any]) -> TransformerConfig:
-        """What a config.json describes.
+        """Return the configuration that a config.json describes.
 
         Raises:
           ValueError: if it lacks a field, or has one that is not supported.
@@ -67,7 +69,10 @@ class Family:
         return TransformerConfig(**config)
 
     def fields_of(self, config: TransformerConfig) -> dict[str, Any]:
-        """The config.json of a configuration that the family expresses; of another, one that reads otherwise."""
+        """Return the config.json of a configuration that the family expresses.
+
+        Of any other configuration it returns one that reads back differently.
+        """
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -85,7 +90,7 @@ class Family:
         }
 
     def expresses(self, config: TransformerConfig) -> bool:
-        """Whether a config.json of this family describes such a model."""
+        """Return whether a config.json of this family can describe such a model."""
         try:
             described = self.config_of(self.fields_of(config))
         except ValueError:
@@ -94,7 +99,7 @@ class Family:
 
 
 def _with_effect(config: TransformerConfig) -> TransformerConfig:
-    """The configuration with defaults wherever the model computes the same."""
+    """Return the configuration with defaults for the fields that do not change the results."""
     without = ["dtype", "param_dtype", "remat"]
     if not config.num_experts:
         without += ["num_experts_per_token", "expert_size", "normalize_expert_weights", "expert_weight_scale"]
@@ -107,7 +112,7 @@ def _with_effect(config: TransformerConfig) -> TransformerConfig:
 
 
 def family_of(model_type: Any) -> Family:
-    """The family of a config.json's `model_type`.
+    """Return the family of a config.json's `model_type`.
 
     Raises:
       ValueError: if there is none.
@@ -118,7 +123,7 @@ def family_of(model_type: Any) -> Family:
 
 
 def family_for(config: TransformerConfig) -> Family:
-    """The first family that expresses a configuration.
+    """Return the first family that expresses a configuration.
 
     Raises:
       ValueError: if there is none.
@@ -139,7 +144,7 @@ def _sliding(window: int, layers: list[int]) -> dict[str, Any]:
 
 
 def _take_sliding_layers(fields: Fields, num_layers: int, by_default: Callable[[int], bool]) -> list[int]:
-    """For families in which layers may differ: `layer_types` says which slide, or else a rule."""
+    """Return the layers that slide, in a family whose layers may differ: those of `layer_types`, or else of a rule."""
     types = fields.take("layer_types", []) or [SLIDING if by_default(layer) else FULL for layer in range(num_layers)]
     unknown = sorted(str(kind) for kind in types if kind not in (SLIDING, FULL))
     if unknown:
@@ -198,7 +203,7 @@ def _write_qwen3(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _take_experts(fields: Fields, *names: str) -> int:
-    """The number of experts, which versions of transformers call differently."""
+    """Return the number of experts, whose name depends on the version of transformers."""
     found = {fields.take(name, 0) for name in names} - {0}
     if len(found) != 1:
         raise ValueError(f"config.json must have one number of experts, as {' or '.join(names)}; it has {found or 0}")
@@ -212,7 +217,7 @@ def _read_qwen_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
     dense = tuple(layer for layer in range(num_layers) if layer in without or (layer + 1) % step)
     size = fields.take("intermediate_size", 0)
     return {
-        "num_experts": _take_experts(fields, *NAMES_OF_EXPERTS),
+        "num_experts": _take_experts(fields, *EXPERT_COUNT_NAMES),
         "num_experts_per_token": fields.take("num_experts_per_tok"),
         "expert_size": fields.take("moe_intermediate_size"),
         "normalize_expert_weights": fields.take("norm_topk_prob", False),
@@ -280,7 +285,7 @@ def _read_olmoe(fields: Fields, num_layers: int) -> dict[str, Any]:
         **_read_attention_bias(fields),
         "query_key_norm": "projection",
         "clip_qkv": fields.take("clip_qkv", 0.0),
-        "num_experts": _take_experts(fields, *NAMES_OF_EXPERTS),
+        "num_experts": _take_experts(fields, *EXPERT_COUNT_NAMES),
         "num_experts_per_token": fields.take("num_experts_per_tok"),
         "expert_size": fields.take("intermediate_size"),
         "normalize_expert_weights": fields.take("norm_topk_prob", False),
@@ -289,7 +294,7 @@ def _read_olmoe(fields: Fields, num_layers: int) -> dict[str, Any]:
 
 def _write_olmoe(config: TransformerConfig) -> dict[str, Any]:
     if config.num_heads * config.head_dim != config.hidden_size:
-        raise ValueError("the heads of an OLMoE model are as wide together as its hidden state")
+        raise ValueError("the heads of an OLMoE model must together be as wide as its hidden state")
     return {
         "attention_bias": config.attention_bias == "all",
         "clip_qkv": config.clip_qkv or None,
@@ -305,7 +310,7 @@ def _read_mixtral(fields: Fields, num_layers: int) -> dict[str, Any]:
     window = fields.take("sliding_window", 0)
     return {
         "query_key_norm": "none",
-        "num_experts": _take_experts(fields, *NAMES_OF_EXPERTS),
+        "num_experts": _take_experts(fields, *EXPERT_COUNT_NAMES),
         "num_experts_per_token": fields.take("num_experts_per_tok"),
         "expert_size": fields.take("intermediate_size"),
         **_sliding(window, list(range(num_layers)) if window else []),
@@ -328,7 +333,7 @@ def _read_gpt_oss(fields: Fields, num_layers: int) -> dict[str, Any]:
         **_read_attention_bias(fields, default=True),
         "query_key_norm": "none",
         "attention_sinks": True,
-        "num_experts": _take_experts(fields, *NAMES_OF_EXPERTS),
+        "num_experts": _take_experts(fields, *EXPERT_COUNT_NAMES),
         "num_experts_per_token": fields.take("num_experts_per_tok"),
         "expert_size": fields.take("intermediate_size"),
         "router_bias": True,
@@ -348,7 +353,7 @@ def _write_gpt_oss(config: TransformerConfig) -> dict[str, Any]:
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_token,
         "intermediate_size": config.expert_size,
-        "sliding_window": config.sliding_window or 128,  # transformers wants one even where no layer slides
+        "sliding_window": config.sliding_window or 128,  # transformers needs one even where no layer slides
         "layer_types": _layer_types(config),
     }
 
@@ -393,7 +398,7 @@ def _read_deepseek(fields: Fields, num_layers: int) -> dict[str, Any]:
 def _write_deepseek(config: TransformerConfig) -> dict[str, Any]:
     latent = config.latent
     if latent is None:
-        raise ValueError("a DeepSeek model has latent attention")
+        raise ValueError("a DeepSeek model must have latent attention")
     return {
         "attention_bias": False,
         "rope_interleave": True,
@@ -460,4 +465,4 @@ FAMILIES = {
         Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2),
     )
 }
-"""The one table of families, by `model_type`."""
+"""All families, by `model_type`."""

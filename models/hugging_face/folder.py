@@ -1,7 +1,4 @@
-"""A Hugging Face folder in and out: `load_hf` and `save_hf`.
-
-It must never know a task, a tokenizer or a trainer.
-"""
+"""Loading and saving of Hugging Face folders: `load_hf` and `save_hf`."""
 
 import dataclasses
 import functools
@@ -14,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from models.config import DTYPES, TransformerConfig
-from models.hugging_face.config_json import OF_THE_WRITER, WITHOUT_EFFECT, Fields, read_config_json
+from models.hugging_face.config_json import WITHOUT_EFFECT, WRITER_FIELDS, Fields, read_config_json
 from models.hugging_face.families import family_for, family_of
 from models.hugging_face.names import plan_of
 from models.hugging_face.reading import read_params
@@ -36,21 +33,21 @@ COMPANIONS = (
     "tokenizer*.json",
     "vocab.*",
 )
-"""What goes along from the folder that a model came from: its tokenizer, and how it is meant to generate."""
+"""Files that go along from the folder that a model came from: its tokenizer and its settings for generation."""
 FLOAT32 = ("correction_bias",)
-"""Parameters that are not cast: they are in float32 whatever the others are in."""
+"""Parameters that stay in float32 whatever the dtype of the others."""
 
 
 def load_config_hf(
     folder: str | os.PathLike[str], dtype: str | None = None, param_dtype: str = "float32"
 ) -> TransformerConfig:
-    """The configuration of the model in a Hugging Face folder.
+    """Return the configuration of the model in a Hugging Face folder.
 
     Args:
-      folder: with a config.json.
-      dtype: of activations; by default what config.json says the weights are in (float32 where it says neither that
-        nor bfloat16).
-      param_dtype: of the parameters.
+      folder: the folder, which holds a config.json.
+      dtype: dtype of the activations; by default the one that config.json gives for the weights, or float32 where it
+        gives neither float32 nor bfloat16.
+      param_dtype: dtype of the parameters.
 
     Raises:
       ValueError: if there is no config.json, the architecture is none of `FAMILIES`, or a field is not supported.
@@ -72,24 +69,24 @@ def load_hf(
     remat: str = "none",
     rules: Rules = RULES,
 ) -> tuple[TransformerConfig, dict[str, Any]]:
-    """Reads a Hugging Face folder, tensor by tensor, straight to where the parameters belong.
+    """Read a Hugging Face folder, tensor by tensor, straight to where the parameters belong.
 
-    Under a mesh (`jax.set_mesh`) each device gets its own part of them, and each process reads what its devices need;
-    without one all of them go to the default device.
+    Under a mesh (`jax.set_mesh`) each device gets its own part of the parameters, and each process reads what its
+    devices need. Without one, all parameters go to the default device.
 
     Args:
-      folder: config.json, and model.safetensors or its shards with their index.
-      dtype: as for `load_config_hf`.
-      param_dtype: what the parameters are kept in, whatever the files have.
-      remat: of the configuration.
-      rules: where parameters lie on the mesh.
+      folder: the folder, with config.json, and model.safetensors or its shards with their index.
+      dtype: dtype of the activations, as for `load_config_hf`.
+      param_dtype: dtype that the parameters are kept in, whatever that of the files.
+      remat: the field of the configuration.
+      rules: placement of the logical axes on the mesh.
 
     Returns:
       The configuration and the parameters, for `Transformer(config).apply({"params": params}, ...)`.
 
     Raises:
-      ValueError: if config.json or the weights are not what the library supports, or do not fit each other; the first
-        tensor that is missing, unexpected or misshapen is named.
+      ValueError: if config.json or the weights are not supported, or do not fit each other; the first tensor that is
+        missing, unexpected or misshapen is named.
     """
     values = read_config_json(folder)
     config = dataclasses.replace(_config_of(values, dtype, param_dtype), remat=remat)
@@ -100,7 +97,7 @@ def load_hf(
         shapes = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
         )
-    # Heads that predict further tokens are stored as layers beyond the last.
+    # Heads for further tokens are stored as layers beyond the last.
     further = Fields(values).take("num_nextn_predict_layers", 0)
     beyond = tuple(f"model.layers.{config.num_layers + number}.*" for number in range(further))
     plan = plan_of(config, family_of(values["model_type"]).names)
@@ -115,40 +112,33 @@ def save_hf(
     source: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Writes a folder that transformers, vLLM and SGLang load, and `load_hf`.
+    """Write a folder that transformers, vLLM, SGLang and `load_hf` can load.
 
     In a run of several processes all of them call it, and the first one writes.
 
     Args:
-      folder: absent, or empty.
-      config: of the model.
-      params: its parameters, on any mesh.
-      source: the Hugging Face folder that the model was loaded from, if it was: its tokenizer goes along, and what its
-        config.json says beyond the mathematics.
-      dtype: of the weights; that of the parameters when absent.
+      folder: the folder to write, absent or empty.
+      config: the model's configuration.
+      params: the model's parameters, on any mesh.
+      source: the Hugging Face folder that the model was loaded from, if any. Its tokenizer goes along, and so do the
+        fields of its config.json that do not concern the mathematics.
+      dtype: dtype of the weights; that of the parameters when absent.
 
     Raises:
       ValueError: if no family expresses the configuration.
       FileExistsError: if the folder holds something.
     """
     family = family_for(config)
-    values, files = ({}, {}) if source is None else _from_source(pathlib.Path(source))
+    values: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    if source is not None:
+        kept = WITHOUT_EFFECT - WRITER_FIELDS
+        values = {name: value for name, value in read_config_json(source).items() if name in kept}
+        paths = (path for pattern in COMPANIONS for path in sorted(pathlib.Path(source).glob(pattern)))
+        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
     values |= family.fields_of(config) | {"dtype": jnp.dtype(dtype or params["embedding"].dtype).name}
     files["config.json"] = (json.dumps(values, indent=2) + "\n").encode()
-    write_params(folder, plan_of(config, family.names), params, _stored_as(params, dtype), files=files)
-
-
-def _from_source(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """What a new folder takes over from an older one: fields of config.json that say nothing of the mathematics, and
-    small files."""
-    kept = WITHOUT_EFFECT - OF_THE_WRITER
-    values = {name: value for name, value in read_config_json(source).items() if name in kept}
-    paths = (path for pattern in COMPANIONS for path in sorted(source.glob(pattern)))
-    return values, {path.name: path.read_bytes() for path in paths if path.is_file()}
-
-
-def _stored_as(params: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """For each parameter the dtype of its tensors."""
-    return jax.tree_util.tree_map_with_path(
+    dtypes = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.dtype if dtype is None or path[-1].key in FLOAT32 else jnp.dtype(dtype), params
     )
+    write_params(folder, plan_of(config, family.names), params, dtypes, files=files)

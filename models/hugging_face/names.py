@@ -1,7 +1,6 @@
-"""What Hugging Face calls the tensors of a decoder, and where in our parameters each belongs.
+"""Hugging Face's names for the tensors of a decoder, and the place of each among our parameters.
 
-One list serves all families: a family names the few tensors that are called otherwise in it. This file must never
-open a file.
+One list serves all families. A family names only the few tensors that it calls otherwise.
 """
 
 from collections.abc import Iterator
@@ -13,19 +12,19 @@ from models.hugging_face.tensors import Path, Piece, Plan, Within
 
 @dataclass(frozen=True)
 class Names:
-    """What families call differently."""
+    """Names of the tensors that differ between families."""
 
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
     gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    """The three matrices of an expert."""
+    """Names of the three matrices of an expert."""
     experts_together: bool = False
-    """Whether one tensor holds a matrix of all experts of a layer, gates and ups in turn (gpt-oss)."""
+    """If true, one tensor holds a matrix of all experts of a layer, with gates and ups interleaved (gpt-oss)."""
     shared: str = "mlp.shared_expert"
 
 
 def plan_of(config: TransformerConfig, names: Names) -> Plan:
-    """For each parameter of a model the tensors that make it up."""
+    """Return, for each parameter of a model, the tensors that make it up."""
     plan: dict[Path, list[Piece]] = {
         ("embedding",): [Piece("model.embed_tokens.weight")],
         ("final_norm", "scale"): [Piece("model.norm.weight")],
@@ -40,7 +39,7 @@ def plan_of(config: TransformerConfig, names: Names) -> Plan:
 
 
 def _layer(config: TransformerConfig, names: Names, stack: Stack, place: int) -> Iterator[tuple[Path, Piece]]:
-    """The pieces of one layer, and which parameters of its stack they belong to."""
+    """Yield the pieces of one layer, each with the path of its parameter within the stack."""
     prefix = f"model.layers.{stack.first + place}"
     mixed = _mixture(config, names) if stack.sparse else _feed_forward("mlp", ("dense",))
     attention = _attention(config) if config.latent is None else _latent_attention(config)
@@ -95,24 +94,18 @@ def _mixture(config: TransformerConfig, names: Names) -> Iterator[tuple[Path, Pi
         yield ("moe", "router_bias"), Piece(f"{names.router}.bias")
     if config.router == "sigmoid":
         yield ("moe", "correction_bias"), Piece(f"{names.router}.e_score_correction_bias")
-    yield from _experts_together(names) if names.experts_together else _experts(config, names)
+    if names.experts_together:
+        yield ("moe", "gate_up"), Piece(f"{names.experts}.gate_up_proj", "E D (F G) -> E D G F")
+        yield ("moe", "gate_up_bias"), Piece(f"{names.experts}.gate_up_proj_bias", "E (F G) -> E G F")
+        yield ("moe", "down"), Piece(f"{names.experts}.down_proj")
+        yield ("moe", "down_bias"), Piece(f"{names.experts}.down_proj_bias")
+    else:
+        for expert in range(config.num_experts):
+            gate, up, down = (f"{names.experts}.{expert}.{name}.weight" for name in names.gate_up_down)
+            yield ("moe", "gate_up"), Piece(gate, "F D -> D F", at=(expert, None, 0))
+            yield ("moe", "gate_up"), Piece(up, "F D -> D F", at=(expert, None, 1))
+            yield ("moe", "down"), Piece(down, "D F -> F D", at=(expert,))
     if config.shared_expert_size:
         yield from _feed_forward(names.shared, ("moe", "shared"))
     if config.gate_shared_expert:
         yield ("moe", "shared_gate"), Piece(f"{names.shared}_gate.weight", "1 D -> D")
-
-
-def _experts(config: TransformerConfig, names: Names) -> Iterator[tuple[Path, Piece]]:
-    gate, up, down = names.gate_up_down
-    for expert in range(config.num_experts):
-        name = f"{names.experts}.{expert}"
-        for number, theirs in enumerate((gate, up)):
-            yield ("moe", "gate_up"), Piece(f"{name}.{theirs}.weight", "F D -> D F", at=(expert, None, number))
-        yield ("moe", "down"), Piece(f"{name}.{down}.weight", "D F -> F D", at=(expert,))
-
-
-def _experts_together(names: Names) -> Iterator[tuple[Path, Piece]]:
-    yield ("moe", "gate_up"), Piece(f"{names.experts}.gate_up_proj", "E D (F G) -> E D G F")
-    yield ("moe", "gate_up_bias"), Piece(f"{names.experts}.gate_up_proj_bias", "E (F G) -> E G F")
-    yield ("moe", "down"), Piece(f"{names.experts}.down_proj")
-    yield ("moe", "down_bias"), Piece(f"{names.experts}.down_proj_bias")

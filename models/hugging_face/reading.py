@@ -1,11 +1,11 @@
-"""Parameters out of a folder of safetensors, straight to where they belong.
+"""Reading of parameters from a folder of safetensors, straight to where they belong.
 
 The folder is checked against the plan by its headers alone. Then every device's part of every parameter is made on that
-device and filled piece by piece with what it needs of each tensor, so that the host holds a few chunks and never a
-parameter, and each of many processes reads only what its own devices hold. Processes do not speak to each other. This
-file must never know a model family.
+device and filled piece by piece with the part that it needs of each tensor. So the host holds a few chunks and never a
+whole parameter, and each of many processes reads only what its own devices hold. Processes do not communicate.
 """
 
+import contextlib
 import fnmatch
 import functools
 import json
@@ -43,34 +43,34 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class CheckpointFilesError(ValueError):
-    """A folder does not hold the checkpoint that it should, or its files cannot be read."""
+    """Error for a folder that does not hold the checkpoint it should, or whose files cannot be read."""
 
 
 class StoredTensor(NamedTuple):
-    """What the header of a file says of a tensor."""
+    """Entry of a tensor in the header of a file."""
 
     file: pathlib.Path
     dtype: str
-    """As safetensors calls it, such as "BF16"."""
+    """Its dtype by safetensors' name, such as "BF16"."""
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """Offset of its first byte in the file."""
 
 
 def read_params(
     folder: str | os.PathLike[str], plan: Plan, template: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Reads the parameters of a model.
+    """Read the parameters of a model.
 
-    Needs host memory for a few chunks of `CHUNK_BYTES` for each device, whatever the sizes of tensors and parameters.
+    This takes host memory for a few chunks of `CHUNK_BYTES` per device, whatever the sizes of tensors and parameters.
     In a run of several processes, each calls it and reads what its own devices need.
 
     Args:
-      folder: with `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
-      plan: for each parameter its pieces.
-      template: a nested dict of `jax.ShapeDtypeStruct`s, or arrays, like the parameters. Leaves with a sharding are
-        read into it, others to the default device of each process, uncommitted. The dtypes are the leaves' own:
-        float32, bfloat16 or float16, whatever the files have.
+      folder: the folder, with `model.safetensors`, or `model.safetensors.index.json` and the files that it names.
+      plan: the pieces of each parameter.
+      template: a nested dict like the parameters, of `jax.ShapeDtypeStruct`s or arrays. Leaves with a sharding are read
+        into it, others to the default device of each process, uncommitted. Each parameter gets the dtype of its leaf,
+        float32, bfloat16 or float16, whatever that of the files.
       ignored: patterns (`fnmatch`) of names of tensors that the folder may hold beyond the plan.
 
     Returns:
@@ -78,8 +78,8 @@ def read_params(
 
     Raises:
       ValueError: if plan and template do not fit, or a dtype of the template is not supported.
-      CheckpointFilesError: if the folder does not hold what is planned, or a file cannot be read; no data has been
-        read then.
+      CheckpointFilesError: if the folder does not hold what is planned, or a file cannot be read. In either case no
+        data has been read.
     """
     leaves = flat(template)
     for path, leaf in leaves.items():
@@ -89,29 +89,29 @@ def read_params(
             )
     placed = place_pieces(plan, {path: leaf.shape for path, leaf in leaves.items()})
     tensors = list_tensors(folder)
-    _check_tensors(pathlib.Path(folder), tensors, placed, ignored)
+    _check_against_plan(pathlib.Path(folder), tensors, placed, ignored)
     files = _MappedFiles(tensors)
     params = [_read_param(files, placed[path], leaf) for path, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(template), params)
 
 
 def list_tensors(folder: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """What the headers of a checkpoint's files say: name -> tensor.
+    """Return the tensors that the headers of a checkpoint's files list, by name.
 
     Raises:
-      CheckpointFilesError: if there is no checkpoint, or its files are damaged or not those of its index.
+      CheckpointFilesError: if there is no checkpoint, or its files are damaged or do not match its index.
     """
     folder = pathlib.Path(folder)
     if (folder / SINGLE_FILE).is_file():
         return _read_header(folder / SINGLE_FILE)
     if not (folder / INDEX_FILE).is_file():
         others = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f" ({some(others)} must be converted to safetensors first)" if others else ""
+        hint = f" (convert {some(others)} to safetensors first)" if others else ""
         raise CheckpointFilesError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
     names_of = _read_index(folder / INDEX_FILE)
     if absent := [file for file in names_of if not (folder / file).is_file()]:
         raise CheckpointFilesError(
-            f"{folder / INDEX_FILE} names {some(absent)}, which the folder lacks: fetch it again"
+            f"{folder / INDEX_FILE} names {some(absent)}, which the folder lacks: download it again"
         )
     tensors: dict[str, StoredTensor] = {}
     for file, names in names_of.items():
@@ -125,7 +125,7 @@ def list_tensors(folder: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 
 
 def _read_index(path: pathlib.Path) -> dict[str, list[str]]:
-    """File -> the names of its tensors."""
+    """Return the names of the tensors of each file."""
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
         names_of: dict[str, list[str]] = defaultdict(list)
@@ -134,20 +134,20 @@ def _read_index(path: pathlib.Path) -> dict[str, list[str]]:
                 raise ValueError(f"{file!r} is not the name of a file in the folder")
             names_of[file].append(name)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointFilesError(f"{path} cannot be read as an index ({error!r}): fetch it again") from error
+        raise CheckpointFilesError(f"{path} cannot be read as an index ({error!r}): download it again") from error
     return dict(sorted(names_of.items()))
 
 
 def _read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, framework="numpy"):  # which checks that header and file belong together
+        with safe_open(path, framework="numpy"):  # checks that the header fits the file
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointFilesError(
-            f"{path} cannot be read ({error}): it is damaged or incomplete, fetch it again"
+            f"{path} cannot be read ({error}): it is damaged or incomplete, download it again"
         ) from error
     header.pop("__metadata__", None)
     return {
@@ -156,7 +156,7 @@ def _read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     }
 
 
-def _check_tensors(
+def _check_against_plan(
     folder: pathlib.Path,
     tensors: Mapping[str, StoredTensor],
     placed: Mapping[Path, Sequence[Placed]],
@@ -172,7 +172,7 @@ def _check_tensors(
         if tensors[name].dtype not in SAFETENSORS_DTYPES:
             raise CheckpointFilesError(
                 f"{name} in {tensors[name].file} is of dtype {tensors[name].dtype}, and only "
-                f"{', '.join(SAFETENSORS_DTYPES)} can be read: quantized weights must be converted first"
+                f"{', '.join(SAFETENSORS_DTYPES)} can be read: convert quantized weights first"
             )
     missing = sorted(planned.keys() - tensors.keys(), key=natural_order)
     faults = [f"lacks {some(missing)}, which the model needs"] if missing else []
@@ -188,7 +188,7 @@ def _check_tensors(
 
 
 class _MappedFiles:
-    """Tensors as views of their files. Only what is looked at is read; the pages are the system's to take back."""
+    """Tensors as views of memory-mapped files. Only the parts in use are read, and the system may evict their pages."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self._tensors = tensors
@@ -221,9 +221,12 @@ def _read_param(files: _MappedFiles, pieces: Sequence[Placed], leaf: Any) -> Arr
 def _read_shard(
     files: _MappedFiles, pieces: Iterable[Placed], box: tuple[range, ...], dtype: Any, device: Any
 ) -> Array:
-    """What one device has of a parameter."""
+    """Return the part of a parameter that one device holds."""
     with without_mesh():
-        shard = _zeros(tuple(map(len, box)), dtype, device)
+        # Given the device itself, `jnp.zeros` would make the array on the default one and move it. `device_put` copies
+        # nothing here: it commits the array to its device, without which the first chunk would need its own program.
+        with contextlib.nullcontext() if device is None else jax.default_device(device):
+            shard = jax.device_put(jnp.zeros(tuple(map(len, box)), dtype), device)
         under_way = 0
         for piece in pieces:
             part = piece.cut(box)
@@ -236,32 +239,18 @@ def _read_shard(
                 start = tuple(np.int32(place - places.start) for place, places in zip(chunk.start, box, strict=True))
                 shard = _fill(shard, jax.device_put(content, device), start, chunk.sizes)
                 under_way += content.nbytes
-                if under_way >= CHUNK_BYTES:  # what has been handed over stays on the host until it is used
+                if under_way >= CHUNK_BYTES:  # chunks stay on the host until they are used
                     jax.block_until_ready(shard)
                     under_way = 0
         return jax.block_until_ready(shard)
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, device: Any) -> Array:
-    if device is None:
-        return jnp.zeros(shape, dtype)
-    with jax.default_device(device):  # to name the device to `jnp.zeros` would make them on the first, and move them
-        return jnp.zeros(shape, dtype)
-
-
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
 def _fill(shard: Array, content: Array, start: tuple[Any, ...], sizes: tuple[int, ...]) -> Array:
-    """`shard` with a block of those sizes at `start`; in place, as the shard is donated."""
+    """Write `content`, in blocks of the given sizes, into `shard` at `start`; in place, as the shard is donated."""
     block = content.reshape(sizes).astype(shard.dtype)
-
-    def update_bits(shard: Array, block: Array) -> Array:
-        bits = jnp.uint16 if shard.dtype.itemsize == 2 else jnp.uint32
-        updated = jax.lax.dynamic_update_slice(shard.view(bits), block.view(bits), start)
-        return updated.view(shard.dtype)
-
-    def update(shard: Array, block: Array) -> Array:
+    if platform() != "cpu":  # on a TPU, XLA would copy the whole shard for the sake of its bits
         return jax.lax.dynamic_update_slice(shard, block, start)
-
-    # On a CPU, XLA takes all of a bfloat16 array through float32 to update a part of it; on a TPU it is the bits of all
-    # of it that it copies.
-    return (update_bits if platform() == "cpu" else update)(shard, block)
+    # On a CPU, XLA would convert all of a bfloat16 array to float32 and back to update a part of it.
+    bits = jnp.uint16 if shard.dtype.itemsize == 2 else jnp.uint32
+    return jax.lax.dynamic_update_slice(shard.view(bits), block.view(bits), start).view(shard.dtype)

@@ -1,9 +1,8 @@
-"""How the tensors of a checkpoint's files make up the parameters, said once for both directions.
+"""Plans of the tensors of a checkpoint's files that make up the parameters, for both directions.
 
 A plan lists for every parameter the pieces that fill it. It is checked before any file is opened: every place of every
-parameter, and of every tensor that is named, belongs to exactly one piece. So what can be read can be written, and what
-is written reads back bit for bit (of a NaN, that it is one). This file must never know a model family, a file or a
-device.
+parameter, and of every tensor named, belongs to exactly one piece. So a checkpoint that can be read can be written, and
+what is written reads back bit for bit (of a NaN, only that it is one).
 """
 
 import contextlib
@@ -22,13 +21,13 @@ Path = tuple[str, ...]
 """The keys that lead to a parameter, such as ("layers", "moe", "gate_up")."""
 
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""What a weight may be stored as: safetensors' names, and NumPy's."""
+"""Dtypes that a weight may be stored in: safetensors' name -> NumPy's."""
 CHUNK_BYTES = 32 * 2**20
-"""How much goes between host and device at a time. Host memory beyond the parameters is a few of these."""
+"""Bytes that move between host and device at a time. Beyond the parameters, the host holds a few such chunks."""
 
 
 class Within(NamedTuple):
-    """The places of an axis that a piece takes out of a longer one in the file: start, start + step, …"""
+    """The places start, start + step, … that a piece takes of a longer axis in the file."""
 
     start: int
     whole: int
@@ -38,10 +37,10 @@ class Within(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the files, or a part of one, and the part of a parameter that it is.
+    """One tensor of the files, or a part of one, and the part of a parameter that it fills.
 
-    `axes` names the axes of the tensor, an arrow, and the axes of the parameter. Axes in parentheses are one axis in
-    the file, the first of them the slowest. Sizes are never said: they are those of the parameter. `1` is an axis of
+    `axes` lists the axes of the tensor, an arrow, and the axes of the parameter. Axes in parentheses are one axis in
+    the file, the first of them the slowest. Sizes are not given: they are those of the parameter. `1` is an axis of
     size 1 that only the file has. Without `axes` the two have the same axes.
 
     Examples, for the layer 3 of stacked parameters::
@@ -52,22 +51,23 @@ class Piece:
         Piece("model.layers.3.mlp.experts.5.gate_proj.weight", "F D -> D F", at=(3, 5, None, 0))
         # all experts in one tensor [E, D, F·2], gates and ups in turn
         Piece("model.layers.3.mlp.experts.gate_up_proj", "E D (F G) -> E D G F", at=(3,))
-        # the rows of keys in a projection [(N + K + K)·H, D] of N = 32 queries, K = 4 keys and 4 values
+        # the rows of keys in a projection [(N + K + K)·H, D] of N = 32 query, K = 4 key and 4 value heads
         Piece("model.layers.3.attn.qkv.weight", "(K H) D -> D K H", at=(3,), within={"K": Within(32, 40)})
     """
 
     name: str
-    """Of the tensor."""
+    """Name of the tensor."""
     axes: str = ""
+    """Axes of the tensor and of the parameter, as above."""
     at: tuple[int | slice | None, ...] = ()
-    """For each axis of the parameter the place that the piece fills: one, which is then no axis of the piece, some, or
-    None for all. Axes that are left out at the end are filled whole."""
+    """Places that the piece fills along each axis of the parameter: an int for one (the piece then lacks this axis), a
+    slice for some, None for all. Axes left out at the end are filled whole."""
     within: Mapping[str, Within] = field(default_factory=dict)
-    """Axis -> its places in the file, where those are not all that the file has."""
+    """Axis -> its places in the file, for axes that are longer there."""
 
 
 Plan = Mapping[Path, Sequence[Piece]]
-"""For each parameter the pieces that fill it."""
+"""Path of each parameter -> the pieces that fill it."""
 
 
 class Placed(NamedTuple):
@@ -75,11 +75,11 @@ class Placed(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     split: tuple[int, ...]
-    """Shape of the same tensor with one axis for each name."""
+    """Shape of the same tensor with one axis for each name in `Piece.axes`."""
     split_axes: tuple[int | None, ...]
-    """For each of those the axis of the parameter that it is; None where only the file has it."""
+    """Axis of the parameter that each axis of `split` becomes; None for an axis that only the file has."""
     theirs: tuple[range, ...]
     """Places along the axes of `split`."""
     ours: tuple[range, ...]
@@ -92,24 +92,26 @@ class Placed(NamedTuple):
 
     @property
     def start(self) -> tuple[int, ...]:
-        """Where the part begins in the parameter."""
+        """Index of the part's first place in the parameter."""
         return tuple(places.start for places in self.ours)
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Transposes what `view` returns to the order of the parameter. A reshape to `sizes` is then all that is left,
-        as axes that only one side has are of size 1."""
+        """Permutation that brings the result of `view` into the order of the parameter.
+
+        After it a reshape to `sizes` is enough, because axes that only one side has are of size 1.
+        """
         return tuple(
             sorted(range(len(self.split)), key=lambda axis: -1 if (own := self.split_axes[axis]) is None else own)
         )
 
     def view(self, tensor: np.ndarray) -> np.ndarray:
-        """The part of a whole tensor, in the order of the file. Nothing is copied: to write there writes the tensor."""
+        """Return a view of the part of a whole tensor, in the order of the file; writing to it writes to the tensor."""
         parts = tuple(slice(places.start, places.stop, places.step) for places in self.theirs)
         return tensor.reshape(self.split)[parts]
 
     def cut(self, box: Sequence[range]) -> "Placed | None":
-        """What of the part lies in a box of the parameter, if anything."""
+        """Return the intersection of the part with a box of the parameter, or None if it is empty."""
         theirs, ours = list(self.theirs), list(self.ours)
         for axis, (places, wanted) in enumerate(zip(self.ours, box, strict=True)):
             first, last = max(places.start, wanted.start), min(places.stop, wanted.stop)
@@ -123,7 +125,7 @@ class Placed(NamedTuple):
         return self._replace(theirs=tuple(theirs), ours=tuple(ours))
 
     def chunks(self, elements: int) -> Iterator["Placed"]:
-        """Parts of at most that many elements, each as close together in the file as can be."""
+        """Split into parts of at most so many elements, each as contiguous in the file as possible."""
         axis = next((own for own in self.split_axes if own is not None and len(self.ours[own]) > 1), None)
         total = math.prod(self.sizes)
         if total <= elements or axis is None:
@@ -139,43 +141,43 @@ class Placed(NamedTuple):
 
 
 def flat(tree: Mapping[str, Any]) -> dict[Path, Any]:
-    """The leaves of a nested dict by their paths, in the order of `jax.tree.leaves`."""
+    """Return the leaves of a nested dict by their paths, in the order of `jax.tree.leaves`."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def without_mesh() -> contextlib.AbstractContextManager[Any]:
-    """As if no `jax.set_mesh` were in use, which lets nothing run on one device alone. To be entered at once."""
+    """Return a context without `jax.set_mesh`, under which nothing may run on one device alone; enter it at once."""
     return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """List the first few names, and the number of the others."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
-    """Sorts names as a reader would: layer 2 before layer 10."""
+    """Return a key that sorts names as a reader would: layer 2 before layer 10."""
     return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name))
 
 
 def place_pieces(plan: Plan, shapes: Mapping[Path, tuple[int, ...]]) -> dict[Path, list[Placed]]:
-    """Gives each piece its sizes, and checks the plan as a whole.
+    """Give each piece its sizes, and check the plan as a whole.
 
     Args:
-      plan: for each parameter its pieces.
-      shapes: of the parameters.
+      plan: the pieces of each parameter.
+      shapes: the shape of each parameter.
 
     Raises:
-      ValueError: if plan and parameters do not name the same, a piece does not fit its parameter, a parameter or a
+      ValueError: if plan and shapes name different parameters, a piece does not fit its parameter, a parameter or a
         tensor is not filled by its pieces, or a place in one of them belongs to two pieces.
     """
     without, unknown = shapes.keys() - plan.keys(), plan.keys() - shapes.keys()
     if without:
         raise ValueError(f"the plan has no pieces for {some(sorted(map('/'.join, without)))}")
     if unknown:
-        raise ValueError(f"the plan has pieces for {some(sorted(map('/'.join, unknown)))}, which is no parameter")
+        raise ValueError(f"the plan has pieces for {some(sorted(map('/'.join, unknown)))}, which is not a parameter")
     placed = {path: [_place(piece, path, shape) for piece in plan[path]] for path, shape in shapes.items()}
     for path, pieces in placed.items():
         _check_filled(f"the parameter {'/'.join(path)}", shapes[path], [piece.ours for piece in pieces])
@@ -185,7 +187,7 @@ def place_pieces(plan: Plan, shapes: Mapping[Path, tuple[int, ...]]) -> dict[Pat
 
 @functools.lru_cache(maxsize=1024)
 def _parse(axes: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]] | None:
-    """ "(N H) D -> D N H" becomes ((N, H), (D,)) and (D, N, H); None if it cannot be read."""
+    """Parse "(N H) D -> D N H" into ((N, H), (D,)) and (D, N, H), or return None if that is impossible."""
     theirs, arrow, ours = axes.partition("->")
     if not arrow or not re.fullmatch(r"(\s*(\w+|\((\s*\w+)+\s*\)))*\s*", theirs) or not re.fullmatch(r"[\w\s]*", ours):
         return None
@@ -202,7 +204,7 @@ def _place(piece: Piece, path: Path, shape: tuple[int, ...]) -> Placed:
     if len(piece.at) > len(shape):
         raise ValueError(f"{where} has more entries in at, {piece.at}, than the parameter has axes")
     at = (*piece.at, *(None,) * (len(shape) - len(piece.at)))
-    ours = tuple(_places(entry, size) for entry, size in zip(at, shape, strict=True))
+    ours = tuple(_range_of(entry, size) for entry, size in zip(at, shape, strict=True))
     if not all(len(places) and places.step == 1 for places in ours):
         raise ValueError(f"{where} has at={piece.at}, which is outside the parameter or leaves gaps")
     left = [axis for axis, entry in enumerate(at) if not isinstance(entry, int)]
@@ -214,7 +216,7 @@ def _place(piece: Piece, path: Path, shape: tuple[int, ...]) -> Placed:
     if len(names) != len(left):
         raise ValueError(f"{where} names {len(names)} axes of the parameter, but at={piece.at} leaves {len(left)}")
     if unknown := piece.within.keys() - set(names):
-        raise ValueError(f"{where} has a part within {some(sorted(unknown))}, which is none of its axes")
+        raise ValueError(f"{where} has a part within {some(sorted(unknown))}, which is not one of its axes")
     axis_of = dict(zip(names, left, strict=True))
     theirs, whole = {"1": range(1)}, {"1": 1}
     for name, axis in axis_of.items():
@@ -222,7 +224,7 @@ def _place(piece: Piece, path: Path, shape: tuple[int, ...]) -> Placed:
         start, whole[name], step = piece.within.get(name, Within(0, size))
         theirs[name] = range(start, start + size * step, step) if step > 0 else range(0)
         if start < 0 or step < 1 or theirs[name][-1] >= whole[name]:
-            raise ValueError(f"{where} takes {size} places of {name} {piece.within[name]}, which has not as many")
+            raise ValueError(f"{where} takes {size} places of {name} {piece.within[name]}, which does not have so many")
     flat_names = [name for group in groups for name in group]
     return Placed(
         piece.name,
@@ -234,7 +236,7 @@ def _place(piece: Piece, path: Path, shape: tuple[int, ...]) -> Placed:
     )
 
 
-def _places(entry: int | slice | None, size: int) -> range:
+def _range_of(entry: int | slice | None, size: int) -> range:
     if entry is None:
         return range(size)
     if isinstance(entry, slice):
@@ -258,7 +260,7 @@ def _check_tensors(pieces: Iterable[Placed]) -> None:
 
 
 def _check_filled(what: str, shape: tuple[int, ...], parts: Sequence[tuple[range, ...]]) -> None:
-    """Whether each place of an array belongs to exactly one part. Places that no part tells apart count as one."""
+    """Check that each place of an array belongs to exactly one part. Places that no part tells apart count as one."""
     firsts, members = [], []
     for axis, size in enumerate(shape):
         distinct = dict.fromkeys(part[axis] for part in parts)

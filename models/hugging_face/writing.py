@@ -1,8 +1,8 @@
-"""Parameters into a folder of safetensors, as Hugging Face lays it out.
+"""Writing of parameters to a folder of safetensors, as Hugging Face lays it out.
 
-Tensors are fetched one after the other, each cut and cast where the parameters lie, and written as they come by the
-first of all processes. The folder gets its name when all is in it: whatever happens, there is a whole checkpoint or
-none. This file must never know a model family.
+Tensors are fetched one after the other, each cut and cast where the parameters lie, and the first of all processes
+writes them as they come. The folder gets its name once it is complete: whatever happens, there is a whole checkpoint or
+none.
 """
 
 import collections
@@ -37,21 +37,22 @@ from models.hugging_face.tensors import (
 Array = jax.Array
 
 UNFINISHED = ".unfinished"
-"""What is added to the name of a folder that is still being written."""
+"""Suffix to the name of a folder that is still being written."""
 _CODES = {name: code for code, name in SAFETENSORS_DTYPES.items()}
 
 
 class _Tensor(NamedTuple):
-    """One to write."""
+    """A tensor to write."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     parts: list[tuple[Array, Placed]]
+    """The parameters that it is made from, each with the piece that it fills."""
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -63,19 +64,20 @@ def write_params(
     max_shard_bytes: int = 5 * 10**9,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes the parameters of a model.
+    """Write the parameters of a model.
 
-    Needs host memory for the largest tensor and a few chunks of `CHUNK_BYTES`. In a run of several processes all of
-    them call it, and the first one writes.
+    This takes host memory for the largest tensor and a few chunks of `CHUNK_BYTES`. In a run of several processes all
+    of them call it, and the first one writes.
 
     Args:
-      folder: absent, or empty. Written to beside its place and then renamed, it appears as a whole.
-      plan: for each parameter its pieces.
+      folder: the folder to write, absent or empty. It is written under another name and then renamed, so that it
+        appears as a whole.
+      plan: the pieces of each parameter.
       params: a nested dict of arrays, in any sharding over a mesh, or on one device.
-      dtype: of all tensors, or a nested dict of dtypes like `params`; by default those of the parameters. Float32,
-        bfloat16 or float16.
-      max_shard_bytes: beyond this a file is not filled further. A larger tensor has a file of its own.
-      files: name -> content of small files that belong to the checkpoint, such as `config.json`.
+      dtype: dtype of all tensors, or a nested dict of dtypes like `params`: float32, bfloat16 or float16. By default
+        those of the parameters.
+      max_shard_bytes: largest size of a file. A tensor that is larger has a file of its own.
+      files: contents of small files that belong to the checkpoint, such as `config.json`, by name.
 
     Raises:
       ValueError: if plan and parameters do not fit, or a dtype cannot be written.
@@ -93,8 +95,13 @@ def write_params(
 
 
 def _do_for_all(task: Callable[[], None], with_all: Iterable[Any] = ()) -> None:
-    """Does a task in the first process, and raises everywhere if it fails. In `with_all` all processes take part: the
-    others, and the first once it has failed, go through what the task left of it."""
+    """Run a task in the first process, and raise in every process if it fails.
+
+    Args:
+      task: the task.
+      with_all: an iterable whose steps need all processes. The task consumes it in the first process; the others, and
+        the first if it has failed, go through whatever is left of it.
+    """
     failure = None
     try:
         if jax.process_index() == 0:
@@ -112,16 +119,20 @@ def _do_for_all(task: Callable[[], None], with_all: Iterable[Any] = ()) -> None:
 
 
 def _list_tensors(plan: Plan, params: Mapping[str, Any], dtype: Any) -> list[_Tensor]:
-    """All tensors in the order of their names."""
+    """Return all tensors, in the order of their names."""
     leaves = flat(params)
-    dtypes = {path: leaf.dtype for path, leaf in leaves.items()} if dtype is None else flat(_broadcast(dtype, params))
+    given = flat(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(leaves, dtype)
+    dtypes = {path: leaf.dtype if dtype is None else given[path] for path, leaf in leaves.items()}
     placed = place_pieces(plan, {path: leaf.shape for path, leaf in leaves.items()})
     tensors: dict[str, _Tensor] = {}
     for path, leaf in leaves.items():
         stored_as = jnp.dtype(dtypes[path])
         if stored_as.name not in _CODES:
             raise ValueError(f"{'/'.join(path)} cannot be written as {stored_as}: choose among {', '.join(_CODES)}")
-        _check_place("/".join(path), leaf)
+        if not isinstance(leaf, jax.Array):
+            raise ValueError(f"{'/'.join(path)} is a {type(leaf).__name__}: give it as a jax.Array")
+        if not (leaf.is_fully_replicated or isinstance(leaf.sharding, NamedSharding)):
+            raise ValueError(f"{'/'.join(path)} lies as {leaf.sharding}: put it into a NamedSharding first")
         for piece in placed[path]:
             tensor = tensors.setdefault(piece.name, _Tensor(piece.name, piece.shape, stored_as, []))
             if tensor.dtype != stored_as:
@@ -132,19 +143,8 @@ def _list_tensors(plan: Plan, params: Mapping[str, Any], dtype: Any) -> list[_Te
     return sorted(tensors.values(), key=lambda tensor: natural_order(tensor.name))
 
 
-def _broadcast(dtype: Any, params: Mapping[str, Any]) -> Any:
-    return dtype if isinstance(dtype, Mapping) else jax.tree.map(lambda _: dtype, params)
-
-
-def _check_place(name: str, leaf: Any) -> None:
-    if not isinstance(leaf, jax.Array):
-        raise ValueError(f"{name} is a {type(leaf).__name__}: give it as a jax.Array")
-    if not (leaf.is_fully_replicated or isinstance(leaf.sharding, NamedSharding)):
-        raise ValueError(f"{name} lies as {leaf.sharding}: put it into a NamedSharding first")
-
-
 def _in_shards(tensors: Sequence[_Tensor], max_bytes: int) -> list[list[_Tensor]]:
-    """Which tensors go into which file. Within one, wide dtypes come first, so that each tensor is aligned."""
+    """Distribute the tensors over files. Within a file wide dtypes come first, so that each tensor is aligned."""
     shards: list[list[_Tensor]] = [[]]
     room = max_bytes
     for tensor in tensors:
@@ -165,7 +165,7 @@ def _unfinished(target: pathlib.Path) -> pathlib.Path:
 
 def _prepare(target: pathlib.Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already and not an empty folder: write to another one")
+        raise FileExistsError(f"{target} exists already and is not an empty folder: choose another one")
     shutil.rmtree(_unfinished(target), ignore_errors=True)  # what an interrupted run left
     _unfinished(target).mkdir(parents=True)
 
@@ -201,7 +201,7 @@ def _write_folder(
 
 @contextlib.contextmanager
 def _new_file(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file that is on the disk when this is left."""
+    """Open a new file, and flush it to the disk at the end."""
     with open(path, "xb") as file:
         yield file
         file.flush()
@@ -209,7 +209,7 @@ def _new_file(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def _header(shard: Sequence[_Tensor]) -> bytes:
-    """What a file of safetensors begins with: https://huggingface.co/docs/safetensors."""
+    """Return the header of a file of safetensors (https://huggingface.co/docs/safetensors)."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in shard:
@@ -225,13 +225,20 @@ def _header(shard: Sequence[_Tensor]) -> bytes:
 
 
 def _fetch(shards: Sequence[Sequence[_Tensor]]) -> Iterator[np.ndarray]:
-    """Each tensor, whole; in other processes than the first there is nothing in it."""
+    """Yield each tensor, whole in the first process and empty in the others."""
     primary = jax.process_index() == 0
     for tensor in (tensor for shard in shards for tensor in shard):
         content = np.empty(tensor.shape if primary else 0, tensor.dtype)
         for array, part in tensor.parts:
             for chunk in part.chunks(CHUNK_BYTES // max(array.dtype.itemsize, tensor.dtype.itemsize)):
-                block = jax.block_until_ready(_cut(array, chunk, tensor.dtype.name))
+                # Cut and cast on a device of this process.
+                start = tuple(np.int32(place) for place in chunk.start)
+                if array.is_fully_replicated:
+                    block = _cut_one(array.addressable_data(0), start, chunk.sizes, tensor.dtype.name)
+                else:
+                    block = _cut_spread(array, start, chunk.sizes, tensor.dtype.name, array.sharding)
+                    block = block.addressable_data(0)
+                jax.block_until_ready(block)
                 if primary:
                     transposed = tuple(len(chunk.theirs[axis]) for axis in chunk.order)
                     to_theirs = tuple(map(int, np.argsort(chunk.order)))
@@ -239,15 +246,7 @@ def _fetch(shards: Sequence[Sequence[_Tensor]]) -> Iterator[np.ndarray]:
         yield content
 
 
-def _cut(array: Array, chunk: Placed, dtype: str) -> Array:
-    """Part of an array, cast, on a device of this process."""
-    start = tuple(np.int32(place) for place in chunk.start)
-    if array.is_fully_replicated:
-        return _cut_one(array.addressable_data(0), start, chunk.sizes, dtype)
-    return _cut_spread(array, start, chunk.sizes, dtype, array.sharding).addressable_data(0)
-
-
-# Not in one with cutting: on a CPU, XLA would make one slow loop of both.
+# Apart from cutting: on a CPU, XLA would make one slow loop of both.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _arrange(block: Array, shape: tuple[int, ...], order: tuple[int, ...]) -> Array:
     return block.reshape(shape).transpose(order)
@@ -262,10 +261,12 @@ def _cut_one(array: Array, start: tuple[Any, ...], sizes: tuple[int, ...], dtype
 def _cut_spread(
     array: Array, start: tuple[Any, ...], sizes: tuple[int, ...], dtype: str, sharding: NamedSharding
 ) -> Array:
-    """`_cut_one` of an array that lies on several devices, on each of them.
+    """Return the result of `_cut_one` for an array that lies on several devices, on each of them.
 
-    Each gives what it has of the block and nothing else moves; left to XLA, whole axes would be gathered first.
+    Each device contributes its part of the block and nothing else moves; left to XLA, whole axes would be gathered
+    first. Blocks are summed as uint32 bits, which keeps the sign of a zero and works on all devices.
     """
+    unsigned = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else jnp.uint32
     spec = [(part,) if isinstance(part, str) else tuple(part or ()) for part in sharding.spec]
     names_of = {axis: names for axis, names in enumerate(spec) if names}
 
@@ -276,26 +277,18 @@ def _cut_spread(
             window[axis] = min(own, sizes[axis])
             first = start[axis] - jax.lax.axis_index(names) * own
             begin[axis] = jnp.clip(first, 0, own - window[axis])
-        bits = _bits(jax.lax.dynamic_slice(array, begin, window).astype(dtype))
+        block = jax.lax.dynamic_slice(array, begin, window).astype(dtype)
+        bits = jax.lax.bitcast_convert_type(block, unsigned).astype("uint32")
         for axis, names in names_of.items():
             first = start[axis] - jax.lax.axis_index(names) * array.shape[axis] - begin[axis]
             places = first + jnp.arange(sizes[axis], dtype=jnp.int32)
             here = (places >= 0) & (places < window[axis])
             bits = jnp.take(bits, places, axis, mode="clip")
             bits = jnp.where(jnp.expand_dims(here, [other for other in range(bits.ndim) if other != axis]), bits, 0)
-        return _from_bits(jax.lax.psum(bits, [name for names in names_of.values() for name in names]), dtype)
+        bits = jax.lax.psum(bits, [name for names in names_of.values() for name in names])
+        return jax.lax.bitcast_convert_type(bits.astype(unsigned), jnp.dtype(dtype))
 
     whole = PartitionSpec()
     return jax.shard_map(local, mesh=sharding.mesh, in_specs=(sharding.spec, whole), out_specs=whole, check_vma=False)(
         array, start
     )
-
-
-def _bits(block: Array) -> Array:
-    """uint32: a sum of these keeps the sign of a zero, and is known to all devices."""
-    return jax.lax.bitcast_convert_type(block, jnp.uint16 if block.dtype.itemsize == 2 else jnp.uint32).astype("uint32")
-
-
-def _from_bits(bits: Array, dtype: str) -> Array:
-    width = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else jnp.uint32
-    return jax.lax.bitcast_convert_type(bits.astype(width), jnp.dtype(dtype))

@@ -1,4 +1,4 @@
-"""Rotary positions beside those of transformers, on the configurations of published models. Needs PyTorch."""
+"""Rotary positions against those of transformers, for configurations of published models. Needs PyTorch."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +52,7 @@ CASES = {
 
 
 def published(config_type, dim, theta, fields):
-    """A configuration of transformers with these rotary positions and heads of this size."""
+    """Return a configuration of transformers with these rotary positions and this head size."""
     parameters = {NAMES.get(name, name): value for name, value in fields.items() if value is not None}
     size = {"qk_rope_head_dim": dim} if config_type is DeepseekV3Config else {"head_dim": dim}
     return config_type(rope_parameters=parameters | {"rope_theta": theta}, max_position_embeddings=262144, **size)

@@ -1,10 +1,7 @@
-"""Upcycled folders in transformers: it loads them, and they compute what the dense model does. Needs PyTorch."""
-
-import json
+"""Upcycled folders in transformers: it loads them, and they compute the same as the dense model. Needs PyTorch."""
 
 import numpy as np
 import pytest
-import safetensors.numpy
 from support import hf_cases
 
 import models
@@ -14,7 +11,6 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
 pytestmark = pytest.mark.slow
-GOLDEN = hf_cases.GOLDEN
 
 
 def logits(folder):
@@ -40,10 +36,7 @@ def logits(folder):
 def test_transformers_computes_what_it_did_before(case, name, split, tmp_path):
     source, target = tmp_path / "dense", tmp_path / "sparse"
     source.mkdir()
-    (source / "config.json").write_text((GOLDEN / case / "config.json").read_text())
-    shapes = json.loads((GOLDEN / case / "tensors.json").read_text())
-    tensors = {name: hf_cases.weight(name, tuple(shape)) for name, shape in shapes.items()}
-    safetensors.numpy.save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    hf_cases.write_golden_folder(case, source)
     config, params = models.load_hf(source)
     upcycling = UpcyclingConfig(num_experts=8, num_experts_per_token=4, expert_split=split)
     models.save_hf(target, upcycled_config(config, upcycling), upcycle(config, params, upcycling), source=source)

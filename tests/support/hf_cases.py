@@ -1,7 +1,7 @@
-"""Tiny models of every family: which there are, weights that anyone can make again from a tensor's name, and what
-transformers said of them.
+"""Tiny models of every family: their configurations, their weights, and the outputs of transformers.
 
-Used by the tests, and by the script that asks transformers. Never imports torch.
+The weights follow from the tensors' names, so anyone can make them again. Both the tests and the script that asks
+transformers use this file; it does not need torch.
 """
 
 import json
@@ -117,7 +117,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name of the case -> model_type, and the fields of its config.json beyond `SHARED`."""
 LENGTHS = (7, 12)
-"""Of the two sequences that the models read."""
+"""Lengths of the two sequences that the models read."""
 
 
 def sequences() -> list[np.ndarray]:
@@ -126,7 +126,7 @@ def sequences() -> list[np.ndarray]:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32; of a size that lets every part of a model matter."""
+    """Make a float32 weight, of a size that lets every part of a model matter."""
     values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith("norm.weight"):
         values = 1 + 0.2 * values
@@ -140,14 +140,14 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def golden(case: str) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Logits [T, V] and router logits [L, T, E] of each sequence, as transformers said."""
+    """Return transformers' logits [T, V] and router logits [L, T, E] of each sequence."""
     arrays = np.load(GOLDEN / case / "outputs.npz")
     return [(arrays[f"logits_{number}"], arrays.get(f"router_logits_{number}")) for number in range(len(LENGTHS))]
 
 
 def write_golden_folder(case: str, folder: pathlib.Path) -> None:
-    """The folder that transformers wrote, made again."""
+    """Make the folder that transformers wrote once more."""
     (folder / "config.json").write_text((GOLDEN / case / "config.json").read_text())
     shapes = json.loads((GOLDEN / case / "tensors.json").read_text())
     tensors = {name: weight(name, tuple(shape)) for name, shape in shapes.items()}
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

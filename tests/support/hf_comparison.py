@@ -1,4 +1,4 @@
-"""Our models beside what transformers computed: padded, packed, and through a cache. Never imports torch."""
+"""Comparison of our models with outputs of transformers: padded, packed, and through a cache. Torch is not needed."""
 
 import itertools
 from typing import Any
@@ -11,8 +11,8 @@ import models
 from support import hf_cases
 
 TOLERANCE = 1e-4
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Options of XLA that make compiling about three times faster, for programs that run once."""
+QUICKLY = {"xla_backend_optimization_level": 0}
+"""XLA's options for programs that run once."""
 
 
 def compare(
@@ -21,13 +21,13 @@ def compare(
     expected: list[tuple[np.ndarray, np.ndarray | None]],
     at_once: int = 1,
 ) -> None:
-    """Runs a model on the sequences of `hf_cases`, and asserts that logits and router logits are the expected ones.
+    """Run a model on the sequences of `hf_cases`, and check its logits and router logits.
 
     Args:
-      config: of the model.
-      params: its parameters.
+      config: the model's configuration.
+      params: the model's parameters.
       expected: logits [T, V] and router logits [L, T, E] of each sequence.
-      at_once: tokens that the cache takes first; the others follow one by one.
+      at_once: number of tokens that go through the cache together at first; the others follow one by one.
     """
     tokens, segments, places = layout()
     model = models.Transformer(config)
@@ -59,10 +59,10 @@ def compare(
 
 
 def layout() -> tuple[np.ndarray, np.ndarray, list[dict[str, tuple[int, slice]]]]:
-    """The sequences packed in one row, and each in a row of its own after padding.
+    """Lay out the sequences packed in one row, and each in a row of its own after padding.
 
     Returns:
-      tokens and segment ids, int32 [3, T], and for each sequence the row and the columns of both.
+      Tokens and segment ids, int32 [3, T], and for each sequence its row and columns in both forms.
     """
     sequences = hf_cases.sequences()
     total = sum(hf_cases.LENGTHS)
@@ -85,7 +85,7 @@ def check(name: str, found: Any, expected: np.ndarray) -> None:
 
 
 def same_bits(one: Any, other: Any) -> bool:
-    """Whether two trees of arrays are alike in structure, dtypes and bits."""
+    """Return whether two trees of arrays agree in structure, shapes, dtypes and bits."""
     if jax.tree.structure(one) != jax.tree.structure(other):
         return False
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)

@@ -1,9 +1,9 @@
-"""Asks transformers what the tiny models of `hf_cases` compute, and writes it down for the tests.
+"""Record the outputs of transformers for the tiny models of `hf_cases`.
 
     make parity && .venv/bin/python tests/support/hf_golden_live.py [CASE ...]
 
-writes tests/models/hugging_face/golden/CASE/: config.json as transformers writes it, names and shapes of the tensors in its
-files, and logits and router logits of two sequences.
+writes to tests/models/hugging_face/golden/CASE/: config.json as transformers writes it, names and shapes of the tensors
+in its files, and logits and router logits of two sequences.
 """
 
 import json
@@ -22,7 +22,7 @@ from support import hf_cases
 
 
 def write_folder(case: str, folder: pathlib.Path) -> None:
-    """A folder as transformers writes it, with the weights of `hf_cases`."""
+    """Let transformers write a folder, and give it the weights of `hf_cases`."""
     model_type, fields = hf_cases.CASES[case]
     config = transformers.AutoConfig.for_model(model_type, **{**hf_cases.SHARED, **fields})
     config.dtype = "float32"
@@ -35,10 +35,10 @@ def write_folder(case: str, folder: pathlib.Path) -> None:
 
 
 def load(folder: pathlib.Path) -> Any:
-    """The model of a folder, by transformers, in float32.
+    """Let transformers load the model of a folder, in float32.
 
     Raises:
-      ValueError: if the folder is not what transformers expects.
+      ValueError: if transformers finds a fault in the folder.
     """
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype="float32", output_loading_info=True
@@ -50,7 +50,7 @@ def load(folder: pathlib.Path) -> Any:
 
 
 def run(model: Any, sequences: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Logits [T, V] and router logits [L, T, E] of each sequence, by transformers."""
+    """Return transformers' logits [T, V] and router logits [L, T, E] of each sequence."""
     seen: list[torch.Tensor] = []
 
     def note(module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:

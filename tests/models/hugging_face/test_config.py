@@ -1,4 +1,4 @@
-"""config.json of released models, and what is refused of others, one by one. Opens no weights and compiles nothing."""
+"""The config.json of released models and its meaning, and the fields that are refused. Nothing is compiled."""
 
 import functools
 import json
@@ -291,13 +291,18 @@ MEANT = {
         0.596e9,
     ),
 }
-"""Name of the model -> what its config.json means, and how many parameters its authors say that it has."""
+"""Name of the model -> the meaning of its config.json, and the number of parameters that its authors state."""
 CASE_OF = {hf_cases.CASES[case][0]: case for case in reversed(hf_cases.CASES)}
 
 
+@functools.cache
+def written(model_type):
+    """Return the config.json of a tiny model as transformers writes it."""
+    return json.loads((hf_cases.GOLDEN / CASE_OF[model_type] / "config.json").read_text())
+
+
 def config_json(model_type, changes):
-    """That of a tiny model, as transformers writes it, with changes."""
-    return json.loads((hf_cases.GOLDEN / CASE_OF[model_type] / "config.json").read_text()) | changes
+    return written(model_type) | changes
 
 
 def read(values):
@@ -327,22 +332,22 @@ def test_packed_weights_are_refused_with_the_way_out(name, tmp_path):
         load_config_hf(write(tmp_path, RELEASED[name]))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "is no Hugging Face folder: it has no config.json"),
-        ('{"model_type": ', "config.json is damaged"),
-        ('["qwen3_moe"]', "config.json is damaged: it holds no object"),
-        ({"model_type": "llama"}, "model_type 'llama'; supported are qwen3_moe, qwen2_moe, olmoe, mixtral, gpt_oss"),
-        ({"hidden_size": 8}, "model_type None"),
-        ({"model_type": ["qwen3"]}, r"model_type \['qwen3'\]"),
-    ],
-)
-def test_what_is_no_config_of_a_family_is_refused(content, message, tmp_path):
-    if content is not None:
-        write(tmp_path, content)
-    with pytest.raises(ValueError, match=message):
-        load_config_hf(tmp_path)
+NO_FAMILY = [
+    (None, "is not a Hugging Face folder: it has no config.json"),
+    ('{"model_type": ', "config.json is damaged"),
+    ('["qwen3_moe"]', "config.json is damaged: it does not hold an object"),
+    ({"model_type": "llama"}, "model_type 'llama'; supported are qwen3_moe, qwen2_moe, olmoe, mixtral, gpt_oss"),
+    ({"hidden_size": 8}, "model_type None"),
+    ({"model_type": ["qwen3"]}, r"model_type \['qwen3'\]"),
+]
+
+
+def test_what_is_no_config_of_a_family_is_refused(tmp_path):
+    for content, message in NO_FAMILY:
+        if content is not None:
+            write(tmp_path, content)
+        with pytest.raises(ValueError, match=message):
+            load_config_hf(tmp_path)
 
 
 COMMON = [
@@ -429,13 +434,11 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize(
-    ("model_type", "changes", "message"),
-    [(name, *case) for name in FAMILIES for case in COMMON + OWN[name]],
-)
-def test_a_field_that_would_change_the_mathematics_is_refused(model_type, changes, message):
-    with pytest.raises(ValueError, match=message):
-        read(config_json(model_type, changes))
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_field_that_would_change_the_mathematics_is_refused(model_type):
+    for changes, message in COMMON + OWN[model_type]:
+        with pytest.raises(ValueError, match=message):
+            read(config_json(model_type, changes))
 
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
@@ -452,63 +455,61 @@ NEEDED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("model_type", "field"), [(name, field) for name in FAMILIES for field in SIZES + NEEDED[name]]
-)
-@pytest.mark.parametrize("null", [False, True])
-def test_a_missing_field_is_named(model_type, field, null):
-    values = config_json(model_type, {field: None})
-    if not null:
-        del values[field]
-    with pytest.raises(ValueError, match=f"^config.json lacks the field {field}$"):
-        read(values)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_missing_field_is_named(model_type):
+    for field in SIZES + NEEDED[model_type]:
+        null = config_json(model_type, {field: None})
+        absent = {name: value for name, value in null.items() if name != field}
+        for values in (null, absent):
+            with pytest.raises(ValueError, match=f"^config.json lacks the field {field}$"):
+                read(values)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "changes", "meant"),
-    [
-        ("mixtral", {"num_key_value_heads": None}, {"num_kv_heads": 4}),
-        ("qwen3_moe", {"head_dim": None}, {"head_dim": 8}),
-        ("qwen3_moe", {"mlp_only_layers": None, "decoder_sparse_step": 3}, {"dense_layers": (0, 1), "dense_size": 24}),
-        ("qwen3_moe", {"mlp_only_layers": [1, 2, 7]}, {"dense_layers": (1, 2), "dense_size": 24}),
-        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9}, {"sliding_layers": (0, 1, 2)}),
-        ("qwen3_moe", {"use_sliding_window": False, "sliding_window": 9}, {"sliding_window": 0, "sliding_layers": ()}),
-        ("qwen3_moe", {"num_local_experts": None, "num_experts": 5}, {"num_experts": 5}),
-        ("qwen3_moe", {"num_local_experts": 5, "num_experts": 5}, {"num_experts": 5}),
-        ("qwen3_moe", {"rope_parameters": None, "rope_scaling": None, "rope_theta": 3e6}, {"rope_theta": 3e6}),
-        ("qwen3_moe", {"rope_parameters": {"rope_theta": 2e6}, "rope_theta": 3e6}, {"rope_theta": 2e6}),
-        ("qwen3_moe", {"tie_word_embeddings": None, "quantization_config": None}, {"tie_embeddings": False}),
-        ("qwen3_moe", {"rms_norm_eps": None}, {"rms_norm_epsilon": 1e-6}),
-        ("olmoe", {"rms_norm_eps": None}, {"rms_norm_epsilon": 1e-5}),
-        ("mixtral", {"rms_norm_eps": None}, {"rms_norm_epsilon": 1e-5}),
-        ("gpt_oss", {"rms_norm_eps": None}, {"rms_norm_epsilon": 1e-5}),
-        ("qwen3", {"rope_parameters": {"partial_rotary_factor": 1.0}}, {"rope_scaling": None}),
-        ("qwen2_moe", {"qkv_bias": False}, {"attention_bias": "none"}),
-        ("olmoe", {"clip_qkv": None}, {"clip_qkv": 0.0}),
-        ("olmoe", {"clip_qkv": 8}, {"clip_qkv": 8.0}),
-        ("mixtral", {"sliding_window": 7}, {"sliding_window": 7, "sliding_layers": (0, 1, 2)}),
-        ("mixtral", {"sliding_window": None}, {"sliding_window": 0, "sliding_layers": ()}),
-        ("mixtral", {"rope_parameters": None}, {"rope_theta": 1e6}),
-        ("gpt_oss", {"layer_types": None}, {"sliding_layers": (0, 2)}),
-        (
-            "gpt_oss",
-            {"rope_parameters": None},
-            {
-                "rope_theta": 1.5e5,
-                "rope_scaling": RopeScaling("yarn", 32.0, 4096, 32.0, 1.0, truncate=False),
-            },
-        ),
-        ("gpt_oss", {"rope_parameters": {"rope_type": "default"}}, {"rope_theta": 1.5e5, "rope_scaling": None}),
-        ("deepseek_v3", {"q_lora_rank": None}, {"latent": LatentAttention(12, 10, 6, 14, 0)}),
-        ("deepseek_v3", {"first_k_dense_replace": 0}, {"dense_layers": (), "dense_size": 0}),
-        ("deepseek_v3", {"first_k_dense_replace": 9}, {"dense_layers": (0, 1, 2)}),
-        ("deepseek_v3", {"routed_scaling_factor": 3}, {"expert_weight_scale": 3.0}),
-        ("qwen2", {"rope_parameters": {"type": "yarn", "factor": 4}}, {"rope_scaling": RopeScaling("yarn", 4, 64)}),
-    ],
-)
-def test_a_field_is_understood_as_transformers_does(model_type, changes, meant):
-    config = read(config_json(model_type, changes))
-    assert {name: getattr(config, name) for name in meant} == meant
+UNDERSTOOD = [
+    ("mixtral", {"num_key_value_heads": None}, {"num_kv_heads": 4}),
+    ("qwen3_moe", {"head_dim": None}, {"head_dim": 8}),
+    ("qwen3_moe", {"mlp_only_layers": None, "decoder_sparse_step": 3}, {"dense_layers": (0, 1), "dense_size": 24}),
+    ("qwen3_moe", {"mlp_only_layers": [1, 2, 7]}, {"dense_layers": (1, 2), "dense_size": 24}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9}, {"sliding_layers": (0, 1, 2)}),
+    ("qwen3_moe", {"use_sliding_window": False, "sliding_window": 9}, {"sliding_window": 0, "sliding_layers": ()}),
+    ("qwen3_moe", {"num_local_experts": None, "num_experts": 5}, {"num_experts": 5}),
+    ("qwen3_moe", {"num_local_experts": 5, "num_experts": 5}, {"num_experts": 5}),
+    ("qwen3_moe", {"rope_parameters": None, "rope_scaling": None, "rope_theta": 3e6}, {"rope_theta": 3e6}),
+    ("qwen3_moe", {"rope_parameters": {"rope_theta": 2e6}, "rope_theta": 3e6}, {"rope_theta": 2e6}),
+    ("qwen3_moe", {"tie_word_embeddings": None, "quantization_config": None}, {"tie_embeddings": False}),
+    ("qwen3_moe", {"rms_norm_eps": None}, {"rms_norm_epsilon": 1e-6}),
+    ("olmoe", {"rms_norm_eps": None}, {"rms_norm_epsilon": 1e-5}),
+    ("mixtral", {"rms_norm_eps": None}, {"rms_norm_epsilon": 1e-5}),
+    ("gpt_oss", {"rms_norm_eps": None}, {"rms_norm_epsilon": 1e-5}),
+    ("qwen3", {"rope_parameters": {"partial_rotary_factor": 1.0}}, {"rope_scaling": None}),
+    ("qwen2_moe", {"qkv_bias": False}, {"attention_bias": "none"}),
+    ("olmoe", {"clip_qkv": None}, {"clip_qkv": 0.0}),
+    ("olmoe", {"clip_qkv": 8}, {"clip_qkv": 8.0}),
+    ("mixtral", {"sliding_window": 7}, {"sliding_window": 7, "sliding_layers": (0, 1, 2)}),
+    ("mixtral", {"sliding_window": None}, {"sliding_window": 0, "sliding_layers": ()}),
+    ("mixtral", {"rope_parameters": None}, {"rope_theta": 1e6}),
+    ("gpt_oss", {"layer_types": None}, {"sliding_layers": (0, 2)}),
+    (
+        "gpt_oss",
+        {"rope_parameters": None},
+        {
+            "rope_theta": 1.5e5,
+            "rope_scaling": RopeScaling("yarn", 32.0, 4096, 32.0, 1.0, truncate=False),
+        },
+    ),
+    ("gpt_oss", {"rope_parameters": {"rope_type": "default"}}, {"rope_theta": 1.5e5, "rope_scaling": None}),
+    ("deepseek_v3", {"q_lora_rank": None}, {"latent": LatentAttention(12, 10, 6, 14, 0)}),
+    ("deepseek_v3", {"first_k_dense_replace": 0}, {"dense_layers": (), "dense_size": 0}),
+    ("deepseek_v3", {"first_k_dense_replace": 9}, {"dense_layers": (0, 1, 2)}),
+    ("deepseek_v3", {"routed_scaling_factor": 3}, {"expert_weight_scale": 3.0}),
+    ("qwen2", {"rope_parameters": {"type": "yarn", "factor": 4}}, {"rope_scaling": RopeScaling("yarn", 4, 64)}),
+]
+
+
+def test_a_field_is_understood_as_transformers_does():
+    for model_type, changes, meant in UNDERSTOOD:
+        config = read(config_json(model_type, changes))
+        assert {name: getattr(config, name) for name in meant} == meant, (model_type, changes)
 
 
 @pytest.mark.parametrize(
@@ -547,41 +548,41 @@ SIGMOID = {"latent": LATENT, "num_kv_heads": 4, "query_key_norm": "none", "route
 BIASED = {"router_bias": True, "expert_biases": True, "attention_bias": "all", "activation": "clamped"}
 
 
-@pytest.mark.parametrize(
-    ("fields", "model_type"),
-    [
-        ({}, "qwen3_moe"),
-        ({"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full"}, "qwen3_moe"),
-        ({"dense_size": 7}, "qwen3_moe"),
-        ({"num_experts": 0, "dense_size": 7}, "qwen3"),
-        ({"num_experts": 0, "dense_size": 7, "expert_size": 9, "router": "sigmoid", "dense_layers": (1,)}, "qwen3"),
-        ({"query_key_norm": "projection"}, "olmoe"),
-        (SIGMOID, "deepseek_v3"),
-        ({**BIASED, "query_key_norm": "none", "attention_sinks": True}, "gpt_oss"),
-    ],
-)
-def test_a_configuration_belongs_to_a_family(fields, model_type):
-    assert family_for(TransformerConfig(**fields)).model_type == model_type
+BELONGS = [
+    ({}, "qwen3_moe"),
+    ({"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full"}, "qwen3_moe"),
+    ({"dense_size": 7}, "qwen3_moe"),
+    ({"num_experts": 0, "dense_size": 7}, "qwen3"),
+    ({"num_experts": 0, "dense_size": 7, "expert_size": 9, "router": "sigmoid", "dense_layers": (1,)}, "qwen3"),
+    ({"query_key_norm": "projection"}, "olmoe"),
+    (SIGMOID, "deepseek_v3"),
+    ({**BIASED, "query_key_norm": "none", "attention_sinks": True}, "gpt_oss"),
+]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"router": "sigmoid"},
-        {"attention_bias": "qkv"},
-        {"attention_sinks": True},
-        {**BIASED, "query_key_norm": "none"},
-        {"expert_weight_scale": 2.0},
-        {"gate_shared_expert": True, "shared_expert_size": 8},
-        {"sliding_window": 4, "sliding_layers": (1,)},
-        {"query_key_norm": "projection", "head_dim": 12},
-        {"query_key_norm": "none", "normalize_expert_weights": False},
-        {"num_experts": 0, "dense_size": 8, "query_key_norm": "none"},
-        {**SIGMOID, "dense_layers": (1,), "dense_size": 8},
-        {**SIGMOID, "shared_expert_size": 100},
-        {**SIGMOID, "num_experts": 0, "dense_size": 8},
-    ],
-)
-def test_a_configuration_of_no_family_cannot_be_saved(fields):
-    with pytest.raises(ValueError, match=r"no family of Hugging Face models \(qwen3_moe, .*cannot be saved"):
-        family_for(TransformerConfig(**fields))
+def test_a_configuration_belongs_to_a_family():
+    for fields, model_type in BELONGS:
+        assert family_for(TransformerConfig(**fields)).model_type == model_type, fields
+
+
+HOMELESS = [
+    {"router": "sigmoid"},
+    {"attention_bias": "qkv"},
+    {"attention_sinks": True},
+    {**BIASED, "query_key_norm": "none"},
+    {"expert_weight_scale": 2.0},
+    {"gate_shared_expert": True, "shared_expert_size": 8},
+    {"sliding_window": 4, "sliding_layers": (1,)},
+    {"query_key_norm": "projection", "head_dim": 12},
+    {"query_key_norm": "none", "normalize_expert_weights": False},
+    {"num_experts": 0, "dense_size": 8, "query_key_norm": "none"},
+    {**SIGMOID, "dense_layers": (1,), "dense_size": 8},
+    {**SIGMOID, "shared_expert_size": 100},
+    {**SIGMOID, "num_experts": 0, "dense_size": 8},
+]
+
+
+def test_a_configuration_of_no_family_cannot_be_saved():
+    for fields in HOMELESS:
+        with pytest.raises(ValueError, match=r"no family of Hugging Face models \(qwen3_moe, .*cannot be saved"):
+            family_for(TransformerConfig(**fields))

@@ -1,7 +1,7 @@
-"""The families against what transformers computed (`tests/support/hf_golden_live.py`), and their configurations there and back.
+"""Models of every family against the outputs of transformers, and their configurations there and back.
 
-The weights are made from the tensors' names, so that the golden files hold only what transformers said. One case of
-each family runs by default, the one with most that is its own.
+`tests/support/hf_golden_live.py` recorded those outputs. Weights are made from the tensors' names, so the golden files
+need not hold them. One case of each family runs by default, the one with most that is peculiar to it.
 """
 
 import json

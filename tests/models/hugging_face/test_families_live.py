@@ -1,5 +1,7 @@
-"""The families beside transformers itself: what it writes is read, what we write it loads, and both compute the same,
-forward and backward. Needs PyTorch."""
+"""The families against transformers itself, in both directions, forward and backward. Needs PyTorch.
+
+We read the folders that transformers writes, it loads ours, and both compute the same.
+"""
 
 import json
 
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def stored(folder):
-    """Name -> dtype, shape and bits of each tensor."""
+    """Return dtype, shape and bits of each tensor, by name."""
     tensors = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
@@ -107,7 +109,7 @@ def test_gradients_are_those_of_torch(case, tmp_path):
     model = hf_golden_live.load(folder)
     loss = model(torch.as_tensor(tokens), labels=torch.as_tensor(tokens)).loss
     loss.backward()
-    for parameter in model.parameters():  # saved in place of the weights, gradients get the names that weights have
+    for parameter in model.parameters():  # saved in place of the weights, the gradients get their names
         parameter.data = parameter.grad
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):

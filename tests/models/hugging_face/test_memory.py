@@ -1,8 +1,8 @@
-"""How much of the host a checkpoint takes while it is read and written: about a tensor, whatever the model.
+"""Host memory that reading and writing a checkpoint take: about that of a tensor, whatever the model.
 
-A checkpoint of 4.4 GB in several files is read and written by processes of their own, which watch their anonymous
-memory. On the CPU the parameters are such memory themselves, and their bytes are taken off. The parameter that all
-experts make up is larger than what is allowed, so that a host that gathered it would be caught.
+Processes of their own read and write a checkpoint of 4.4 GB in several files and watch their anonymous memory. On the
+CPU the parameters are such memory themselves, and their size is subtracted. The parameter of all experts is larger than
+the limit, so that a host that gathered it would be caught.
 """
 
 import json
@@ -112,8 +112,8 @@ def run(*arguments, devices=1):
 
 
 def write_files(folder, shapes, room=GIGABYTE):
-    """Random numbers in the format of safetensors, a file after another, and the index."""
-    # With this bit of the exponent never set there is no NaN, of which XLA keeps that it is one and nothing else.
+    """Write random numbers in the format of safetensors, file after file, and the index."""
+    # Without this bit of the exponent there is no NaN, of whose bits XLA keeps only that it is one.
     bits = np.random.default_rng(0).integers(0, 2**16, 2**23, np.uint16) & np.uint16(0xBFFF)
     groups = [[]]
     left = room
@@ -144,7 +144,7 @@ def write_files(folder, shapes, room=GIGABYTE):
 
 
 def contents(folder):
-    """Name -> the bits of a tensor, as the file has them."""
+    """Return the bits of each tensor in the files, by name."""
     found = {}
     for file in folder.glob("*.safetensors"):
         raw = np.memmap(file, np.uint8, "r")

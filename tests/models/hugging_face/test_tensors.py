@@ -1,7 +1,7 @@
 """Plans of tensors, and parameters read and written by them, against transposes and stacks written out in NumPy.
 
-Files are made and looked at by the package safetensors. Knows no model family: the names are made up. What needs
-several devices or processes is run by processes of their own, which import this file.
+The package safetensors makes and checks the files, and the names of the tensors are made up. Processes of their own,
+which import this file, run the parts that need several devices or processes.
 """
 
 import json
@@ -76,7 +76,7 @@ SPECS = {
 
 
 def make_tensors(dtype=BFLOAT16):
-    """What the files hold."""
+    """Make the tensors that the files hold."""
     random = np.random.default_rng(0)
     shapes = {"embed.weight": (VOCABULARY, SIZE), "head.weight": (VOCABULARY, SIZE), "norm.weight": (SIZE,)}
     for layer in range(LAYERS):
@@ -108,7 +108,7 @@ def make_layer(tensors, layer):
 
 
 def make_params(tensors):
-    """What a model holds, by the definition of each array."""
+    """Make the parameters of a model from the definition of each."""
     layers = [make_layer(tensors, layer) for layer in range(LAYERS)]
     return {
         "embedding": tensors["embed.weight"],
@@ -120,7 +120,13 @@ def make_params(tensors):
 
 TENSORS = make_tensors()
 PARAMS = make_params(TENSORS)
-TEMPLATE = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
+
+
+def as_shapes(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+TEMPLATE = as_shapes(PARAMS)
 
 
 def bits(array):
@@ -129,7 +135,7 @@ def bits(array):
 
 
 def assert_same_bits(found, expected):
-    """Of two nested dicts, with their dtypes."""
+    """Compare two nested dicts of arrays, bit for bit and with their dtypes."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for (path, leaf), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         assert leaf.dtype == other.dtype, path
@@ -137,7 +143,7 @@ def assert_same_bits(found, expected):
 
 
 def save_shards(folder, tensors, count=3):
-    """As somebody else would have written it: shards and an index."""
+    """Write shards and an index, as somebody else would have."""
     folder.mkdir(exist_ok=True)
     names, weight_map = sorted(tensors), {}
     for number in range(count):
@@ -188,14 +194,10 @@ def test_small_chunks_make_no_difference(checkpoint, tmp_path, monkeypatch):
     kept = {"head": PARAMS["head"], "layers": {"fused": PARAMS["layers"]["fused"]}}
     for module in (reading, writing):
         monkeypatch.setattr(module, "CHUNK_BYTES", 50)
-    params = read_params(tmp_path, plan, kept_like(kept))
+    params = read_params(tmp_path, plan, as_shapes(kept))
     assert_same_bits(params, kept)
     write_params(tmp_path / "new", plan, params)
     assert_same_bits(load_file(tmp_path / "new" / "model.safetensors"), tensors)
-
-
-def kept_like(tree):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, BFLOAT16])
@@ -220,7 +222,7 @@ def test_each_leaf_is_cast_to_its_own_dtype(stored, tmp_path):
 
 @st.composite
 def plans_of_one_tensor(draw):
-    """The shape of a parameter, a piece for each place along some of its axes, and how an oracle makes it."""
+    """Draw the shape of a parameter, the axes that pieces are stacked along, and order and grouping of the others."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     stacked = draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
     own = [axis for axis, is_stacked in enumerate(stacked) if not is_stacked]
@@ -273,7 +275,7 @@ def test_any_arrangement_is_undone_part_by_part(plan, data):
 
 
 def make_template():
-    """The parameters spread over four devices."""
+    """Return the template of parameters that are spread over four devices."""
     mesh = jax.make_mesh((2, 2, 1), ("a", "b", "c"))
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
@@ -289,11 +291,12 @@ def assert_holds_own_parts(params):
 
 
 def count_bytes(monkeypatch):
-    """The sizes of what is put on devices from now on."""
+    """Return a list to which the size of all that goes from the host to a device will be added."""
     put, sizes = jax.device_put, []
 
     def counting(content, device):
-        sizes.append(content.nbytes)
+        if isinstance(content, np.ndarray):
+            sizes.append(content.nbytes)
         return put(content, device)
 
     monkeypatch.setattr(jax, "device_put", counting)
@@ -348,11 +351,11 @@ def fail(*_):
 
 
 def start(call, devices):
-    """A process that imports this file and does something with it."""
+    """Start a process that imports this file and makes a call."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}",
     }
     program = f"from pathlib import Path; import test_tensors as tests; tests.{call}"
@@ -397,13 +400,13 @@ def refuse(folder, message, plan=PLAN, like=TEMPLATE, ignored=()):
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     refuse(tmp_path / "absent", "absent holds neither model.safetensors nor model.safetensors.index.json$")
     (tmp_path / "pytorch_model.bin").touch()
-    refuse(tmp_path, r"nor model.safetensors.index.json \(pytorch_model.bin must be converted to safetensors first")
+    refuse(tmp_path, r"nor model.safetensors.index.json \(convert pytorch_model.bin to safetensors first")
 
 
 def test_an_index_that_names_an_absent_file_is_refused(tmp_path):
     save_shards(tmp_path, TENSORS)
     (tmp_path / "part-1.safetensors").unlink()
-    refuse(tmp_path, r"index.json names part-1.safetensors, which the folder lacks: fetch it again")
+    refuse(tmp_path, r"index.json names part-1.safetensors, which the folder lacks: download it again")
 
 
 @pytest.mark.parametrize(
@@ -420,7 +423,7 @@ def test_a_damaged_file_is_refused(damage, tmp_path):
     save_shards(tmp_path, TENSORS)
     path = tmp_path / "part-2.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    refuse(tmp_path, r"part-2.safetensors cannot be read \(.*\): it is damaged or incomplete, fetch it again")
+    refuse(tmp_path, r"part-2.safetensors cannot be read \(.*\): it is damaged or incomplete, download it again")
 
 
 def test_an_index_that_is_of_other_files_is_refused(tmp_path):
@@ -466,7 +469,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
 def test_a_tensor_of_another_dtype_is_refused(dtype, name, tmp_path):
     tensors = {**TENSORS, "layers.0.fused": np.ones((4, 8, 8), np.float32).astype(dtype)}
     save_file(tensors, tmp_path / "model.safetensors")
-    refuse(tmp_path, f"layers.0.fused in .* is of dtype {name}, and only BF16, F16, F32 can be read: quantized")
+    refuse(tmp_path, f"layers.0.fused in .* is of dtype {name}, and only BF16, F16, F32 can be read: convert quantized")
 
 
 def test_quantized_weights_under_names_of_their_own_are_called_by_their_dtype(tmp_path):
@@ -503,7 +506,7 @@ def place(shape, *pieces):
 def test_plan_and_parameters_name_the_same():
     with pytest.raises(ValueError, match=r"the plan has no pieces for a/b$"):
         place_pieces({}, {("a", "b"): (2,)})
-    with pytest.raises(ValueError, match="the plan has pieces for a/c, which is no parameter"):
+    with pytest.raises(ValueError, match="the plan has pieces for a/c, which is not a parameter"):
         place_pieces({("a", "b"): [Piece("x")], ("a", "c"): [Piece("y")]}, {("a", "b"): (2,)})
 
 
@@ -522,7 +525,7 @@ def test_plan_and_parameters_name_the_same():
         (Piece("x", at=(-1,)), "outside the parameter or leaves gaps"),
         (Piece("x", at=(slice(4, 6),)), "outside the parameter or leaves gaps"),
         (Piece("x", at=(slice(0, 4, 2),)), "outside the parameter or leaves gaps"),
-        (Piece("x", "A B -> A B", within={"C": Within(0, 4)}), "a part within C, which is none of its axes"),
+        (Piece("x", "A B -> A B", within={"C": Within(0, 4)}), "a part within C, which is not one of its axes"),
         (Piece("x", "A B -> A B", within={"A": Within(1, 4)}), "takes 4 places of A"),
         (Piece("x", "A B -> A B", within={"A": Within(-1, 8)}), "takes 4 places of A"),
         (Piece("x", "A B -> A B", within={"A": Within(0, 8, 0)}), "takes 4 places of A"),
@@ -610,7 +613,7 @@ def make_scale(dtype=jnp.float32):
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path, tmp_path / "file"):
-        with pytest.raises(FileExistsError, match="is there already and not an empty folder: write to another one"):
+        with pytest.raises(FileExistsError, match="exists already and is not an empty folder: choose another one"):
             write_params(place, PLAN_OF_SCALE, make_scale())
     assert files_of(tmp_path) == {"file": b"mine"}
 
