@@ -1,6 +1,6 @@
-"""`python -m experiments.export RUN FOLDER`: the newest checkpoint of a run as a Hugging Face folder.
+"""`python -m experiments.export RUN FOLDER`: write the newest checkpoint of a run as a Hugging Face folder.
 
-transformers, vLLM and SGLang load what it writes, and so does the next run. This file must never train.
+transformers, vLLM and SGLang can load the folder, and so can the next run.
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ class Export:
     run_dir: Annotated[Place, tyro.conf.Positional]
     """The folder of a run, or its address in a bucket."""
     folder: Annotated[Path, tyro.conf.Positional]
-    """Absent, or empty. It appears once it is whole."""
+    """Folder to write, absent or empty. It appears once it is complete."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights. When absent: for a model that came from a folder what its activations are in, or else that of
-    the parameters."""
+    """Dtype of the weights. By default that of the activations for a model that came from a folder, and that of the
+    parameters for any other."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are arranged that hold the parameters meanwhile."""
+    """Arrangement of the devices that hold the parameters meanwhile."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for something that the user can mend."""
+    """Run the command and return its exit code: 0, or 2 for a mistake that the user can correct."""
     try:
         export = tyro.cli(Export, args=arguments, prog="python -m experiments.export")
         with jax.set_mesh(make_mesh(export.mesh)):
@@ -49,10 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(export: Export) -> int:
-    """Writes the folder; returns the step that the model is from.
+    """Write the folder and return the step that the model is from.
 
     Raises:
-      ValueError: if there is no run, no checkpoint, or no family of models that the architecture belongs to.
+      ValueError: if there is no run or no checkpoint, or the architecture belongs to no family of models.
       OSError: if the folder cannot be written, or holds something.
     """
     _, run = load_config(export.run_dir / "config.json")

@@ -1,8 +1,8 @@
-"""`python -m experiments.upcycle SOURCE TARGET`: makes a mixture of experts of a dense model.
+"""`python -m experiments.upcycle SOURCE TARGET`: make a mixture of experts of a dense model.
 
 Both are folders in Hugging Face's format: a dense Qwen3 becomes a Qwen3-MoE, a dense Qwen2 or Qwen2.5 a Qwen2-MoE.
-Without noise the new model computes what the dense one does. It is made on one device, which has to hold both models;
-with JAX_PLATFORMS=cpu that is the host. This file must never know how experts are made.
+Without noise the new model computes the same as the dense one. It is made on one device, which has to hold both models;
+with JAX_PLATFORMS=cpu that is the host.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ class Upcycling:
     """Folder to write, absent or empty."""
     upcycling: Annotated[UpcyclingConfig, tyro.conf.arg(name="")] = UpcyclingConfig()
     seed: int = 0
-    """Of the router, the noise and the shared expert."""
+    """Seed of the router, the noise and the shared expert."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
-    """What the weights are held and written in; what those of the source are in when absent."""
+    """Dtype that the weights are held and written in; that of the source when absent."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -39,15 +39,15 @@ class Upcycling:
 
 
 class Size(NamedTuple):
-    """Numbers of a model."""
+    """Numbers of parameters of a model."""
 
     total: int
     active: int
-    """All but the experts that a token does not go through."""
+    """All but those of the experts that a token does not go through."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for something that the user can mend."""
+    """Run the command and return its exit code: 0, or 2 for a mistake that the user can correct."""
     try:
         run(tyro.cli(Upcycling, args=arguments, prog="python -m experiments.upcycle"))
     except (ValueError, OSError) as error:
@@ -56,15 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(command: Upcycling) -> None:
-    """Reads, makes and writes.
+    """Read the dense model, make the mixture and write it.
 
     Raises:
-      ValueError: if the source is no dense model that can become a mixture of experts, or the target holds something.
+      ValueError: if the source is not a dense model that can become a mixture, or the target holds something.
       OSError: if a file cannot be read or written.
     """
     target = pathlib.Path(command.target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not an empty folder: name another one to write to")
+        raise ValueError(f"{target} exists already and is not an empty folder: choose another one")
     config = models.load_config_hf(command.source)
     config = dataclasses.replace(config, param_dtype=command.param_dtype or config.dtype)
     sparse = upcycled_config(config, command.upcycling)
@@ -81,7 +81,7 @@ def run(command: Upcycling) -> None:
 
 
 def size_of(config: models.TransformerConfig) -> Size:
-    """Counts the parameters, embeddings included."""
+    """Count the parameters, embeddings included."""
     params = jax.eval_shape(lambda key: models.init_params(config, key), jax.random.key(0))
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     if not config.num_experts:

@@ -1,12 +1,15 @@
-"""The training step with policies other than a softmax mixture in all layers: without a router, with dense layers in
-between, with latent attention and a sigmoid router. Joins the models and the algorithm; knows no trainer."""
+"""The training step with policies other than a softmax mixture in all layers.
+
+They have no router, or dense layers in between, or latent attention and a sigmoid router.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.random_params import draw_params
 
-from models import LatentAttention, Transformer, TransformerConfig, init_params
+from models import LatentAttention, Transformer, TransformerConfig
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.rollouts.packing import pack_rollout, plan_packing
 from rspo_jax.routing import numbers_and_arrays
@@ -48,15 +51,24 @@ def batch():
 
 
 def learn(config, objective):
-    """Statistics of a second update on the same responses, and the route."""
+    """Return the statistics of two updates on the same responses, and the route."""
     policy, learner, optimizer = Transformer(config), LearnerConfig(objective=objective), OptimizerConfig(3e-2, 0)
+
+    @jax.jit
+    def begin(params, rollout):
+        return init_train_state(params, optimizer), score(policy, params, rollout, learner)[0]
+
+    @jax.jit
+    def step(state, scored):
+        state, statistics = update(policy, optimizer, state, scored, learner)
+        return state, reduce(statistics)
+
     rows = []
     with jax.numpy_dtype_promotion("standard"):  # Optax promotes
-        state = init_train_state(init_params(config, jax.random.key(0)), optimizer)
-        scored, _ = score(policy, state.params, batch(), learner)
+        state, scored = begin(draw_params(config), batch())
         for _ in range(2):
-            state, statistics = update(policy, optimizer, state, scored, learner)
-            rows.append(numbers_and_arrays(reduce(statistics))[0])
+            state, statistics = step(state, scored)
+            rows.append(numbers_and_arrays(statistics)[0])
     return rows, scored.old_route
 
 

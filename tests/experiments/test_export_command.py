@@ -1,4 +1,4 @@
-"""`python -m experiments.export`: a run's newest checkpoint as a Hugging Face folder, and what is refused."""
+"""`python -m experiments.export`: a run's newest checkpoint as a Hugging Face folder, and the refusals."""
 
 import functools
 import json
@@ -25,6 +25,8 @@ MODEL = models.TransformerConfig(
     num_experts=2,
     num_experts_per_token=1,
     expert_size=6,
+    query_key_norm="none",
+    tie_embeddings=True,
 )
 
 
@@ -35,11 +37,12 @@ def call(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run with a checkpoint of step 3, and its parameters."""
+    """The folder of a run with a checkpoint of step 3, and its parameters."""
     folder, run = tmp_path_factory.mktemp("run"), CountdownRun(model=MODEL)
     save_config(folder / "config.json", "countdown", run)
     with jax.numpy_dtype_promotion("standard"):  # Optax promotes
-        state = fresh_state(functools.partial(models.init_params, MODEL), run.trainer)._replace(step=jnp.int32(3))
+        fresh = jax.jit(functools.partial(fresh_state, functools.partial(models.init_params, MODEL), run.trainer))
+        state = fresh()._replace(step=jnp.int32(3))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(3, state, {"elapsed_seconds": 1.0})
     return folder, state.train.params
@@ -60,7 +63,7 @@ def test_the_folder_holds_the_newest_parameters(run_dir, tmp_path, capsys, dtype
     assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == (dtype or "float32")
     config, loaded = models.load_hf(tmp_path / "new", dtype="float32")
     assert config == MODEL
-    rounded = jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype).astype(leaf.dtype), params)
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype or leaf.dtype).astype(leaf.dtype), params)
     jax.tree.map(np.testing.assert_array_equal, loaded, rounded)
 
 

@@ -1,4 +1,4 @@
-"""`python -m experiments.upcycle`: a folder becomes another that computes the same, and what the command refuses."""
+"""`python -m experiments.upcycle`: the new folder, which computes the same as the old one, and the refusals."""
 
 import functools
 import json
@@ -13,7 +13,6 @@ from support import hf_cases
 import models
 from experiments import upcycle
 
-GOLDEN = hf_cases.GOLDEN
 OPTIONS = ("--num-experts", "4", "--num-experts-per-token", "2")
 
 
@@ -23,11 +22,9 @@ def folder_of(tmp_path_factory):
 
     def make(case):
         folder = tmp_path_factory.mktemp(case)
-        values = json.loads((GOLDEN / case / "config.json").read_text())
+        hf_cases.write_golden_folder(case, folder)
+        values = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(values | {"auto_map": {"AutoModel": "own.Model"}}))
-        shapes = json.loads((GOLDEN / case / "tensors.json").read_text())
-        tensors = {name: hf_cases.weight(name, tuple(shape)) for name, shape in shapes.items()}
-        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
         (folder / "tokenizer.json").write_text("{}")
         (folder / "README.md").write_text("A dense model.")
         return folder
@@ -107,39 +104,36 @@ def test_a_qwen2_gets_a_shared_expert_and_may_be_bfloat16(source, tmp_path, caps
 
 
 def edited(source, folder, **fields):
-    """The source's config.json with other fields, without weights."""
+    """Make a folder with the source's config.json, changed, and without weights."""
     folder.mkdir()
     values = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | fields))
     return folder
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
+def test_options_that_cannot_be(source, tmp_path, capsys):
+    for options, words in (
         (("--num-experts", 4, "--num-experts-per-token", 5), "a layer has only 4 experts"),
         (("--expert-split", 5, "--num-experts", 10, "--num-experts-per-token", 5), "48, is not a multiple"),
         (("--noise", -1), "noise must be 0 or more"),
         (("--seed", -1), "seed must be 0 or more"),
-    ],
-)
-def test_options_that_cannot_be(options, words, source, tmp_path, capsys):
-    code, printed = call(capsys, source, tmp_path / "target", *options)
-    assert code == 2 and words in printed.err and not (tmp_path / "target").exists()
+    ):
+        code, printed = call(capsys, source, tmp_path / "target", *options)
+        assert code == 2 and words in printed.err and not (tmp_path / "target").exists()
 
 
 def test_a_target_that_holds_something_is_left_alone(source, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     for target in (tmp_path, tmp_path / "notes.txt"):
         code, printed = call(capsys, source, target)
-        assert code == 2 and f"{target} is there already and not an empty folder" in printed.err
+        assert code == 2 and f"{target} exists already and is not an empty folder" in printed.err
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
 def test_sources_that_are_no_dense_model(source, tmp_path, capsys):
     moe = tmp_path / "moe"
     moe.mkdir()
-    (moe / "config.json").write_text((GOLDEN / "qwen3_moe" / "config.json").read_text())
+    (moe / "config.json").write_text((hf_cases.GOLDEN / "qwen3_moe" / "config.json").read_text())
     for folder, words in (
         (tmp_path / "nothing", "it has no config.json"),
         (moe, "has 6 experts a layer already: only a dense model can be upcycled"),

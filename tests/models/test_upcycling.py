@@ -1,5 +1,7 @@
-"""Upcycling of a tiny dense Qwen2: what is computed right after it, what noise changes, what learns, what is refused.
-Qwen3, and folders, are in `test_upcycle_command.py`."""
+"""Upcycling of a tiny dense Qwen2: its first outputs, the effect of noise, the parts that learn, and the refusals.
+
+`test_upcycle_command.py` has Qwen3 and folders.
+"""
 
 import dataclasses
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.random_params import draw_params
 
 import models
 from models.hugging_face.families import family_for
@@ -31,23 +34,9 @@ SPLIT = UpcyclingConfig(num_experts=12, num_experts_per_token=6, expert_split=3,
 TOKENS = np.random.default_rng(3).integers(2, QWEN3.vocab_size, (2, 12)).astype(np.int32)
 
 
-def make_params(config):
-    """Random; of a size that lets every part of a model matter."""
-    generator = np.random.default_rng(5)
-    shapes = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
-
-    def draw(path, leaf):
-        values = generator.standard_normal(leaf.shape, np.float32)
-        if path[-1].key == "scale":
-            return jnp.asarray(1 + 0.2 * values)
-        return jnp.asarray(values if path[-1].key == "embedding" else 0.25 * values)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 @pytest.fixture(scope="module")
 def params():
-    return make_params(QWEN2)
+    return draw_params(QWEN2)
 
 
 def of_each(tree):
@@ -151,49 +140,48 @@ def test_experts_learn_at_once_and_the_router_if_there_is_noise(params):
     assert np.std(outputs[0] - outputs[1]) > 0.1 * np.std(outputs[0])
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"num_experts": 0}, "num_experts must be at least 1"),
-        ({"num_experts_per_token": 0}, "num_experts_per_token must be at least 1"),
-        ({"expert_split": 0}, "expert_split must be at least 1"),
-        ({"shared_expert_size": 0}, "shared_expert_size must be at least 1"),
-        ({"num_experts_per_token": 9}, "has only 8 experts"),
-        ({"num_experts": 10, "num_experts_per_token": 4, "expert_split": 4}, r"num_experts \(10\) must be a multiple"),
-        ({"num_experts_per_token": 2, "expert_split": 4}, r"num_experts_per_token \(2\) must be a multiple"),
-        ({"noise": -0.1}, "noise must be 0 or more"),
-        ({"noise": float("inf")}, "noise must be 0 or more"),
-        ({"noise": float("nan")}, "noise must be 0 or more"),
-        ({"router_std": 0.0}, "router_std must be more than 0"),
-        ({"router_std": float("nan")}, "router_std must be more than 0"),
-    ],
-)
-def test_settings_that_cannot_be(settings, words):
-    with pytest.raises(ValueError, match=words):
-        UpcyclingConfig(**settings)
+CANNOT_BE = [
+    ({"num_experts": 0}, "num_experts must be at least 1"),
+    ({"num_experts_per_token": 0}, "num_experts_per_token must be at least 1"),
+    ({"expert_split": 0}, "expert_split must be at least 1"),
+    ({"shared_expert_size": 0}, "shared_expert_size must be at least 1"),
+    ({"num_experts_per_token": 9}, "has only 8 experts"),
+    ({"num_experts": 10, "num_experts_per_token": 4, "expert_split": 4}, r"num_experts \(10\) must be a multiple"),
+    ({"num_experts_per_token": 2, "expert_split": 4}, r"num_experts_per_token \(2\) must be a multiple"),
+    ({"noise": -0.1}, "noise must be 0 or more"),
+    ({"noise": float("inf")}, "noise must be 0 or more"),
+    ({"noise": float("nan")}, "noise must be 0 or more"),
+    ({"router_std": 0.0}, "router_std must be more than 0"),
+    ({"router_std": float("nan")}, "router_std must be more than 0"),
+]
 
 
-@pytest.mark.parametrize(
-    ("config", "upcycling", "words"),
-    [
-        (models.TransformerConfig(), UpcyclingConfig(), "has 8 experts a layer already"),
-        (QWEN3, UpcyclingConfig(num_experts=8, num_experts_per_token=8, expert_split=8), None),
-        (QWEN3, UpcyclingConfig(num_experts=10, num_experts_per_token=5, expert_split=5), "48, is not a multiple"),
-        (
-            dataclasses.replace(QWEN3, sliding_window=4, sliding_layers=(1,)),
-            UpcyclingConfig(),
-            "query_key_norm 'head', windows in 1 of 2 layers",
-        ),
-        (dataclasses.replace(QWEN3, sliding_window=4, sliding_layers=(0, 1)), UpcyclingConfig(), None),
-        (dataclasses.replace(QWEN3, attention_sinks=True), UpcyclingConfig(), "no family of Hugging Face models"),
-    ],
-)
-def test_models_that_cannot_become_a_mixture(config, upcycling, words):
-    if words is None:
-        assert upcycled_config(config, upcycling).num_experts == 8
-        return
-    with pytest.raises(ValueError, match=words):
-        upcycle(config, {}, upcycling)
+def test_settings_that_cannot_be():
+    for settings, words in CANNOT_BE:
+        with pytest.raises(ValueError, match=words):
+            UpcyclingConfig(**settings)
+
+
+NO_MIXTURE = [
+    (models.TransformerConfig(), UpcyclingConfig(), "has 8 experts a layer already"),
+    (QWEN3, UpcyclingConfig(num_experts=10, num_experts_per_token=5, expert_split=5), "48, is not a multiple"),
+    (
+        dataclasses.replace(QWEN3, sliding_window=4, sliding_layers=(1,)),
+        UpcyclingConfig(),
+        "query_key_norm 'head', windows in 1 of 2 layers",
+    ),
+    (dataclasses.replace(QWEN3, attention_sinks=True), UpcyclingConfig(), "no family of Hugging Face models"),
+]
+
+
+def test_models_that_cannot_become_a_mixture():
+    for config, upcycling, words in NO_MIXTURE:
+        with pytest.raises(ValueError, match=words):
+            upcycle(config, {}, upcycling)
+    split = UpcyclingConfig(num_experts=8, num_experts_per_token=8, expert_split=8)
+    assert upcycled_config(QWEN3, split).num_experts == 8
+    sliding = dataclasses.replace(QWEN3, sliding_window=4, sliding_layers=(0, 1))
+    assert upcycled_config(sliding).num_experts == 8
 
 
 def test_a_shared_expert_only_where_there_is_no_other_way():
