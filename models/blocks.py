@@ -1,4 +1,4 @@
-"""What every layer is made of: norms, initializers and the plain SwiGLU. It must never know attention or a router."""
+"""Building blocks of every layer: norms, initializers and the plain SwiGLU."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ class RMSNorm(nn.Module):
     epsilon: float
     param_dtype: str
     axes: int = 1
-    """How many of the last axes are normalised together."""
+    """Number of last axes that are normalised together."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 def fan_in_normal(*fan_in_axes: int) -> nn.initializers.Initializer:
-    """Normal with variance 1 / (product of the axes that a product sums over)."""
+    """Return a normal initializer with variance 1 / (product of the sizes of the axes that are summed over)."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:  # pyright: ignore
         fan_in = 1
@@ -44,6 +44,7 @@ class FeedForward(nn.Module):
     """One SwiGLU for all tokens."""
 
     size: int
+    """Width of the hidden layer."""
     dtype: str
     param_dtype: str
 

@@ -1,5 +1,6 @@
-"""The logical axes of every parameter of a model and of its cache: how they lie on a mesh, by
-`rspo_jax.sharding.RULES`; and which of the parameters are the router's. It must never know a mesh.
+"""Logical axes of every parameter of a model and of its cache, and the parameters that are the router's.
+
+`rspo_jax.sharding.RULES` says how arrays with these axes lie on a mesh.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ FEED_FORWARD = {"gate_up": ("embed", None, "dense_hidden"), "down": ("dense_hidd
 
 
 def model_axes(config: TransformerConfig) -> dict[str, Any]:
-    """A pytree like that of the parameters, with a tuple of names, or of None, in place of each."""
+    """Return a pytree like that of the parameters, with a tuple of axis names, or None for unsplit axes, for each."""
     axes: dict[str, Any] = {"embedding": ("vocabulary", "embed"), "final_norm": NORM}
     for stack in config.stacks:
         layer = _layer_axes(config, stack)
@@ -25,7 +26,7 @@ def model_axes(config: TransformerConfig) -> dict[str, Any]:
 
 
 def router_mask(config: TransformerConfig) -> dict[str, Any]:
-    """A pytree like that of the parameters: True on those of the router."""
+    """Return a pytree of bools like that of the parameters: True for those of the router."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ROUTER_PARAMS, model_axes(config), is_leaf=_is_axes
     )

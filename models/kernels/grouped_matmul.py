@@ -1,9 +1,9 @@
-"""Products of rows that are sorted by group with one matrix a group: the work of the chosen experts, and no more.
+"""Products of rows that are sorted by group with one matrix per group: the work of the chosen experts, and no more.
 
-Each backend has its own implementation, chosen when the program is lowered: Pallas' megablox kernel on a TPU, kernels
-of our own (`models.kernels.triton_matmul`) on an NVIDIA GPU, and a loop over blocks of rows in plain JAX elsewhere.
+Each platform has its own implementation, chosen while the program is traced: Pallas' megablox kernel on a TPU, our own
+kernels (`models.kernels.triton_matmul`) on an NVIDIA GPU, and a loop over blocks of rows in plain JAX elsewhere.
 `jax.lax.ragged_dot` is not used: by default XLA turns it into a product with the matrices of all groups, on CPUs, GPUs
-and TPUs alike. Pure functions of arrays: this file must never know an expert, a router or a model.
+and TPUs alike.
 """
 
 import functools
@@ -23,15 +23,15 @@ LANES = 128
 
 
 def grouped_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
-    """Multiplies each row with the matrix of its group.
+    """Multiply each row by the matrix of its group.
 
     Rows of group 0 come first, then those of group 1, and so on. Groups may be empty. Rows beyond sum(group_sizes)
-    belong to no group: they are not computed, and both their output and the gradient in them are unspecified (on a TPU
+    belong to no group: they are not computed, and both their output and their gradient are unspecified (on a TPU,
     whatever the memory held, NaN included). Mask them where they can occur.
 
-    On a TPU the kernel declares 2·M·D·F FLOPs to XLA's cost analysis, the useful work. The tiles that it computes hold
+    On a TPU the kernel declares 2·M·D·F FLOPs, the useful work, to XLA's cost analysis. The tiles that it computes hold
     up to M + (E − 1)·tile rows, since a tile that two groups share is computed for both; `tile_rows` keeps that near
-    1/8 more than M, down to tiles of 128 rows. On a GPU no two groups share a tile: each begins with one of its own.
+    1/8 more than M, down to tiles of 128 rows. On a GPU no two groups share a tile: each group begins with a new one.
 
     Args:
       rows: float32 or bfloat16 [M, D], sorted by group.
@@ -42,7 +42,7 @@ def grouped_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
       [M, F] in the dtype of rows; products are summed in float32. Differentiable (reverse mode) in rows and weights.
 
     Raises:
-      ValueError: shapes or dtypes do not fit together.
+      ValueError: if shapes or dtypes do not fit together.
     """
     _check(rows, weights, group_sizes)
     if 0 in (*rows.shape, *weights.shape):
@@ -66,25 +66,20 @@ def _check(rows: Array, weights: Array, group_sizes: Array) -> None:
 
 
 def tile_rows(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile of the TPU kernel: a power of two, such that a group has about eight tiles or more."""
+    """Return the rows of a tile of the TPU kernel: a power of two, such that a group has about eight tiles or more."""
     per_group = num_rows // num_groups
     return min(512, max(LANES, 1 << max(0, (per_group // 8).bit_length() - 1)))
 
 
 def _tile_columns(size: int, longest: int) -> int:
-    """The length of equal tiles, each at most `longest`, that cover an axis with the least padding."""
+    """Return the length of equal tiles, each at most `longest`, that cover an axis with the least padding."""
     tiles = -(-size // longest)
     return -(-size // (tiles * LANES)) * LANES
 
 
-def _tiling(num_groups: int, longest: int, num_rows: int, depth: int, width: int) -> tuple[int, int, int]:
-    """Called by the kernel for each of its three products, forward and backward, with that product's sizes."""
-    return tile_rows(num_rows, num_groups), _tile_columns(depth, longest), _tile_columns(width, longest)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def megablox_matmul(rows: Array, weights: Array, group_sizes: Array, interpret: bool = False) -> Array:
-    """The TPU's implementation. `interpret` runs the kernel on any backend, slowly, for tests."""
+    """Multiply on a TPU. `interpret` runs the kernel on any backend, slowly, for tests."""
     return _call_megablox(rows, weights, group_sizes, interpret)
 
 
@@ -92,7 +87,11 @@ def _call_megablox(rows: Array, weights: Array, group_sizes: Array, interpret: b
     num_rows, num_groups = rows.shape[0], weights.shape[0]
     # Two buffers of each tile and the float32 accumulator have to fit the vector memory, 16 MiB on the older chips.
     longest = 1024 if rows.dtype.itemsize <= 2 else 512
-    tiling = functools.partial(_tiling, num_groups, longest)
+
+    def tiling(num_rows: int, depth: int, width: int) -> tuple[int, int, int]:
+        """Called by the kernel for each of its three products, forward and backward, with the sizes of that product."""
+        return tile_rows(num_rows, num_groups), _tile_columns(depth, longest), _tile_columns(width, longest)
+
     padding = -num_rows % tile_rows(num_rows, num_groups)
     padded = jnp.pad(rows, ((0, padding), (0, 0))) if padding else rows
     # The kernel's own code relies on implicit promotion, which callers may have turned off.
@@ -108,7 +107,7 @@ def _megablox_forward(rows: Array, weights: Array, group_sizes: Array, interpret
 def _megablox_backward(interpret: bool, residuals: tuple, output_gradient: Array) -> tuple:
     rows, weights, group_sizes = residuals
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        # The forward product in here is not used, and XLA drops it.
+        # The result of this forward product is not used, and XLA drops it.
         _, vjp = jax.vjp(lambda rows, weights: _call_megablox(rows, weights, group_sizes, interpret), rows, weights)
         return *vjp(output_gradient), None
 
@@ -117,19 +116,19 @@ megablox_matmul.defvjp(_megablox_forward, _megablox_backward)
 
 
 def block_size_for(num_rows: int, num_groups: int) -> int:
-    """A power of two such that a group has two blocks or more: few enough to be fast, small enough to waste little."""
+    """Return the rows of a block: a power of two such that a group has at least two, large but with little waste."""
     per_group = max(1, num_rows // num_groups)
     return min(512, max(8, 1 << (per_group // 4).bit_length()))
 
 
 @jax.custom_vjp
 def block_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
-    """The implementation in plain JAX: one product a block of rows, in a loop over the blocks in use."""
+    """Multiply in plain JAX: one product per block of rows, in a loop over the blocks in use."""
     return _multiply_blocks(rows, weights, group_sizes)
 
 
 def _pad_to_blocks(array: Array, block_size: int) -> Array:
-    """A block may begin at the last row; without this, slices of whole blocks would be moved to fit."""
+    # A block may begin at the last row; without the padding, a slice of a whole block there would be moved to fit.
     return jnp.pad(array, ((0, block_size), (0, 0)))
 
 
@@ -140,7 +139,7 @@ def _multiply_blocks(rows: Array, weights: Array, group_sizes: Array) -> Array:
     padded = _pad_to_blocks(rows, block_size)
 
     def body(block: Array, out: Array) -> Array:
-        # The last block of a group also writes into the rows of the next group, whose own blocks come later.
+        # The last block of a group also writes to rows of the next group, whose own blocks overwrite them later.
         block_rows = jax.lax.dynamic_slice_in_dim(padded, blocks.start[block], block_size)
         product = _dot(block_rows, weights[blocks.group[block]], (1, 0))
         return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), blocks.start[block], 0)
@@ -166,7 +165,7 @@ def _block_backward(residuals: tuple, output_gradient: Array) -> tuple:
 
     def body(block: Array, sums: Array) -> Array:
         start, group = blocks.start[block], blocks.group[block]
-        # Rows of the next group must not reach this group's matrix.
+        # Rows of the next group must not count in the gradient of this group's matrix.
         own = start + jnp.arange(block_size, dtype=jnp.int32) < blocks.end[block]
         block_rows = jax.lax.dynamic_slice_in_dim(padded_rows, start, block_size)
         gradient = jax.lax.dynamic_slice_in_dim(padded_gradient, start, block_size)

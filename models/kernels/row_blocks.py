@@ -1,7 +1,4 @@
-"""Rows that are sorted by group, cut into runs of one group each: what a grouped product multiplies one by one.
-
-Pure functions of arrays: this file must never know what is multiplied, or by which kernel.
-"""
+"""Rows sorted by group, cut into runs of a single group: the pieces that a grouped product multiplies one by one."""
 
 from typing import NamedTuple
 
@@ -15,21 +12,21 @@ class RowBlocks(NamedTuple):
     """Runs of at most `block_size` rows of one group, in the order of the rows."""
 
     start: Array
-    """int32 [blocks]: the first row."""
+    """int32 [blocks]: the first row of each."""
     end: Array
-    """int32 [blocks]: beyond the last row; no more than `start` in blocks that are not used."""
+    """int32 [blocks]: one beyond the last row of each; at most `start` in blocks that are not used."""
     group: Array
-    """int32 [blocks]."""
+    """int32 [blocks]: the group of each."""
     num_used: Array
-    """int32 scalar: blocks beyond it are empty."""
+    """int32 scalar: number of blocks that hold rows; the later ones are empty."""
 
 
 def cut_rows(group_sizes: Array, num_rows: int, block_size: int) -> RowBlocks:
-    """The blocks of all groups, as many as the most uneven sizes may need.
+    """Cut the rows of all groups into blocks, as many as the most uneven group sizes may need.
 
     Args:
       group_sizes: int32 [E], not negative, with a sum of at most `num_rows`.
-      num_rows: of the array.
+      num_rows: rows of the array.
       block_size: rows of a full block.
     """
     num_groups = group_sizes.size

@@ -1,10 +1,10 @@
 """Causal grouped-query attention within segments on an NVIDIA GPU: three Pallas kernels that Triton compiles.
 
-The kernel of the forward pass keeps the highest logit and the sum of each query while it goes over the keys (Dao,
-FlashAttention-2, arXiv 2307.08691), so that no weights are ever written. Those of the backward pass compute them again,
-one for each tile of keys and one for each tile of queries. All skip what lies above the diagonal or before the window,
-read keys and values once for all heads that share them, and mask what is beyond an array. Pure functions of arrays:
-this file must never know Flax, a model or its configuration.
+The kernel of the forward pass keeps each query's highest logit and its sum of weights while it goes over the keys
+(Dao, FlashAttention-2, arXiv 2307.08691), so that no weights are ever written. The two kernels of the backward pass
+compute the weights again, one tile of keys or one tile of queries at a time. All three skip what lies above the
+diagonal or before the window, never repeat keys and values for the heads that share them, and mask what is beyond an
+array.
 
 Letters as in `models.attention`; logits are in units of log 2, for `exp2`.
 """
@@ -23,44 +23,50 @@ Array = jax.Array
 
 LOG2_E = math.log2(math.e)
 UNSEEN = -1e30
-"""In place of a logit. Finite, so that a query that has not seen anything yet is no NaN."""
+"""The logit of a key that a query does not see. Finite, so that a query that has seen no key yet is not NaN."""
 MAX_HEAD_DIM = 256
-"""Tiles of wider heads would not fit the shared memory."""
+"""The widest heads whose tiles fit the shared memory."""
 
 
 class Settings(NamedTuple):
-    """What is known when compiling."""
+    """Options that are known when compiling; `scale` and `window` as for `models.attention.attend`."""
 
     scale: float
     window: int | None = None
     interpret: bool = False
+    """If true, run on any backend, slowly."""
 
 
 class _Tiles(NamedTuple):
-    """How many queries and keys a program takes at once, and the sizes of heads as powers of two."""
+    """Sizes of the tiles of a program."""
 
     queries: int
+    """Queries that it takes at once."""
     keys: int
+    """Keys that it takes at once."""
     head: int
+    """The head size H as a power of two."""
     value: int
+    """The head size V of the values as a power of two."""
     num_warps: int
+    """Warps of the program."""
 
     @classmethod
     def of(cls, inputs: "_Inputs", queries: int, keys: int) -> "_Tiles":
-        """`queries` and `keys` of two bytes an entry, half of either in float32: larger ones leave the registers."""
+        """Take so many queries and keys of two bytes per entry, and half as many in float32: more would spill."""
         head, value = (tile_size(array.shape[-1], MAX_HEAD_DIM) for array in (inputs.queries, inputs.values))
         part = 1 if inputs.queries.dtype.itemsize <= 2 else 2
         return cls(queries // part, keys // part, head, value, num_warps=4 if max(head, value) <= 64 else 8)
 
     def key_steps(self, block: Array, tokens: int, window: int | None) -> tuple[Array | int, Array]:
-        """Tiles of keys that a tile of queries sees: the first, and one beyond the last."""
+        """Return the first tile of keys that a tile of queries sees, and one beyond the last."""
         first_query = block * self.queries
         first_key = 0 if window is None else jnp.maximum(0, first_query - (window - 1))
         return first_key // self.keys, pl.cdiv(jnp.minimum(tokens, (block + 1) * self.queries), self.keys)
 
 
 class _Inputs(NamedTuple):
-    """References to arrays, or the arrays."""
+    """The five arrays, or a kernel's references to them."""
 
     queries: Any
     keys: Any
@@ -79,9 +85,9 @@ def triton_attention(
     sinks: Array | None,
     settings: Settings,
 ) -> Array:
-    """The GPU's implementation of `models.attention.attend` without an offset: same arrays, same result.
+    """Attend as `models.attention.attend` does without an offset: same arrays, same result.
 
-    Products are those of `triton_tiles.dot`; weights are rounded to the dtype of the values before the last one.
+    Factors are rounded as in `triton_tiles.dot`, and weights to the dtype of the values before the last product.
     """
     return _attend(_Inputs(queries, keys, values, query_segments, key_segments), sinks, settings)[0]
 
@@ -103,7 +109,7 @@ def _forward(
 def _backward(settings: Settings, residuals: tuple, gradient: Array) -> tuple:
     inputs, sinks, attended, log_sums = residuals
     products = attended.astype(jnp.float32) * gradient.astype(jnp.float32)
-    # Σ weights · d weights of each query, by way of its output.
+    # Σ weights · (gradient in the weights) of each query, computed from its output.
     means = jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2)  # [B, N, T]
     of_keys, of_values = _differentiate_keys(inputs, gradient, log_sums, means, settings)
     of_queries = _differentiate_queries(inputs, gradient, log_sums, means, settings)
@@ -118,7 +124,7 @@ triton_attention.defvjp(_forward, _backward)
 
 
 def _seen(inputs: _Inputs, row: Array, own: Span, others: Span, settings: Settings, keys_first: bool) -> Array:
-    """Which queries see which keys, bool [queries, keys], or the other way round."""
+    """Return True where a query sees a key, bool [queries, keys], or [keys, queries] if `keys_first`."""
     query_segments = load(inputs.query_segments, row, own, other=-1)
     key_segments = load(inputs.key_segments, row, others, other=-2)
 
@@ -134,12 +140,12 @@ def _seen(inputs: _Inputs, row: Array, own: Span, others: Span, settings: Settin
 
 
 def _logits(left: Array, right: Array, settings: Settings) -> Array:
-    """Of queries and keys, [queries, H] and [keys, H], or the other way round."""
+    """Return the logits of queries [queries, H] and keys [keys, H], in the order of the two arguments."""
     return dot(left, right, right_axis=1) * (settings.scale * LOG2_E)
 
 
 def _attend(inputs: _Inputs, sinks: Array | None, settings: Settings) -> tuple[Array, Array]:
-    """Attended values, [B, T, N, V], and log2 of the softmax's denominator, float32 [B, N, T]."""
+    """Return the attended values, [B, T, N, V], and log2 of the softmax's denominator, float32 [B, N, T]."""
     rows, tokens, num_heads, head_dim = inputs.queries.shape
     num_kv_heads, value_dim = inputs.values.shape[2:]
     tiles = _Tiles.of(inputs, queries=128, keys=64)
@@ -196,7 +202,7 @@ def _attend(inputs: _Inputs, sinks: Array | None, settings: Settings) -> tuple[A
 def _weight_gradients(
     logits: Array, seen: Array, log_sums: Array, means: Array, of_weights: Array, scale: float
 ) -> tuple[Array, Array]:
-    """The weights, computed again, and the gradient of the plain products of queries and keys."""
+    """Return the weights, computed again, and the gradient of the unscaled products of queries and keys."""
     weights = jnp.where(seen, jnp.exp2(logits - log_sums), 0.0)
     return weights, weights * (of_weights - means) * scale
 
@@ -204,7 +210,7 @@ def _weight_gradients(
 def _differentiate_keys(
     inputs: _Inputs, gradient: Array, log_sums: Array, means: Array, settings: Settings
 ) -> tuple[Array, Array]:
-    """Gradients of keys and values: for each tile of keys, over all later queries of all heads that read it."""
+    """Return the gradients of keys and values, for each tile of keys a sum over the later queries of all its heads."""
     tokens, num_heads, head_dim = inputs.queries.shape[1:]
     rows, _, num_kv_heads, value_dim = inputs.values.shape
     tiles = _Tiles.of(inputs, queries=64, keys=64)
@@ -252,7 +258,7 @@ def _differentiate_keys(
 def _differentiate_queries(
     inputs: _Inputs, gradient: Array, log_sums: Array, means: Array, settings: Settings
 ) -> Array:
-    """Gradients of queries: for each tile of them, over all earlier keys."""
+    """Return the gradients of queries, for each tile of them a sum over the earlier keys."""
     rows, tokens, num_heads, head_dim = inputs.queries.shape
     num_kv_heads, value_dim = inputs.values.shape[2:]
     tiles = _Tiles.of(inputs, queries=64, keys=64)

@@ -1,9 +1,8 @@
 """Grouped products on an NVIDIA GPU: two Pallas kernels that Triton compiles.
 
-One multiplies each block of rows with the matrix of its group, or with its transpose, as the gradient in the rows asks
-for; the other sums rowᵀ · gradient over the rows of each group. Tiles that hold rows of another group, or lie beyond an
-array, are masked, so that sizes need not be multiples of anything. Pure functions of arrays: this file must never know
-an expert, a router or a model.
+One multiplies each block of rows by the matrix of its group, or by its transpose, which the gradient of the rows needs;
+the other sums rowᵀ · gradient over the rows of each group. What a tile holds of another group, or beyond an array, is
+masked, so that sizes need not be multiples of anything.
 """
 
 import functools
@@ -19,23 +18,23 @@ from models.kernels.triton_tiles import call, dot, load, span, store, tile_size
 Array = jax.Array
 
 TILE = 128
-"""Rows and columns of a full tile of the output."""
+"""Rows, and columns, of a full tile of the output."""
 DEPTH_BYTES = 128
-"""Of a tile along the axis that is summed over: one line of the cache. Three stages of two tiles of TILE × DEPTH_BYTES
-are 96 KiB, within the shared memory of every GPU since Ampere."""
+"""Bytes of a tile along the axis that is summed over: one cache line. Three stages of two tiles of TILE × DEPTH_BYTES
+take 96 KiB, which fits the shared memory of every GPU since Ampere."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def triton_matmul(rows: Array, weights: Array, group_sizes: Array, interpret: bool = False) -> Array:
-    """The GPU's implementation of `models.kernels.grouped_matmul.grouped_matmul`.
+    """Multiply each row by the matrix of its group; see `models.kernels.grouped_matmul.grouped_matmul`.
 
-    Sums are in float32; products are those of `models.kernels.triton_tiles.dot`.
+    Sums are in float32; factors are rounded as in `models.kernels.triton_tiles.dot`.
 
     Args:
       rows: float32 or bfloat16 [M, D], sorted by group.
       weights: [E, D, F] in the dtype of rows.
       group_sizes: int32 [E], with a sum of at most M.
-      interpret: runs the kernels on any backend, slowly, for tests.
+      interpret: if true, run the kernels on any backend, slowly, for tests.
 
     Returns:
       [M, F] in the dtype of rows; rows beyond the sum of group_sizes hold whatever the memory held.
@@ -59,7 +58,7 @@ triton_matmul.defvjp(_forward, _backward)
 
 
 def _multiply(rows: Array, weights: Array, group_sizes: Array, interpret: bool, *, transposed: bool) -> Array:
-    """rows[m] · weights[group of m], [M, D] -> [M, F]; transposed: [M, F] -> [M, D]."""
+    """Return rows[m] · weights[group of m], [M, D] -> [M, F], or transposed, [M, F] -> [M, D]."""
     num_rows, depth = rows.shape
     width = weights.shape[1 if transposed else 2]
     row_tile, column_tile = tile_size(num_rows // weights.shape[0], TILE), tile_size(width, TILE)
@@ -92,7 +91,7 @@ def _multiply(rows: Array, weights: Array, group_sizes: Array, interpret: bool, 
 
 
 def _sum_outer(rows: Array, gradient: Array, group_sizes: Array, interpret: bool) -> Array:
-    """Σ rows[m]ᵀ · gradient[m] over the rows of each group: [M, D], [M, F] -> [E, D, F], 0 for empty groups."""
+    """Return Σ rows[m]ᵀ · gradient[m] over the rows of each group: [M, D], [M, F] -> [E, D, F], 0 for empty groups."""
     num_groups, depth, width = group_sizes.size, rows.shape[1], gradient.shape[1]
     depth_tile, column_tile = tile_size(depth, TILE), tile_size(width, TILE)
     row_tile = DEPTH_BYTES // rows.dtype.itemsize

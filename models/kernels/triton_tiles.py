@@ -1,7 +1,7 @@
-"""What the Triton kernels for NVIDIA GPUs share: tiles of arrays, masked at the edges, and their products.
+"""Tiles of arrays, masked at the edges, and their products, for the Triton kernels that run on NVIDIA GPUs.
 
-This file alone knows the Triton backend of Pallas. JAX deprecates it since 0.11, and says so where a program is lowered
-for a GPU; where it is gone, GPUs do without these kernels. It must never know what a kernel computes.
+No other file uses the Triton backend of Pallas. JAX deprecates it since 0.11, with a warning whenever a program is
+lowered for a GPU; where JAX no longer has it, GPUs do without these kernels.
 """
 
 from typing import Any, NamedTuple
@@ -21,62 +21,63 @@ Array = jax.Array
 HAS_TRITON = triton is not None
 
 MIN_TILE = 16
-"""The least that the tensor cores multiply at once."""
+"""The smallest size that the tensor cores multiply at once."""
 
 
 class Span(NamedTuple):
     """The indices of a tile along one axis."""
 
     indices: Any
-    """A slice, for a reference."""
+    """A slice, to index a reference with."""
     positions: Array
-    """int32 [size]."""
+    """int32 [size]: the same indices as numbers."""
     inside: Array
-    """bool [size]: whether the array, or the part that counts, has them."""
+    """bool [size]: True for those inside the array, or inside the part of it that counts."""
 
 
 def span(start: Array | int, size: int, end: Array | int) -> Span:
-    """The `size` indices from `start` on, of which those before `end` are inside."""
-    # A start that is known when tracing would have JAX refuse a tile that is larger than the axis.
+    """Return the `size` indices from `start` on, of which those before `end` are inside."""
+    # JAX refuses a tile that is larger than its axis if the start is known while tracing.
     start = jnp.zeros((), jnp.int32) + start
     positions = start + jnp.arange(size, dtype=jnp.int32)
     return Span(pl.ds(start, size), positions, positions < end)
 
 
 def tile_size(size: int, largest: int) -> int:
-    """A power of two: as much of the axis as `largest` allows."""
+    """Return the size of tiles along an axis: a power of two that covers the axis, or `largest`."""
     return min(largest, max(MIN_TILE, pl.next_power_of_2(max(1, size))))
 
 
 def load(ref: Any, *indices: Any, other: float = 0.0) -> Array:
-    """A tile; `other` where it is not inside.
+    """Load a tile, with `other` in place of what is not inside.
 
     Args:
-      ref: of an array that the kernel sees whole.
-      indices: scalars, and a `Span` for each axis of the tile, one or two of them.
+      ref: a reference to an array that the kernel sees whole.
+      indices: scalars, and a `Span` for each axis of the tile, of which there are one or two.
+      other: the number to fill with.
     """
-    return triton.load(ref.at[_slices(indices)], mask=_mask(indices), other=other)
+    where, mask = _tile_of(ref, indices)
+    return triton.load(where, mask=mask, other=other)
 
 
 def store(ref: Any, tile: Array, *indices: Any) -> None:
-    """Writes what is inside, in the dtype of the array."""
-    triton.store(ref.at[_slices(indices)], tile.astype(ref.dtype), mask=_mask(indices))
+    """Store the part of a tile that is inside, in the dtype of the array; arguments as for `load`."""
+    where, mask = _tile_of(ref, indices)
+    triton.store(where, tile.astype(ref.dtype), mask=mask)
 
 
-def _slices(indices: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(index.indices if isinstance(index, Span) else index for index in indices)
-
-
-def _mask(indices: tuple[Any, ...]) -> Array:
+def _tile_of(ref: Any, indices: tuple[Any, ...]) -> tuple[Any, Array]:
+    """Return a reference to a tile, and which of its entries are inside."""
+    where = ref.at[tuple(index.indices if isinstance(index, Span) else index for index in indices)]
     first, *second = (index.inside for index in indices if isinstance(index, Span))
-    return first[:, None] & second[0][None, :] if second else first
+    return where, first[:, None] & second[0][None, :] if second else first
 
 
 def dot(left: Array, right: Array, left_axis: int = 1, right_axis: int = 0) -> Array:
-    """Σ over one axis of each tile, in float32.
+    """Multiply two tiles, summing over one axis of each in float32.
 
-    Products of float32 are rounded to TF32, as XLA's are by default on these GPUs, unless
-    `jax.default_matmul_precision` asks for more. (Triton's own default is not XLA's.)
+    Factors of float32 are rounded to TF32, as XLA does by default on these GPUs, unless `jax.default_matmul_precision`
+    asks for more. (Triton's own default is another one.)
     """
     is_asked_for = jax.config.jax_default_matmul_precision is not None  # pyright: ignore[reportAttributeAccessIssue]
     rounds = left.dtype == jnp.float32 and not is_asked_for
@@ -98,16 +99,16 @@ def call(
     num_warps: int = 8,
     num_stages: int = 3,
 ) -> Any:
-    """A kernel that sees all its arrays whole and takes its tiles itself.
+    """Return a function of arrays that runs a kernel, which sees all its arrays whole and takes its own tiles of them.
 
     Args:
       kernel: a function of references, inputs before outputs.
-      name: as profilers show it.
-      grid: programs along each axis, the fastest first.
+      name: the kernel's name in profiles.
+      grid: number of programs along each axis, the fastest first.
       out_shape: a `jax.ShapeDtypeStruct`, or a list of them.
-      interpret: run on any backend, slowly.
-      num_warps: of a program.
-      num_stages: tiles of a loop that are on their way at once.
+      interpret: if true, run on any backend, slowly.
+      num_warps: warps of a program.
+      num_stages: iterations of a loop whose tiles are being loaded at once.
     """
     return pl.pallas_call(
         kernel,
