@@ -1,4 +1,4 @@
-"""Command that times a block of experts beside a dense block of equal FLOPs."""
+"""Command that times a block of experts against a dense block of equal FLOPs."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Command that times log-probs without logits beside the form that holds the logits."""
+"""Command that times log-probs without logits against the form that holds the logits."""
 
 import sys
 

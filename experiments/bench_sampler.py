@@ -1,4 +1,4 @@
-"""Command that times our sampler beside Hugging Face's and Tunix's."""
+"""Command that times our sampler against Hugging Face's and Tunix's."""
 
 import sys
 

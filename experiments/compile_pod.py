@@ -22,7 +22,7 @@ from experiments.pod.advice import advise
 from experiments.pod.analysis import analyse
 from experiments.pod.meshes import MeshFlags
 from experiments.pod.presets import MODELS, ModelName
-from experiments.pod.programs import PROGRAMS, SCORE, UPDATE, ProgramName, Setting, uses_route
+from experiments.pod.programs import PROGRAMS, ProgramName, Setting
 from experiments.pod.sweep import SweepMode
 from experiments.pod.topologies import chip_of, count_chips, pods_of
 from models.config import Dtype, Remat
@@ -113,19 +113,12 @@ def objectives_of(pod: Pod) -> tuple[str, ...]:
 
 
 def jobs(pod: Pod) -> list[tuple[ProgramName, str]]:
-    """Return (program, objective) of all programs that differ.
-
-    Scoring differs only by whether it keeps the route; prefill and decode have no objective.
-    """
+    """Return (program, objective) of all programs that differ."""
     objectives = objectives_of(pod)
-    first_by_route: dict[bool, str] = {}
-    for objective in objectives:
-        first_by_route.setdefault(uses_route(objective), objective)
-    different = {UPDATE: objectives, SCORE: tuple(first_by_route.values())}
     return [
         (program, objective)
         for program in dict.fromkeys(pod.programs)
-        for objective in different.get(program, objectives[:1])
+        for objective in programs.different_objectives(program, objectives)
     ]
 
 

@@ -1,9 +1,9 @@
 """Cost of the diagnostics of an update (`python -m experiments.bench_diagnostics`).
 
 One update of RSPO on one packed batch runs with and without them. Both programs are compiled here from the same parts
-and finish their statistics. The figure is the median of the ratios of runs in the same turn with its interval, beside
-that of a program to itself, and the compiler's counts of both. A step samples and scores as well, so that its ratio is
-smaller still.
+and finish their statistics. The figure is the median of the ratios of runs in the same turn with its interval. The
+ratio of a program to itself is printed for comparison, and so are the compiler's counts of both. A step samples and
+scores as well, so that its ratio is smaller still.
 """
 
 import functools
@@ -47,7 +47,7 @@ class DiagnosticsBenchmark:
 
     step: Annotated[StepSettings, tyro.conf.arg(name="")] = StepSettings()
     repeats: int = 100
-    """The interval of the median becomes narrower with the root of it; 100 take about ten minutes."""
+    """Number of turns; the interval of the median narrows with its square root. 100 take about ten minutes."""
     seed: int = 0
 
     def __post_init__(self) -> None:

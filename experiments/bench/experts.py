@@ -1,4 +1,4 @@
-"""Cost of a block of experts beside a dense block of equal FLOPs (`python -m experiments.bench_experts`).
+"""Cost of a block of experts against a dense block of equal FLOPs (`python -m experiments.bench_experts`).
 
 The figure is the median of the ratios of runs in the same turn. On a TPU, XLA's cost analysis counts the useful FLOPs
 that the kernel declares, not the tiles that it computes: see `grouped_matmul`.
@@ -137,7 +137,7 @@ def programs(b: BlockSize, seed: int, ragged_dot: bool, biases: bool) -> dict[st
 def main(arguments: list[str] | None = None) -> int:
     """Print a row for each shape, direction and block, and return the exit code."""
     benchmark = tyro.cli(ExpertsBenchmark, args=arguments, prog="python -m experiments.bench_experts")
-    table = rich.table.Table(title=f"Experts beside a dense block of equal FLOPs, {jax.devices()[0].device_kind}")
+    table = rich.table.Table(title=f"Experts against a dense block of equal FLOPs, {jax.devices()[0].device_kind}")
     for column in ("shape", "direction", "block"):
         table.add_column(column)
     for column in ("median ms", "median ratio to dense", "ratio, quartiles"):

@@ -1,4 +1,4 @@
-"""Cost of log-probs without logits beside the form that holds the logits (`python -m experiments.bench_head`).
+"""Cost of log-probs without logits against the form that holds the logits (`python -m experiments.bench_head`).
 
 The figure is the median of the ratios of runs in the same turn. Temporary memory is the compiler's own count.
 """

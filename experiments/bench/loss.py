@@ -40,6 +40,7 @@ from experiments.bench.step_programs import StepDirection, StepSettings
 from experiments.compilers import tpu
 from experiments.compilers.costs import read_costs
 from experiments.errors import UserError, complain
+from experiments.pod.programs import different_objectives
 from models.config import Dtype
 from rspo_jax import OBJECTIVES
 from rspo_jax.records import write_json
@@ -51,7 +52,7 @@ AGREEMENT_BFLOAT16 = 1e-2
 """Largest difference of gradients that are rounded to bfloat16: they agree to two digits."""
 AGREEMENT_ROUTER = 1e-3
 """Largest difference of losses at the level "router": our trace keeps log-probabilities on a grid, which moves γ by up
-to this much. Gradients are not compared there, as a ratio beside a clip bound may then fall on either side."""
+to this much. Gradients are not compared there, as a ratio near a clip bound may then fall on either side of it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class LossBenchmark:
     """"arrays": the loss, γ given. "router": γ from router logits and the old policy's trace, then the loss. "step":
     scoring and update with a whole model, with and without the route."""
     objectives: tuple[str, ...] = ("rspo", "gmpo", "grpo")
-    """Names in rspo_jax.OBJECTIVES; the first is what the others are compared with."""
+    """Names in rspo_jax.OBJECTIVES; the others are compared with the first."""
     router_shift: tuple[Literal["with", "without"], ...] = ("with", "without")
     """Give γ to the objectives, or not; an objective that does not use γ reports it."""
     returns: tuple[Returns, ...] = get_args(Returns)
@@ -96,7 +97,7 @@ class LossBenchmark:
 
 
 class Disagreement(Exception):
-    """Two programs that should compute the same do not, so that their times say nothing."""
+    """Two programs that should compute the same do not, so that their times are not comparable."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -341,7 +342,7 @@ def compile_step(benchmark: LossBenchmark, config: models.TransformerConfig) -> 
     shape, rows = step_programs.shape_of(inputs), []
     check_divides("--rows", shape.batch, mesh, benchmark.topology)
     for direction in get_args(StepDirection):
-        for name in step_programs.objectives_for(direction, benchmark.objectives):
+        for name in different_objectives(direction, benchmark.objectives):
             with compiling(f"{direction} of {name}", benchmark.topology):
                 candidate = step_programs.compile_candidate(direction, name, inputs, mesh)
             rows.append(compiled_row(candidate, direction, None))

@@ -59,7 +59,7 @@ def show_times(console: rich.console.Console, case: dict[str, Any]) -> None:
     console.print(
         "Medians (quartiles). “÷ first” and “÷ ours” are medians of the ratios of the same turn; “ours” is the same "
         "loss by rspo_jax, without metrics. The second of two calls counts, so caches are warm. If other work shares "
-        "the cores, the fastest time says more than the median.",
+        "the cores, the fastest time is more telling than the median.",
         style="dim",
     )
 

@@ -1,7 +1,7 @@
 """Memory and FLOPs of the parts of a step, from the compilers of TPUs and GPUs (`python -m experiments.bench_parts`).
 
 Experts, attention, output head and route are compiled one by one for one device, at the sizes of Qwen3-30B-A3B, each
-beside its plain form or the figure that it should reach. Nothing runs, and neither TPU nor GPU is needed.
+compared with its plain form or the figure that it should reach. Nothing runs, and neither TPU nor GPU is needed.
 """
 
 import sys
@@ -103,10 +103,10 @@ class Compiler(NamedTuple):
 def experts(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
     """Compile a block, router included, forward and backward.
 
-    On a TPU, the figures are its FLOPs beside those of the chosen experts and the router, as the kernel declares them
-    to the compiler. If an expert's rows end inside a tile, that tile is computed for two experts; the bound on that is
-    another figure. On a GPU, whose compiler counts no FLOPs for a device that is not there, the figure is its memory
-    beside that of ragged_dot.
+    On a TPU, the figures are its FLOPs, as the kernel declares them to the compiler, against those of the chosen
+    experts and the router. If an expert's rows end inside a tile, that tile is computed for two experts; the bound on
+    that is another figure. On a GPU, whose compiler counts no FLOPs for a device that is not there, the figure is its
+    memory against that of ragged_dot.
     """
     rows = b.tokens * b.experts_per_token
     for num_experts in b.num_experts:
@@ -158,7 +158,7 @@ def gradient_of(form: Callable[..., Array], differentiated: int) -> Callable[...
 
 
 def attention(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
-    """Compile attention with segments, forward and backward, at T/2 and T: its memory beside the plain form's."""
+    """Compile attention with segments, forward and backward, at T/2 and T: its memory against the plain form's."""
 
     def plain(queries: Array, keys: Array, values: Array, segments: Array) -> Array:
         earlier = jnp.tril(jnp.ones((queries.shape[1],) * 2, bool))[None]
@@ -180,7 +180,7 @@ def attention(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
 
 
 def head(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
-    """Compile log-probs from hidden states, forward and backward: their memory beside the plain form's."""
+    """Compile log-probs from hidden states, forward and backward: their memory against the plain form's."""
 
     def plain(hidden: Array, head: Array, targets: Array) -> Array:
         logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
@@ -198,7 +198,7 @@ def head(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
 
 
 def route(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
-    """Compile a program of the route alone: its bytes a token beside 3 · L · K."""
+    """Compile a program of the route alone: its bytes a token against 3 · L · K."""
     num_experts = max(b.num_experts)
     for tokens in (b.tokens, b.tokens - 1):
         logits = jax.ShapeDtypeStruct((b.num_layers, 1, tokens, num_experts), jnp.float32)
@@ -211,7 +211,7 @@ def route(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
 
 
 def step(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
-    """Compile an update of the whole model on all devices, two rows for each: the memory of RSPO beside GMPO."""
+    """Compile an update of the whole model on all devices, two rows for each: the memory of RSPO against GMPO."""
     rows = 2 * len(compiler.devices)
     config = replace(
         MODELS["qwen3-30b-a3b"],
@@ -237,7 +237,7 @@ def step(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
     for measured, attribute in (("argument", "argument_size_in_bytes"), ("temporary", "temp_size_in_bytes")):
         gmpo, rspo = (getattr(memory, attribute) / MEBIBYTE for memory in found.values())
         form = f"{b.num_layers} layers, {rows} rows, {split}"
-        yield Figure("step", form, f"{measured} MiB, RSPO beside GMPO", rspo, gmpo)
+        yield Figure("step", form, f"{measured} MiB, RSPO against GMPO", rspo, gmpo)
 
 
 PARTS = {"experts": experts, "attention": attention, "head": head, "route": route, "step": step}

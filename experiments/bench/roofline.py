@@ -39,8 +39,8 @@ def peak_of(device: Any, working_set: int) -> Peak | None:
 
     Args:
       device: a `jax.Device`.
-      working_set: bytes that the program touches. The CPU's bandwidth is measured on as many, because caches hold small
-        arrays and would otherwise beat the bound.
+      working_set: bytes that the program touches. The CPU's bandwidth is measured on the same number, because
+        caches hold small arrays and would otherwise beat the bound.
     """
     if device.platform == "cpu":
         size = min(max(working_set, 1 << 18), 1 << 29)
@@ -51,7 +51,7 @@ def peak_of(device: Any, working_set: int) -> Peak | None:
 
 
 def _best_seconds(call: Callable[[], Any], at_least: float = 0.3, repeats: int = 5) -> float:
-    """Return the fastest of several runs: a bound is what the device can do, not what it did on average."""
+    """Return the fastest of several runs: a bound is the best that the device can do, not its average."""
     jax.block_until_ready(call())
     best, started, runs = float("inf"), time.perf_counter(), 0
     while runs < repeats or time.perf_counter() - started < at_least:
@@ -73,7 +73,7 @@ def _measured_bandwidth(working_set: int) -> float:
     """Return the bytes that x ← s·x + y reads and writes a second, on two arrays of `working_set` bytes together."""
     count = working_set // 8
     x, y = jnp.ones(count, jnp.float32), jnp.ones(count, jnp.float32)
-    passes = max(8, (1 << 26) // working_set)  # in one program, or calls and fresh pages would be what is timed
+    passes = max(8, (1 << 26) // working_set)  # in one program, so that calls and fresh pages are not timed
 
     @functools.partial(jax.jit, donate_argnums=0)
     def stream(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Tokens per second of our sampler, beside Hugging Face's and Tunix's (`python -m experiments.bench_sampler`).
+"""Tokens per second of our sampler, compared with Hugging Face's and Tunix's (`python -m experiments.bench_sampler`).
 
 All draw greedily with the same weights, from the same left-padded prompts, for the same number of new tokens, in
 float32 on the same CPU cores. Their answers are checked before anything is timed, and compilation is left out.

@@ -12,7 +12,7 @@ from experiments.config import RUNS
 Contender = Callable[[], np.ndarray]
 """Draws the answers to all prompts of a case: int32 [B, R] on the host."""
 
-ROPE_THETA = 1e6  # Tunix's Qwen3 rotates by this base whatever its config says
+ROPE_THETA = 1e6  # Tunix's Qwen3 rotates by this base, whatever its config
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,13 @@ from experiments.bench.loss_programs import METRICS, Candidate, Shape, no_call
 from experiments.compilers import tpu
 from experiments.compilers.costs import read_costs
 from experiments.pod.presets import MODELS
-from experiments.pod.programs import OPTIMIZER
+from experiments.pod.programs import OPTIMIZER, SCORE, UPDATE, different_objectives, uses_route
 from models.config import Remat
-from rspo_jax import OBJECTIVES
 from rspo_jax.rollouts import Packing, pack
 from rspo_jax.training import LearnerConfig, TrainState, init_train_state, score, update
 from rspo_jax.types import Array, PackedBatch, Params, RolloutBatch, RouterTrace, ScoredBatch
 
 StepDirection = Literal["update", "score"]
-UPDATE, SCORE = get_args(StepDirection)
 CONTROL = "again, as a control"
 ROUTE_BYTES_A_SLOT = 3  # as meant by the library: one byte for an id, two for a log-probability
 
@@ -105,7 +103,7 @@ class Inputs(NamedTuple):
 
     def batch_for(self, objective: str) -> ScoredBatch:
         """Return the scored batch, without the route if the objective has no use for it."""
-        return self.scored if OBJECTIVES[objective].uses_router_shift() else self.scored._replace(old_route=None)
+        return self.scored if uses_route(objective) else self.scored._replace(old_route=None)
 
 
 def shape_of(inputs: Inputs) -> Shape:
@@ -148,7 +146,7 @@ def abstract_inputs(config: models.TransformerConfig, settings: StepSettings, me
 
     def split_largest(leaf: Any) -> jax.ShapeDtypeStruct:
         fitting = [i for i, size in enumerate(leaf.shape) if size % mesh.size == 0]
-        if leaf.ndim < 2 or not fitting:  # vectors stay whole, and so does what the mesh does not divide
+        if leaf.ndim < 2 or not fitting:  # vectors, and arrays that the mesh does not divide, stay whole
             return tpu.shape_on(mesh, leaf.shape, leaf.dtype)
         return split(leaf, max(fitting, key=lambda i: leaf.shape[i]))
 
@@ -165,29 +163,19 @@ def step_function(direction: StepDirection, objective: str, config: models.Trans
 
     def run_score(params: Params, batch: PackedBatch) -> Any:
         scored, statistics = score(policy, params, batch, learner)
-        keeps_route = OBJECTIVES[objective].uses_router_shift()  # XLA drops what is not returned
+        keeps_route = uses_route(objective)  # XLA drops values that are not returned
         return scored.old_log_probs, scored.old_route if keeps_route else None, statistics
 
     return run_update if direction == UPDATE else run_score
 
 
-def objectives_for(direction: StepDirection, objectives: tuple[str, ...]) -> list[str]:
-    """Return the objectives whose programs differ: all for an update, the first with and without route to score."""
-    if direction == UPDATE:
-        return list(objectives)
-    first: dict[bool, str] = {}
-    for name in objectives:
-        first.setdefault(OBJECTIVES[name].uses_router_shift(), name)
-    return list(first.values())
-
-
 def timed_candidates(direction: StepDirection, objectives: tuple[str, ...], inputs: Inputs) -> list[Candidate]:
     """Compile candidates that can run again and again.
 
-    The last one is the first once more, as a control: a difference within the spread of that one's ratio to itself says
+    The last one is the first once more, as a control: a difference within the spread of its ratio to itself means
     nothing.
     """
-    names = objectives_for(direction, objectives)
+    names = different_objectives(direction, objectives)
     made = [_timed_candidate(direction, name, inputs) for name in names]
     first, call_first_again = made[0]
     return [candidate for candidate, _ in made] + [replace(first, returns=CONTROL, call=call_first_again())]
@@ -212,7 +200,7 @@ def _timed_candidate(
     def result() -> tuple[np.ndarray, None]:
         return np.asarray(call()[-1]["loss" if direction == UPDATE else "entropy"].reduce()), None
 
-    shift = OBJECTIVES[objective].uses_router_shift()
+    shift = uses_route(objective)
     candidate = Candidate("rspo_jax", objective, shift, METRICS, call, seconds, read_costs(compiled), result)
     return candidate, new_call
 
@@ -233,7 +221,7 @@ def compile_candidate(direction: StepDirection, objective: str, inputs: Inputs, 
     """Compile one candidate for devices that need not exist."""
     function, batch = step_function(direction, objective, inputs.config), inputs.batch_for(objective)
     started = time.perf_counter()
-    with jax.set_mesh(mesh):  # the kernels read off it where the rows are
+    with jax.set_mesh(mesh):  # the kernels look up there how the rows are split
         if direction == SCORE:
             compiled = tpu.compile_for(function, inputs.state.params, batch.batch)
         else:
@@ -241,7 +229,7 @@ def compile_candidate(direction: StepDirection, objective: str, inputs: Inputs, 
             compiled = tpu.compile_for(
                 function, inputs.state, batch, donate_argnames=("state",), out_shardings=(shardings, None)
             )
-    seconds, shift = time.perf_counter() - started, OBJECTIVES[objective].uses_router_shift()
+    seconds, shift = time.perf_counter() - started, uses_route(objective)
     return Candidate("rspo_jax", objective, shift, METRICS, no_call, seconds, read_costs(compiled), no_call)
 
 

@@ -2,7 +2,7 @@
 
 They stand for the work of a PyTorch trainer between the token log-probs and `backward()`, on the arrays of the
 benchmark and with its aggregation (the mean over responses of each response's term). Neither TRL nor verl has RSPO: it
-is GMPO with log γ̃ added to the log-ratio, γ without gradient. The metrics that those trainers compute beside the loss
+is GMPO with log γ̃ added to the log-ratio, γ without gradient. The metrics that those trainers compute with the loss
 are left out.
 """
 

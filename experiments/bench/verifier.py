@@ -182,8 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = rich.console.Console()
     console.width = max(console.width, 110)
     table = rich.table.Table(title="verdicts")
-    for column in ("set", "what, and what it should be", "it is", "of"):
-        table.add_column(column, justify="right" if column in ("it is", "of") else "left")
+    for column in ("set", "items, and their right verdict", "so judged", "of"):
+        table.add_column(column, justify="right" if column in ("so judged", "of") else "left")
     exceptions = []
     with start_pool(max(benchmark.workers), benchmark.time_limit) as pool:
         for name in FILES:

@@ -22,7 +22,7 @@ _ENVIRONMENT = {
     # Without these, libtpu asks the cloud's metadata server which machine it is on.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # must be one that exists; the topology's name decides what is compiled for
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any that exists; the topology's name sets the target of the compilation
     # libtpu lets one process load it, as one process can hold a TPU. None is held here.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }

@@ -4,7 +4,7 @@ They are the library's own functions, on the shapes and shardings that a trainin
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -77,6 +77,20 @@ class Setting:
 def uses_route(objective: str) -> bool:
     """Return whether an objective's update takes the old route, which scoring then keeps."""
     return OBJECTIVES[objective].uses_router_shift()
+
+
+def different_objectives(program: ProgramName, objectives: Sequence[str]) -> list[str]:
+    """Return the objectives whose programs differ.
+
+    All differ in the update. Scoring differs only by whether it keeps the route, so that the first objective with and the
+    first without stand for all. Prefill and decode have no objective, and the first stands for all.
+    """
+    if program == UPDATE:
+        return list(objectives)
+    first_by_route: dict[bool, str] = {}
+    for objective in objectives:
+        first_by_route.setdefault(uses_route(objective), objective)
+    return list(first_by_route.values())[: None if program == SCORE else 1]
 
 
 def lower(program: ProgramName, setting: Setting, objective: str, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:

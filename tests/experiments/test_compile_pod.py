@@ -15,7 +15,7 @@ import rich.console
 
 from experiments import compile_pod
 from experiments.compilers.chips import TPUS
-from experiments.pod import sweep, tables
+from experiments.pod import programs, sweep, tables
 from experiments.pod.advice import advise, micro_batches, missing_bytes
 from experiments.pod.meshes import MeshFlags, suitable_sizes
 from experiments.pod.presets import MODELS
@@ -51,6 +51,12 @@ def test_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "libtpu" else find_spec(name))
     assert compile_pod.main([]) == 2
     assert "pip install libtpu" in capsys.readouterr().err
+
+
+def test_scoring_is_compared_by_whether_it_keeps_a_route():
+    names = ("gmpo", "rspo", "grpo", "cispo")
+    assert programs.different_objectives("score", names) == ["gmpo", "rspo"]
+    assert programs.different_objectives("update", names) == list(names)
 
 
 def test_programs_that_are_the_same_are_compiled_once():

@@ -197,12 +197,6 @@ def test_the_batch_of_a_step_has_no_places_in_vain():
     assert len(set(places.ravel().tolist())) == 130 and np.asarray(batch.rows.targets).max() < 7
 
 
-def test_scoring_is_compared_by_whether_it_keeps_a_route():
-    names = ("gmpo", "rspo", "grpo", "cispo")
-    assert step.objectives_for(step.SCORE, names) == ["gmpo", "rspo"]
-    assert step.objectives_for(step.UPDATE, names) == list(names)
-
-
 def test_depths_are_a_line():
     low, high = ({name: value for name in Costs.__annotations__} for value in (7.0, 13.0))
     slope, rest = tables.line_through([low, high], (2, 4))

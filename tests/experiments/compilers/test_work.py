@@ -1,4 +1,4 @@
-"""FLOPs of compiled programs: against XLA's own count where there is no loop, and against arithmetic where there is."""
+"""FLOPs of compiled programs: against XLA's own count without loops, and against arithmetic with loops."""
 
 import os
 import subprocess
