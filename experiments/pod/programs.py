@@ -82,8 +82,8 @@ def uses_route(objective: str) -> bool:
 def different_objectives(program: ProgramName, objectives: Sequence[str]) -> list[str]:
     """Return the objectives whose programs differ.
 
-    All differ in the update. Scoring differs only by whether it keeps the route, so that the first objective with and the
-    first without stand for all. Prefill and decode have no objective, and the first stands for all.
+    All differ in the update. Scoring differs only by whether it keeps the route, so that the first objective with one
+    and the first without stand for all. Prefill and decode have no objective, so that the first stands for all.
     """
     if program == UPDATE:
         return list(objectives)
