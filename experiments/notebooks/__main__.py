@@ -32,7 +32,7 @@ STAMP = "rspo_jax"
 """The entry of a notebook's metadata with the digest of the code that its outputs came from."""
 PALETTE_SIZE = 256
 """Number of colours of a picture, the most that a palette holds."""
-_CELL_TIMEOUT = 1200  # seconds
+_TIMEOUT = 1200  # seconds for the start, and for each cell
 _MACHINE_PATH = re.compile(r"(?<![\w./:])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|content)/[\w.-]+")
 
 
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 nbclient.NotebookClient(
                     notebook,
-                    timeout=_CELL_TIMEOUT,
+                    startup_timeout=_TIMEOUT,
+                    timeout=_TIMEOUT,
                     kernel_name="python3",
                     record_timing=False,
                     coalesce_streams=True,
