@@ -1,13 +1,14 @@
-"""Causal grouped-query attention within segments: one pure function, and the form of it that suits each platform.
+"""Causal grouped-query attention within segments: one pure function, with an implementation for each platform.
 
 Sequences of 128 tokens or more go through kernels whose memory grows with T and which skip what lies above the diagonal
-or before the window: on a TPU the splash kernels of JAX, on an NVIDIA GPU those of `models.kernels.triton_attention`.
-Everywhere else, and for short sequences, caches and windows that are not known when compiling, blocks of queries go
-through `jax.nn.dot_product_attention`, or through the same written out where there are sinks or values of another
-size, which that function does not take. This file must never know Flax, a model or its configuration.
+or before the window: on a TPU JAX's splash kernels, on an NVIDIA GPU those of `models.kernels.triton_attention`.
+Elsewhere, and for short sequences, caches and windows that are not known when compiling, blocks of queries go through
+`jax.nn.dot_product_attention`; where there are sinks, or values of another size, which that function does not take,
+through the same formula written out.
 
-cuDNN's kernel is left out on purpose. It takes segments only as a bias [B, 1, T, T] and gives that bias a gradient, so
-that its memory grows with T²; it knows no float32; and only on a device does it say what it can plan.
+cuDNN's kernel is left out on purpose. It takes segments only as a bias [B, 1, T, T] and computes a gradient for that
+bias, so that its memory grows with T²; it does not take float32; and whether it has a plan for some shapes shows only
+on a device.
 
 Letters: B rows, T tokens, S cache slots, N heads, K key/value heads, H head size, V head size of the values.
 """
@@ -27,13 +28,15 @@ from rspo_jax.sharding import platform
 Array = jax.Array
 
 KERNEL_MIN_TOKENS = 128
-"""Shorter sequences would fill less than one tile of the TPU kernel."""
+"""Tokens from which on kernels are used; fewer would fill less than one tile of the TPU kernel."""
 KERNEL_MAX_BLOCK = 512
-"""Tokens of the largest tile: [512, 512] logits in float32 are 1 MiB of a TPU core's vector memory."""
+"""Tokens of the largest tile: [512, 512] logits in float32 take 1 MiB of a TPU core's vector memory."""
 LANES = 128
-"""The TPU kernel's blocks are multiples of the width of a TPU vector register."""
+"""Width of a TPU vector register, of which the TPU kernel's blocks are multiples."""
 MIN_QUERY_BLOCK = 64
+"""Queries of the smallest block, so that products stay large."""
 MAX_QUERY_BLOCKS = 8
+"""Most blocks of queries, so that compile time stays bounded."""
 
 
 def attend(
@@ -48,10 +51,10 @@ def attend(
     window: Array | int | None = None,
     scale: float | None = None,
 ) -> Array:
-    """softmax(scale · queries · keys) · values, over the earlier tokens of a token's own segment and itself.
+    """Return softmax(scale · queries · keys) · values over each token itself and the earlier tokens of its segment.
 
     Differentiable in queries, keys, values and sinks (reverse mode). The softmax is in float32. In bfloat16 the TPU
-    kernel rounds scale · queries and the sinks first, the other forms scale the logits and read the sinks in float32.
+    kernel rounds scale · queries and the sinks first; the other forms scale the logits and read the sinks in float32.
     Under a mesh of several TPUs or GPUs call it inside `jax.shard_map(..., check_vma=False)`: XLA cannot split kernels.
 
     Args:
@@ -60,16 +63,16 @@ def attend(
       values: [B, S, K, V] in the dtype of queries.
       query_segments: int32 [B, T]; 0 is padding.
       key_segments: int32 [B, S]; 0 is padding or an empty slot.
-      offset: int32 scalar, the cache slot of the first query; slots beyond a query's own are not seen. None means
-        that the keys are the queries' own tokens: S = T.
+      offset: int32 scalar, the cache slot of the first query; no query sees slots beyond its own. None means that the
+        keys are those of the queries' own tokens: S = T.
       sinks: float32 [N], a logit of each head that joins the softmax's denominator and adds no value (gpt-oss).
-      window: a token sees itself and the window − 1 tokens before it. An int is known when compiling: the TPU kernel
-        and the blocks then skip what lies before it. An int32 scalar may differ from layer to layer of a scan, at the
-        price of the kernel, whose mask is built when compiling. None, or any number beyond T, is no window.
-      scale: of the logits; 1 / √H when absent.
+      window: number of tokens that a token sees, itself included. An int is known when compiling, and kernels and
+        blocks skip what lies before the window. An int32 scalar may differ from layer to layer of a scan, but then the
+        kernels, whose masks are built when compiling, cannot be used. None, or a number beyond T, is no window.
+      scale: the factor of the logits; 1 / √H when absent.
 
     Returns:
-      [B, T, N, V] in the dtype of queries. Rows of padding hold finite values that mean nothing.
+      [B, T, N, V] in the dtype of queries. At padding the values are finite and mean nothing.
 
     Raises:
       ValueError: if shapes or dtypes do not fit, or the window is not a positive whole number.
@@ -102,21 +105,21 @@ def attend_newest(
     window: Array | int | None = None,
     scale: float | None = None,
 ) -> Array:
-    """Attention of one token a row over everything of its segment in a cache, its own slot included.
+    """Attend from one token per row to all tokens of its segment in a cache, itself included.
 
-    The cache is a ring whose newest token is the query's own. With a window, what a slot holds is as old as the steps
-    from it to that of the query, around the ring: the order of the slots, not the place of a token in its row, so
-    padding on the left of a prompt and slots that were written again make no difference.
+    The cache is a ring whose newest token is the query's own. With a window, the age of a slot is the number of steps
+    from it to the query's slot, around the ring. It depends on the order of the slots and not on a token's position in
+    its row, so that padding on the left of a prompt and slots that were written again make no difference.
 
     Args:
       queries: float [B, 1, N, H].
-      keys: [B, K, S, H], as a cache keeps them: heads before slots, so that both products read it where it lies.
+      keys: [B, K, S, H], as a cache keeps them: heads before slots, so that both products read them in place.
       values: [B, K, S, V].
       query_segments: int32 [B, 1].
       key_segments: int32 [B, S].
       newest_slot: int32 scalar, the slot of the queries' own tokens. Only a window needs it.
       sinks: as for `attend`.
-      window: as for `attend`; known when compiling or not makes no difference here.
+      window: as for `attend`; here it makes no difference whether it is known when compiling.
       scale: as for `attend`.
 
     Returns:
@@ -143,7 +146,7 @@ def attend_newest(
 
 
 def _masked_softmax(logits: Array, seen: Array, sinks: Array | None) -> Array:
-    """Weights over the last axis in float32; the sinks share that axis with them and are left out of the result."""
+    """Return the weights over the last axis in float32; the sinks count in their sum and are not in the result."""
     logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
     if sinks is None:
         return jax.nn.softmax(logits, axis=-1)
@@ -165,9 +168,9 @@ def _attend_in_blocks(
     window: Array | int | None = None,
     scale: float | None = None,
 ) -> Array:
-    """One block of queries at a time, each against no more keys than its queries may see.
+    """Attend one block of queries at a time, each to no more keys than its queries may see.
 
-    The backward pass computes each block's attention weights again, so that no block's weights outlive it.
+    The backward pass computes each block's weights again, so that they do not outlive the block.
     """
     tokens = queries.shape[1]
     block = _query_block(tokens)
@@ -197,7 +200,7 @@ def _attend_in_blocks(
 
 
 def _query_block(tokens: int) -> int:
-    """At most 8 blocks, so that compile time stays bounded, of at least 64 queries, so that products stay large."""
+    """Return the number of queries in a block."""
     return max(MIN_QUERY_BLOCK, -(-tokens // MAX_QUERY_BLOCKS))
 
 
@@ -213,7 +216,7 @@ def _attend_masked(
     *,
     scale: float | None,
 ) -> Array:
-    """The plain form, with a mask [B, 1, T, S]; query t sits in slot first_slot + t."""
+    """Attend in the plain form, with a mask [B, 1, T, S]; query t is in slot first_slot + t."""
     slots = jnp.arange(keys.shape[1], dtype=jnp.int32)
     own_slots = first_slot + jnp.arange(queries.shape[1], dtype=jnp.int32)
     near = slots[None, :] <= own_slots[:, None]
@@ -222,7 +225,7 @@ def _attend_masked(
     same = query_segments[:, :, None] == key_segments[:, None, :]
     seen = (same & near[None])[:, None]
     if sinks is None and values.shape == keys.shape:
-        with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 to float32 inside
+        with jax.numpy_dtype_promotion("standard"):  # the function promotes bfloat16 to float32 inside
             return jax.nn.dot_product_attention(queries, keys, values, mask=seen, scale=scale)
     rows, tokens, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[2]
@@ -246,10 +249,10 @@ def _attend_with_kernel(
     scale: float | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Self-attention through the splash kernels; `interpret` runs them on any platform, slowly.
+    """Attend through the splash kernels; `interpret` runs them on any platform, slowly.
 
-    Tokens are padded to a multiple of the block with segment -1. Every row sees at least itself, padding included:
-    the kernel divides by zero on a row that sees nothing.
+    Tokens are padded to a multiple of the block with segment -1. Every token, padding included, sees at least itself:
+    for a token that sees nothing the kernel would divide by zero.
     """
     tokens, num_heads, head_dim = queries.shape[1:]
     block, padded = _kernel_block(tokens)
@@ -267,7 +270,10 @@ def _attend_with_kernel(
     else:
         mask = splash_attention.LocalMask((padded, padded), window_size=(window - 1, 0), offset=0)
     mask = splash_attention.MultiHeadMask([mask] * num_heads)
-    kernel = splash_attention.make_splash_mha_single_device(mask, block_sizes=_block_sizes(block), interpret=interpret)
+    # Without `use_fused_bwd_kernel`: it writes T / block partial gradients of the queries, memory that grows with T².
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = splash_attention.BlockSizes(**dict.fromkeys(names, block))
+    kernel = splash_attention.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
     # The kernel gives the sinks' gradient in the dtype of the queries: a cast brings it back to their own.
     run = jax.vmap(functools.partial(kernel, sinks=None if sinks is None else sinks.astype(queries.dtype)))
     attended = run(heads_first(scaled), heads_first(keys), heads_first(values), segments)
@@ -286,29 +292,16 @@ def _attend_with_triton(
     scale: float | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Self-attention through the kernels for GPUs; `interpret` runs them on any platform, slowly."""
+    """Attend through the kernels for GPUs; `interpret` runs them on any platform, slowly."""
     settings = Settings(queries.shape[-1] ** -0.5 if scale is None else scale, window, interpret)
     return triton_attention(queries, keys, values, query_segments, key_segments, sinks, settings)
 
 
 def _kernel_block(tokens: int) -> tuple[int, int]:
-    """The block, a multiple of 128 up to 512, and the padded length: the fewest blocks, as small as they may be."""
+    """Return the tokens of a block, a multiple of 128 up to 512, and the padded length: few blocks, little padding."""
     num_blocks = -(-tokens // KERNEL_MAX_BLOCK)
     block = -(-tokens // (num_blocks * LANES)) * LANES
     return block, num_blocks * block
-
-
-def _block_sizes(block: int) -> splash_attention.BlockSizes:
-    """Two backward kernels, not the fused one: that one writes T / block partial gradients of the queries, which is
-    memory that grows with T · T."""
-    return splash_attention.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
 
 
 def _check_inputs(
