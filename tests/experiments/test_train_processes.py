@@ -13,8 +13,8 @@ import pytest
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
-from support.commands import SMALL, flags, has_row, refusal, run_training, start_training, wait_until
-from support.processes import free_port
+from support.commands import QUICK, SMALL, flags, has_row, refusal, start_training, wait_until
+from support.processes import finish, free_port
 
 from experiments import train
 from experiments.config import CountdownRun, load_config, save_config
@@ -25,6 +25,9 @@ from rspo_jax.records import read_metrics
 
 WARM_START_STEPS, STEPS = 2, 4
 FLAGS = flags(SMALL, steps=STEPS, warm_start__steps=WARM_START_STEPS, evaluation__every=4, checkpoint__every=2)
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in distributed.SIGNS}
+ENVIRONMENT |= {"XLA_FLAGS": QUICK}
 
 
 def parse(*arguments):
@@ -110,7 +113,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(tmp_path
 
 @pytest.fixture
 def cache_place(monkeypatch):
-    """Where compiled programs are kept after `keep_compiled_programs`, on a platform."""
+    """A function that returns the folder of compiled programs that a platform uses with some arguments."""
     before = jax.config.jax_compilation_cache_dir
 
     def place(platform, *arguments):
@@ -205,13 +208,12 @@ class Cluster:
 
     def __init__(self, shared, logs, flags, differing=((), ()), folders=(None, None)):
         port, self.processes = free_port(), []
-        environment = {name: value for name, value in os.environ.items() if name not in distributed.SIGNS}
         for process in range(2):
             cluster = ("--cluster.coordinator", f"localhost:{port}", "--cluster.num-processes", 2)
             places = ("--compilation-cache", shared / "compiled", "--data-dir", shared / "data")
             arguments = (*flags, *places, *differing[process], *cluster, "--cluster.process-id", process)
             log = logs / f"{port}-{process}"
-            self.processes.append(start_training(log, *arguments, environment=environment, folder=folders[process]))
+            self.processes.append(start_training(log, *arguments, environment=ENVIRONMENT, folder=folders[process]))
 
     def end(self):
         """Wait for both; return their exit codes, and what each has printed and written as errors."""
@@ -281,8 +283,9 @@ def test_two_processes_are_stopped_killed_and_resumed_also_by_one(shared, tmp_pa
     assert codes == [STOPPED] * 2, errors
     assert not (run_dir / "summary.json").exists()
 
-    alone = run_training("--run-dir", run_dir, "--resume")
-    assert alone.code == 0, alone
+    cache = ("--compilation-cache", shared / "compiled")
+    alone = start_training(tmp_path / "alone", "--run-dir", run_dir, "--resume", *cache, environment=ENVIRONMENT)
+    finish([alone])
     steps = [(row["phase"], row["step"]) for row in read_metrics(run_dir)]
     expected = [("warm_start", step + 1) for step in range(WARM_START_STEPS)]
     assert steps == expected + [("rl", step) for step in range(STEPS + 1)]

@@ -19,6 +19,11 @@ from support.processes import SECONDS, Member, preload
 
 Main = Callable[[list[str]], int]
 
+QUICK = "--xla_backend_optimization_level=0" + (
+    " --xla_cpu_use_fusion_emitters=false" if jax.__version__.startswith("0.10.") else ""
+)
+"""XLA_FLAGS as in `tests/conftest.py`, for processes that compile quickly in the slow tests as well."""
+
 TIMINGS = {"step_seconds", "tokens_per_second"}
 """Metrics that differ from run to run."""
 

@@ -4,9 +4,11 @@ The standard library's fork server is forked while it has one thread and no devi
 process started from nothing, except that imports are not repeated, and that what JAX does at exit is left out.
 """
 
+import faulthandler
 import functools
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -16,7 +18,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
-SECONDS = 240
+SECONDS = 600
 """Time after which a process is taken to hang."""
 IMPORTED = ["jax.numpy", "orbax.checkpoint", "pytest", "rspo_jax.hosts", "rspo_jax.records.checkpoint"]
 """Modules that the server has imported when it forks; `preload` adds more."""
@@ -76,9 +78,12 @@ class Member:
         return self.printed.splitlines()[:number]
 
     def wait(self) -> int | None:
-        """Wait until the process ends, and return its exit code; fail if it hangs."""
+        """Wait until the process ends, and return its exit code; fail if it hangs, with the stacks of its threads."""
         self._process.join(SECONDS)
-        assert self.code is not None, f"the process hangs: {self.printed}\n{self.errors}"
+        if self.code is None:
+            os.kill(self._process.pid, signal.SIGABRT)
+            self._process.join(SECONDS)
+            raise AssertionError(f"the process hangs: {self.printed}\n{self.errors}")
         return self.code
 
     def kill(self) -> None:
@@ -133,5 +138,6 @@ def _run(program: str, arguments: list[str], environment: dict[str, str], out: P
         os.dup2(file.fileno(), 2)
     sys.stdout = open(out, "w", buffering=1)  # noqa: SIM115
     sys.argv[1:] = arguments
+    faulthandler.enable(2)
     warnings.simplefilter("error")
     exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
