@@ -1,14 +1,9 @@
-"""Whole folders, saved and loaded: the files that go along, the refusals, and the placement of parameters.
+"""Whole folders, saved and loaded: the files that go along, the dtypes, and the refusals.
 
-The results of models are tested elsewhere. A process of its own, which imports this file, runs the part with several
-devices.
+The results of models are tested elsewhere, and so is the placement on several devices (`test_devices.py`).
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +14,7 @@ from support import hf_cases
 
 import models
 from models.hugging_face.reading import list_tensors
-from models.logical_axes import model_axes
-from rspo_jax.sharding import MeshConfig, make_mesh, shardings_of
 
-ROOT = Path(__file__).resolve().parents[3]
 WEIGHTS = "model.safetensors"
 TOKENIZER = (
     "added_tokens.json",
@@ -215,38 +207,3 @@ def test_parameters_get_the_dtype_asked_for_but_for_corrections(tmp_path):
     assert (kinds.pop(name), {*kinds.values()}) == ("F32", {"BF16"})
     values = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert (values["dtype"], values["num_nextn_predict_layers"]) == ("bfloat16", 0)
-
-
-def read_on_a_mesh(folder, file):
-    """Read a folder on eight devices, and leave the parameters in a file."""
-    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
-    with jax.set_mesh(mesh):
-        config, params = models.load_hf(folder)
-    places = shardings_of(mesh, params, model_axes(config))
-    for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True):
-        assert leaf.sharding == place
-    experts = params["layers"]["moe"]["gate_up"]
-    assert experts.addressable_data(0).size * 8 == experts.size
-    np.savez(file, *map(np.asarray, jax.tree.leaves(params)))
-
-
-def test_on_a_mesh_each_device_gets_its_own_part(tmp_path):
-    # The family with the fewest shapes: each device compiles a program for each of them.
-    folder = make_folder(tmp_path / "model", "mixtral_sliding")
-    code = "import sys, test_folder as own; own.read_on_a_mesh(*sys.argv[1:])"
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent))),
-    }
-    finished = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, folder, tmp_path / "read.npz"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert_same_bits([*np.load(tmp_path / "read.npz").values()], jax.tree.leaves(models.load_hf(folder)[1]))

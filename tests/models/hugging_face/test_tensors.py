@@ -1,7 +1,7 @@
 """Plans of tensors, and parameters read and written by them, against transposes and stacks written out in NumPy.
 
 The package safetensors makes and checks the files, and the names of the tensors are made up. Processes of their own,
-which import this file, run the parts that need several devices or processes.
+which import this file, run the parts that need several devices (started by `test_devices.py`) or processes.
 """
 
 import json
@@ -304,6 +304,8 @@ def count_bytes(monkeypatch):
 
 
 def check_four_devices(folder):
+    """Read and write on four devices; `test_devices.py` calls it in a process that has them."""
+    save_shards(folder / "original", TENSORS)
     like = make_template()
     with pytest.MonkeyPatch.context() as monkeypatch:
         sizes = count_bytes(monkeypatch)
@@ -316,12 +318,12 @@ def check_four_devices(folder):
     with jax.set_mesh(jax.make_mesh((4,), ("other",))):
         assert_holds_own_parts(read_params(folder / "original", PLAN, like))
         write_params(folder / "spread", PLAN, params, max_shard_bytes=300)
-    writing.CHUNK_BYTES = 100
-    write_params(folder / "in chunks", PLAN, params, max_shard_bytes=300)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(writing, "CHUNK_BYTES", 100)
+        write_params(folder / "in chunks", PLAN, params, max_shard_bytes=300)
     one = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), jax.devices()[3]), params)
     write_params(folder / "unspread", PLAN, one, max_shard_bytes=300)
     assert files_of(folder / "spread") == files_of(folder / "unspread") == files_of(folder / "in chunks")
-    print("done")
 
 
 def check_process(process, port, folder):
@@ -363,12 +365,6 @@ def start(call, devices):
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def test_devices_are_given_their_parts_and_give_them_back(tmp_path):
-    save_shards(tmp_path / "original", TENSORS)
-    output, errors = start(f"check_four_devices(Path({os.fspath(tmp_path)!r}))", 4).communicate(timeout=300)
-    assert output.strip() == "done", errors
 
 
 @pytest.mark.slow
