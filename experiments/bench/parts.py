@@ -28,7 +28,7 @@ from experiments.pod.presets import MODELS
 from models.attention import attend
 from models.config import Dtype
 from models.experts import Experts, run_experts
-from models.kernels.grouped_matmul import tile_rows
+from models.kernels.megablox_matmul import tile_rows
 from rspo_jax.records import write_json
 from rspo_jax.sharding import make_mesh
 from rspo_jax.types import Array

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import rich.console
+from support.tpu_compiler import need_libtpu
 
 from experiments import compile_pod
 from experiments.compilers.chips import TPUS
@@ -213,8 +214,8 @@ def test_a_sweep_is_drawn(tmp_path):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_pod_of_small_sizes(tmp_path):
-    pytest.importorskip("libtpu", reason="the TPU compiler is an optional package")
+def test_a_pod_of_small_sizes(tmp_path, monkeypatch):
+    need_libtpu(monkeypatch)
     flags = ["--model", "small", "--topology", "v5p:2x2x1", "--layers", "1", "--batch", "8", "--seq-len", "128"]
     command = [sys.executable, "-m", "experiments.compile_pod", *flags, "--objective", "rspo", "gmpo"]
     done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, env=dict(os.environ))

@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from support import oracles
+from support.tpu_compiler import need_libtpu
 
 import models
 from experiments.bench import loss as bench_loss
@@ -341,26 +342,26 @@ def test_pytorch_computes_the_same_router_shift(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["v9:2x2x1", "v5p:3x7"])
-def test_an_unknown_topology_is_named(name, capsys):
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is optional and not in the development lock")
+def test_an_unknown_topology_is_named(name, capsys, monkeypatch):
+    need_libtpu(monkeypatch)
     assert bench_loss.main(["--platform", "tpu", "--topology", name]) == 2
     assert f"cannot build the topology '{name}'" in capsys.readouterr().err
 
 
-def test_rows_that_cannot_be_split_are_refused(capsys):
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is optional and not in the development lock")
+def test_rows_that_cannot_be_split_are_refused(capsys, monkeypatch):
+    need_libtpu(monkeypatch)
     assert bench_loss.main(["--platform", "tpu", "--topology", "v5e:2x2", "--shapes", SHAPE]) == 2
     assert "3 rows cannot be split over the 4 devices" in capsys.readouterr().err
 
 
-def test_rows_of_a_step_that_cannot_be_split_are_refused(capsys):
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is optional and not in the development lock")
+def test_rows_of_a_step_that_cannot_be_split_are_refused(capsys, monkeypatch):
+    need_libtpu(monkeypatch)
     assert bench_loss.main(["--level", "step", "--platform", "tpu", *TINY_STEP, "--rows", "6"]) == 2
     assert "--rows: 6 rows cannot be split over the 4 devices" in capsys.readouterr().err
 
 
-def test_a_step_is_compiled_for_a_pod(tmp_path):
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is optional and not in the development lock")
+def test_a_step_is_compiled_for_a_pod(tmp_path, monkeypatch):
+    need_libtpu(monkeypatch)
     path = tmp_path / "figures.json"
     flags = ["--level", "step", "--platform", "tpu", "--objectives", "rspo", "--json", str(path), *TINY_STEP]
     with jax.numpy_dtype_promotion("standard"):
@@ -371,8 +372,8 @@ def test_a_step_is_compiled_for_a_pod(tmp_path):
         assert "seconds" not in row and row["analysis"]["peak_bytes"] > row["analysis"]["output_bytes"] > 0
 
 
-def test_a_pod_that_is_not_there_is_compiled_for(tmp_path):
-    pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, is optional and not in the development lock")
+def test_a_pod_that_is_not_there_is_compiled_for(tmp_path, monkeypatch):
+    need_libtpu(monkeypatch)
     path = tmp_path / "figures.json"
     flags = ["--shapes", "4x128x2x2x4", "--level", "router", "--objectives", "rspo", "--router-shift", "with"]
     flags += ["--returns", "loss", "--platform", "tpu", "--topology", "v5p:2x2x1", "--json", str(path)]

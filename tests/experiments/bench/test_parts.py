@@ -6,6 +6,7 @@ import json
 
 import jax
 import pytest
+from support.tpu_compiler import need_libtpu
 
 from experiments.bench import parts as bench_parts
 from experiments.compilers import gpu
@@ -57,8 +58,11 @@ def test_the_compiler_is_told_of_the_chip(name, capability, cores):
 
 @pytest.mark.parametrize("topology", COMPILERS)
 @pytest.mark.parametrize("part", bench_parts.PARTS)
-def test_every_part_compiles(part, topology, tmp_path):
-    pytest.importorskip(COMPILERS[topology], reason="compilers of devices are optional packages")
+def test_every_part_compiles(part, topology, tmp_path, monkeypatch):
+    if topology.startswith("v5p"):
+        need_libtpu(monkeypatch)
+    else:
+        pytest.importorskip(COMPILERS[topology], reason="NVIDIA's compiler is an optional package")
     path = tmp_path / "figures.json"
     with jax.numpy_dtype_promotion("standard"):  # Optax promotes
         assert bench_parts.main([*SMALL, "--topology", topology, "--parts", part, "--json", str(path)]) == 0

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from support.random_params import draw_params
 
 import models
 from experiments.bench import sampler as bench_sampler
@@ -154,9 +155,7 @@ def test_wrong_flags(capsys, arguments, words):
 @pytest.mark.parametrize("case", [SPARSE, DENSE], ids=["sparse", "dense"])
 def test_our_parameters_in_their_layout(case):
     """Shapes and some entries, by the index rules of both layouts."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: models.init_params(case.model, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
+    params = jax.tree.map(np.asarray, draw_params(case.model))
     c, attention, moe = case.model, params["layers"]["attention"], params["layers"]["moe"]
     weights = sampler_rivals.hf_weights(case, params)
     name = "model.layers.1"

@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from support.tpu_compiler import need_libtpu
 
 from experiments.compilers import hlo, work
 
@@ -224,8 +225,8 @@ for function in (loss, loss_unrolled):
 """
 
 
-def test_on_the_tpu_compiler_a_scan_counts_as_often_as_it_runs():
-    pytest.importorskip("libtpu", reason="the TPU compiler is an optional package")
+def test_on_the_tpu_compiler_a_scan_counts_as_often_as_it_runs(monkeypatch):
+    need_libtpu(monkeypatch)
     done = subprocess.run([sys.executable, "-c", TPU_PROGRAM], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     scanned, unrolled = (line.split() for line in done.stdout.splitlines())
