@@ -1,10 +1,10 @@
 """Causal grouped-query attention within segments: one pure function, with an implementation for each platform.
 
 Sequences of 128 tokens or more go through kernels whose memory grows with T and which skip what lies above the diagonal
-or before the window: on a TPU JAX's splash kernels, on an NVIDIA GPU those of `models.kernels.triton_attention`.
-Elsewhere, and for short sequences, caches and windows that are not known when compiling, blocks of queries go through
-`jax.nn.dot_product_attention`; where there are sinks, or values of another size, which that function does not take,
-through the same formula written out.
+or before the window: JAX's own on a TPU (`models.kernels.splash_attention`), and those of
+`models.kernels.triton_attention` on an NVIDIA GPU. Elsewhere, and for short sequences, caches and windows that are not
+known when compiling, blocks of queries go through `jax.nn.dot_product_attention`; where there are sinks, or values of
+another size, which that function does not take, through the same formula written out.
 
 cuDNN's kernel is left out on purpose. It takes segments only as a bias [B, 1, T, T] and computes a gradient for that
 bias, so that its memory grows with T²; it does not take float32; and whether it has a plan for some shapes shows only
@@ -19,20 +19,13 @@ from typing import TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu import splash_attention
 
-from models.kernels.triton_attention import MAX_HEAD_DIM, Settings, triton_attention
-from models.kernels.triton_tiles import HAS_TRITON
 from rspo_jax.sharding import platform
 
 Array = jax.Array
 
 KERNEL_MIN_TOKENS = 128
 """Tokens from which on kernels are used; fewer would fill less than one tile of the TPU kernel."""
-KERNEL_MAX_BLOCK = 512
-"""Tokens of the largest tile: [512, 512] logits in float32 take 1 MiB of a TPU core's vector memory."""
-LANES = 128
-"""Width of a TPU vector register, of which the TPU kernel's blocks are multiples."""
 MIN_QUERY_BLOCK = 64
 """Queries of the smallest block, so that products stay large."""
 MAX_QUERY_BLOCKS = 8
@@ -85,11 +78,18 @@ def attend(
     if _is_static(window) and window >= queries.shape[1]:
         window = None
     if queries.shape[1] >= KERNEL_MIN_TOKENS and (window is None or _is_static(window)):
+        # Imported where they are used: Pallas takes a second to import, and CPUs do without it.
         found = platform()
         if found == "tpu":
-            return _attend_with_kernel(*inputs, sinks, window=window, scale=scale)
-        if found == "cuda" and HAS_TRITON and max(queries.shape[-1], values.shape[-1]) <= MAX_HEAD_DIM:
-            return _attend_with_triton(*inputs, sinks, window=window, scale=scale)
+            from models.kernels.splash_attention import splash_attention
+
+            return splash_attention(*inputs, sinks, window=window, scale=scale)
+        if found == "cuda":
+            from models.kernels import triton_tiles
+            from models.kernels.triton_attention import MAX_HEAD_DIM, triton_attention
+
+            if triton_tiles.HAS_TRITON and max(queries.shape[-1], values.shape[-1]) <= MAX_HEAD_DIM:
+                return triton_attention(*inputs, sinks, window=window, scale=scale)
     return _attend_in_blocks(*inputs, sinks, window=window, scale=scale)
 
 
@@ -235,73 +235,6 @@ def _attend_masked(
     grouped_sinks = None if sinks is None else sinks.reshape(1, num_kv_heads, num_heads // num_kv_heads, 1, 1)
     weights = _masked_softmax(logits, seen[:, :, None], grouped_sinks).astype(values.dtype)
     return jnp.einsum("bkgts,bskv->btkgv", weights, values).reshape(rows, tokens, num_heads, values.shape[-1])
-
-
-def _attend_with_kernel(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    query_segments: Array,
-    key_segments: Array,
-    sinks: Array | None = None,
-    *,
-    window: int | None = None,
-    scale: float | None = None,
-    interpret: bool = False,
-) -> Array:
-    """Attend through the splash kernels; `interpret` runs them on any platform, slowly.
-
-    Tokens are padded to a multiple of the block with segment -1. Every token, padding included, sees at least itself:
-    for a token that sees nothing the kernel would divide by zero.
-    """
-    tokens, num_heads, head_dim = queries.shape[1:]
-    block, padded = _kernel_block(tokens)
-    missing = padded - tokens
-
-    def heads_first(array: Array) -> Array:  # [B, T, heads, size] -> [B, heads, padded, size]
-        return jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, missing), (0, 0)))
-
-    scaled = (queries.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)).astype(queries.dtype)
-    segments = splash_attention.SegmentIds(
-        *(jnp.pad(array, ((0, 0), (0, missing)), constant_values=-1) for array in (query_segments, key_segments))
-    )
-    if window is None:
-        mask = splash_attention.CausalMask((padded, padded))
-    else:
-        mask = splash_attention.LocalMask((padded, padded), window_size=(window - 1, 0), offset=0)
-    mask = splash_attention.MultiHeadMask([mask] * num_heads)
-    # Without `use_fused_bwd_kernel`: it writes T / block partial gradients of the queries, memory that grows with T².
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    sizes = splash_attention.BlockSizes(**dict.fromkeys(names, block))
-    kernel = splash_attention.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
-    # The kernel gives the sinks' gradient in the dtype of the queries: a cast brings it back to their own.
-    run = jax.vmap(functools.partial(kernel, sinks=None if sinks is None else sinks.astype(queries.dtype)))
-    attended = run(heads_first(scaled), heads_first(keys), heads_first(values), segments)
-    return jnp.asarray(attended)[:, :, :tokens].swapaxes(1, 2)
-
-
-def _attend_with_triton(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    query_segments: Array,
-    key_segments: Array,
-    sinks: Array | None = None,
-    *,
-    window: int | None = None,
-    scale: float | None = None,
-    interpret: bool = False,
-) -> Array:
-    """Attend through the kernels for GPUs; `interpret` runs them on any platform, slowly."""
-    settings = Settings(queries.shape[-1] ** -0.5 if scale is None else scale, window, interpret)
-    return triton_attention(queries, keys, values, query_segments, key_segments, sinks, settings)
-
-
-def _kernel_block(tokens: int) -> tuple[int, int]:
-    """Return the tokens of a block, a multiple of 128 up to 512, and the padded length: few blocks, little padding."""
-    num_blocks = -(-tokens // KERNEL_MAX_BLOCK)
-    block = -(-tokens // (num_blocks * LANES)) * LANES
-    return block, num_blocks * block
 
 
 def _check_inputs(

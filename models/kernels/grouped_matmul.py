@@ -1,25 +1,18 @@
 """Products of rows that are sorted by group with one matrix per group: the work of the chosen experts, and no more.
 
-Each platform has its own implementation, chosen while the program is traced: Pallas' megablox kernel on a TPU, our own
-kernels (`models.kernels.triton_matmul`) on an NVIDIA GPU, and a loop over blocks of rows in plain JAX elsewhere.
-`jax.lax.ragged_dot` is not used: by default XLA turns it into a product with the matrices of all groups, on CPUs, GPUs
-and TPUs alike.
+Each platform has its own implementation, chosen while the program is traced: Pallas' megablox kernel on a TPU
+(`models.kernels.megablox_matmul`), our own kernels on an NVIDIA GPU (`models.kernels.triton_matmul`), and a loop over
+blocks of rows in plain JAX elsewhere. `jax.lax.ragged_dot` is not used: by default XLA turns it into a product with the
+matrices of all groups, on CPUs, GPUs and TPUs alike.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import megablox
 
 from models.kernels.row_blocks import cut_rows
-from models.kernels.triton_matmul import triton_matmul
-from models.kernels.triton_tiles import HAS_TRITON
 from rspo_jax.sharding import platform
 
 Array = jax.Array
-
-LANES = 128
 
 
 def grouped_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
@@ -30,7 +23,7 @@ def grouped_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
     whatever the memory held, NaN included). Mask them where they can occur.
 
     On a TPU the kernel declares 2·M·D·F FLOPs, the useful work, to XLA's cost analysis. The tiles that it computes hold
-    up to M + (E − 1)·tile rows, since a tile that two groups share is computed for both; `tile_rows` keeps that near
+    up to M + (E − 1)·tile rows, since a tile that two groups share is computed for both; their size keeps that near
     1/8 more than M, down to tiles of 128 rows. On a GPU no two groups share a tile: each group begins with a new one.
 
     Args:
@@ -47,8 +40,19 @@ def grouped_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
     _check(rows, weights, group_sizes)
     if 0 in (*rows.shape, *weights.shape):
         return jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
-    kernels = {"tpu": megablox_matmul} | ({"cuda": triton_matmul} if HAS_TRITON else {})
-    return kernels.get(platform(), block_matmul)(rows, weights, group_sizes)
+    # Imported where they are used: Pallas takes a second to import, and CPUs do without it.
+    found = platform()
+    if found == "tpu":
+        from models.kernels.megablox_matmul import megablox_matmul
+
+        return megablox_matmul(rows, weights, group_sizes)
+    if found == "cuda":
+        from models.kernels import triton_tiles
+        from models.kernels.triton_matmul import triton_matmul
+
+        if triton_tiles.HAS_TRITON:
+            return triton_matmul(rows, weights, group_sizes)
+    return block_matmul(rows, weights, group_sizes)
 
 
 def _check(rows: Array, weights: Array, group_sizes: Array) -> None:
@@ -63,56 +67,6 @@ def _check(rows: Array, weights: Array, group_sizes: Array) -> None:
         raise ValueError(
             f"rows and weights must have one dtype; got {rows.dtype} and {weights.dtype}: cast one of them"
         )
-
-
-def tile_rows(num_rows: int, num_groups: int) -> int:
-    """Return the rows of a tile of the TPU kernel: a power of two, such that a group has about eight tiles or more."""
-    per_group = num_rows // num_groups
-    return min(512, max(LANES, 1 << max(0, (per_group // 8).bit_length() - 1)))
-
-
-def _tile_columns(size: int, longest: int) -> int:
-    """Return the length of equal tiles, each at most `longest`, that cover an axis with the least padding."""
-    tiles = -(-size // longest)
-    return -(-size // (tiles * LANES)) * LANES
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def megablox_matmul(rows: Array, weights: Array, group_sizes: Array, interpret: bool = False) -> Array:
-    """Multiply on a TPU. `interpret` runs the kernel on any backend, slowly, for tests."""
-    return _call_megablox(rows, weights, group_sizes, interpret)
-
-
-def _call_megablox(rows: Array, weights: Array, group_sizes: Array, interpret: bool) -> Array:
-    num_rows, num_groups = rows.shape[0], weights.shape[0]
-    # Two buffers of each tile and the float32 accumulator have to fit the vector memory, 16 MiB on the older chips.
-    longest = 1024 if rows.dtype.itemsize <= 2 else 512
-
-    def tiling(num_rows: int, depth: int, width: int) -> tuple[int, int, int]:
-        """Called by the kernel for each of its three products, forward and backward, with the sizes of that product."""
-        return tile_rows(num_rows, num_groups), _tile_columns(depth, longest), _tile_columns(width, longest)
-
-    padding = -num_rows % tile_rows(num_rows, num_groups)
-    padded = jnp.pad(rows, ((0, padding), (0, 0))) if padding else rows
-    # The kernel's own code relies on implicit promotion, which callers may have turned off.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        out = megablox.gmm(padded, weights, group_sizes, rows.dtype, tiling, interpret=interpret)
-    return out[:num_rows]
-
-
-def _megablox_forward(rows: Array, weights: Array, group_sizes: Array, interpret: bool) -> tuple[Array, tuple]:
-    return _call_megablox(rows, weights, group_sizes, interpret), (rows, weights, group_sizes)
-
-
-def _megablox_backward(interpret: bool, residuals: tuple, output_gradient: Array) -> tuple:
-    rows, weights, group_sizes = residuals
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        # The result of this forward product is not used, and XLA drops it.
-        _, vjp = jax.vjp(lambda rows, weights: _call_megablox(rows, weights, group_sizes, interpret), rows, weights)
-        return *vjp(output_gradient), None
-
-
-megablox_matmul.defvjp(_megablox_forward, _megablox_backward)
 
 
 def block_size_for(num_rows: int, num_groups: int) -> int:

@@ -28,13 +28,12 @@ MAX_HEAD_DIM = 256
 """The widest heads whose tiles fit the shared memory."""
 
 
-class Settings(NamedTuple):
-    """Options that are known when compiling; `scale` and `window` as for `models.attention.attend`."""
+class _Settings(NamedTuple):
+    """Options of `triton_attention`, which are known when compiling."""
 
     scale: float
-    window: int | None = None
-    interpret: bool = False
-    """If true, run on any backend, slowly."""
+    window: int | None
+    interpret: bool
 
 
 class _Tiles(NamedTuple):
@@ -75,20 +74,37 @@ class _Inputs(NamedTuple):
     key_segments: Any
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def triton_attention(
     queries: Array,
     keys: Array,
     values: Array,
     query_segments: Array,
     key_segments: Array,
-    sinks: Array | None,
-    settings: Settings,
+    sinks: Array | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    interpret: bool = False,
 ) -> Array:
     """Attend as `models.attention.attend` does without an offset: same arrays, same result.
 
-    Factors are rounded as in `triton_tiles.dot`, and weights to the dtype of the values before the last product.
+    Factors are rounded as in `triton_tiles.dot`, and weights to the dtype of the values before the last product. If
+    `interpret` is true, the kernels run on any backend, slowly, for tests.
     """
+    settings = _Settings(queries.shape[-1] ** -0.5 if scale is None else scale, window, interpret)
+    return _attention(queries, keys, values, query_segments, key_segments, sinks, settings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    query_segments: Array,
+    key_segments: Array,
+    sinks: Array | None,
+    settings: _Settings,
+) -> Array:
     return _attend(_Inputs(queries, keys, values, query_segments, key_segments), sinks, settings)[0]
 
 
@@ -99,14 +115,14 @@ def _forward(
     query_segments: Array,
     key_segments: Array,
     sinks: Array | None,
-    settings: Settings,
+    settings: _Settings,
 ) -> tuple[Array, tuple]:
     inputs = _Inputs(queries, keys, values, query_segments, key_segments)
     attended, log_sums = _attend(inputs, sinks, settings)
     return attended, (inputs, sinks, attended, log_sums)
 
 
-def _backward(settings: Settings, residuals: tuple, gradient: Array) -> tuple:
+def _backward(settings: _Settings, residuals: tuple, gradient: Array) -> tuple:
     inputs, sinks, attended, log_sums = residuals
     products = attended.astype(jnp.float32) * gradient.astype(jnp.float32)
     # Σ weights · (gradient in the weights) of each query, computed from its output.
@@ -120,10 +136,10 @@ def _backward(settings: Settings, residuals: tuple, gradient: Array) -> tuple:
     return of_queries, of_keys, of_values, None, None, of_sinks
 
 
-triton_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
-def _seen(inputs: _Inputs, row: Array, own: Span, others: Span, settings: Settings, keys_first: bool) -> Array:
+def _seen(inputs: _Inputs, row: Array, own: Span, others: Span, settings: _Settings, keys_first: bool) -> Array:
     """Return True where a query sees a key, bool [queries, keys], or [keys, queries] if `keys_first`."""
     query_segments = load(inputs.query_segments, row, own, other=-1)
     key_segments = load(inputs.key_segments, row, others, other=-2)
@@ -139,12 +155,12 @@ def _seen(inputs: _Inputs, row: Array, own: Span, others: Span, settings: Settin
     return seen
 
 
-def _logits(left: Array, right: Array, settings: Settings) -> Array:
+def _logits(left: Array, right: Array, settings: _Settings) -> Array:
     """Return the logits of queries [queries, H] and keys [keys, H], in the order of the two arguments."""
     return dot(left, right, right_axis=1) * (settings.scale * LOG2_E)
 
 
-def _attend(inputs: _Inputs, sinks: Array | None, settings: Settings) -> tuple[Array, Array]:
+def _attend(inputs: _Inputs, sinks: Array | None, settings: _Settings) -> tuple[Array, Array]:
     """Return the attended values, [B, T, N, V], and log2 of the softmax's denominator, float32 [B, N, T]."""
     rows, tokens, num_heads, head_dim = inputs.queries.shape
     num_kv_heads, value_dim = inputs.values.shape[2:]
@@ -208,7 +224,7 @@ def _weight_gradients(
 
 
 def _differentiate_keys(
-    inputs: _Inputs, gradient: Array, log_sums: Array, means: Array, settings: Settings
+    inputs: _Inputs, gradient: Array, log_sums: Array, means: Array, settings: _Settings
 ) -> tuple[Array, Array]:
     """Return the gradients of keys and values, for each tile of keys a sum over the later queries of all its heads."""
     tokens, num_heads, head_dim = inputs.queries.shape[1:]
@@ -256,7 +272,7 @@ def _differentiate_keys(
 
 
 def _differentiate_queries(
-    inputs: _Inputs, gradient: Array, log_sums: Array, means: Array, settings: Settings
+    inputs: _Inputs, gradient: Array, log_sums: Array, means: Array, settings: _Settings
 ) -> Array:
     """Return the gradients of queries, for each tile of them a sum over the earlier keys."""
     rows, tokens, num_heads, head_dim = inputs.queries.shape

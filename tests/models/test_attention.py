@@ -11,6 +11,7 @@ import pytest
 from support.gpu_lowering import LOWERS_TRITON, lowered
 
 from models import attention
+from models.kernels import splash_attention, triton_attention, triton_tiles
 
 NAMES = ("queries", "keys", "values")
 
@@ -95,11 +96,11 @@ def compiled(function, *inputs):
 
 
 def interpreted_kernel(*inputs, **options):
-    return attention._attend_with_kernel(*inputs, **options, interpret=True)
+    return splash_attention.splash_attention(*inputs, **options, interpret=True)
 
 
 def interpreted_triton(*inputs, **options):
-    return attention._attend_with_triton(*inputs, **options, interpret=True)
+    return triton_attention.triton_attention(*inputs, **options, interpret=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -179,13 +180,13 @@ def test_the_gpu_kernel_matches_the_reference(shape, kv_heads):
 
 
 def test_the_tpu_kernel_matches_the_reference_in_two_blocks_with_padding(monkeypatch):
-    monkeypatch.setattr(attention, "KERNEL_MAX_BLOCK", 128)
-    assert attention._kernel_block(250) == (128, 256)
+    monkeypatch.setattr(splash_attention, "MAX_BLOCK", 128)
+    assert splash_attention.block_of(250) == (128, 256)
     assert_matches(interpreted_kernel, (4, 250, 4, 24), 2)
 
 
 def test_the_tpu_kernel_matches_the_reference_in_one_block_with_one_head_per_key_head():
-    assert attention._kernel_block(256) == (256, 256)
+    assert splash_attention.block_of(256) == (256, 256)
     assert_matches(interpreted_kernel, (4, 256, 2, 16), 2)
 
 
@@ -271,8 +272,8 @@ def test_sinks_windows_scales_and_other_values_match_the_reference(
 
 @pytest.mark.parametrize("kernel", [interpreted_kernel, interpreted_triton])
 def test_kernels_with_sinks_a_window_a_scale_and_other_values_match_the_reference(kernel, monkeypatch):
-    monkeypatch.setattr(attention, "KERNEL_MAX_BLOCK", 128)
-    assert attention._kernel_block(300) == (128, 384)  # the last block of queries sees nothing of the first keys
+    monkeypatch.setattr(splash_attention, "MAX_BLOCK", 128)
+    assert splash_attention.block_of(300) == (128, 384)  # the last block of queries sees nothing of the first keys
     *arrays, cotangent = random_arrays((3, 300, 4, 12), 2, value_size=20)
     segments, sinks, options = packed_segments(3, 300), random_sinks(4), {"window": 60, "scale": 0.5}
     real = (segments > 0)[:, :, None, None]
@@ -462,13 +463,13 @@ def test_sinks_and_windows_keep_the_kernel_of_a_gpu_unless_they_are_not_known_wh
 
 
 def test_a_gpu_runs_plain_xla_where_there_is_no_triton(monkeypatch):
-    monkeypatch.setattr(attention, "HAS_TRITON", False)
+    monkeypatch.setattr(triton_tiles, "HAS_TRITON", False)
     text = lowered_text("cuda", 140)
     assert "custom_call" not in text and "dot_general" in text
 
 
 def test_a_gpu_runs_plain_xla_where_heads_are_wide():
-    shape = jax.ShapeDtypeStruct((1, 140, 2, attention.MAX_HEAD_DIM + 8), jnp.float32)
+    shape = jax.ShapeDtypeStruct((1, 140, 2, triton_attention.MAX_HEAD_DIM + 8), jnp.float32)
     segments = jax.ShapeDtypeStruct((1, 140), jnp.int32)
     assert "xla.gpu.triton" not in lowered(attention.attend, "cuda", shape, shape, shape, segments, segments)
 
@@ -482,11 +483,11 @@ def test_query_blocks_are_few_and_large():
 
 def test_kernel_blocks_are_tiles_and_waste_little():
     for tokens in (*range(128, 2100, 7), 8191, 8192, 8193, 30_001):
-        block, padded = attention._kernel_block(tokens)
+        block, padded = splash_attention.block_of(tokens)
         assert block % 128 == 0 and 128 <= block <= 512
         assert padded % block == 0 and padded >= tokens
         assert padded - tokens < 128 * (padded // block)
-    assert attention._kernel_block(8192) == (512, 8192)
+    assert splash_attention.block_of(8192) == (512, 8192)
 
 
 @pytest.mark.parametrize(

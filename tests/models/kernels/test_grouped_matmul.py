@@ -10,12 +10,14 @@ import pytest
 from support.gpu_lowering import LOWERS_TRITON, lowered
 
 from models.kernels import grouped_matmul as grouped
+from models.kernels import megablox_matmul as megablox
+from models.kernels.triton_matmul import triton_matmul
 
 IMPLEMENTATIONS = {
     "chosen": grouped.grouped_matmul,
     "blocks": grouped.block_matmul,
-    "megablox": functools.partial(grouped.megablox_matmul, interpret=True),
-    "triton": functools.partial(grouped.triton_matmul, interpret=True),
+    "megablox": functools.partial(megablox.megablox_matmul, interpret=True),
+    "triton": functools.partial(triton_matmul, interpret=True),
 }
 
 
@@ -71,7 +73,7 @@ def test_matches_one_dense_product_a_group(name, group_sizes, depth, width):
 
 
 def test_several_tiles_along_each_axis(monkeypatch):
-    monkeypatch.setattr(grouped, "_tile_columns", lambda size, longest: 128)
+    monkeypatch.setattr(megablox, "_tile_columns", lambda size, longest: 128)
     inputs = random_inputs((200, 1, 99), 140, 260)
     actual = value_and_gradients(IMPLEMENTATIONS["megablox"], *inputs)
     for array, expected in zip(actual, dense_products(*inputs), strict=True):
@@ -127,13 +129,13 @@ def test_inputs_that_do_not_fit_are_refused(rows, weights, group_sizes, message)
     [(768, 1024, 768), (1536, 1024, 768), (2048, 1024, 1024), (2048, 512, 512), (5, 1024, 128), (1030, 1024, 640)],
 )
 def test_equal_column_tiles_cover_an_axis(size, longest, tile):
-    assert grouped._tile_columns(size, longest) == tile
+    assert megablox._tile_columns(size, longest) == tile
 
 
 def test_row_tiles_shared_by_two_groups_stay_few():
     for rows in (1, 100, 8192, 65536, 2**20):
         for groups in (1, 8, 32, 128):
-            tile = grouped.tile_rows(rows, groups)
+            tile = megablox.tile_rows(rows, groups)
             assert tile in (128, 256, 512)
             assert tile == 128 or (groups - 1) * tile <= rows / 8
 
