@@ -15,6 +15,7 @@ FLAGS = flags(
     prompts=8,
     group_size=4,
     micro_batches=2,
+    epochs=2,  # whichever mini-batch learns first, the routers have moved when the second epoch begins
     steps=2,
     warm_start__steps=0,
     optimizer__warmup_updates=0,
