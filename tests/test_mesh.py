@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.commands import QUICK
 
 pytestmark = pytest.mark.slow
 MESHES = {
@@ -22,7 +23,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def report():
-    flags = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
+    flags = f"--xla_force_host_platform_device_count=8 {QUICK}"
     finished = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "support" / "mesh_program.py"), json.dumps(MESHES)],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

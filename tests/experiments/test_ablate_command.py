@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.commands import QUICK
 
 from experiments import ablate
 from experiments.ablation import jobs
@@ -256,7 +257,7 @@ def begun(out, count):
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_ends_as_one_that_is_left_alone(tmp_path):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TFDS_DATA_DIR": str(tmp_path / "data")}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "TFDS_DATA_DIR": str(tmp_path / "data")}
     alone, killed, two = tmp_path / "alone", tmp_path / "killed", ("--only", "updates=4,seed=0")
     finish(start(alone, environment, *two))
     (killed / "work").mkdir(parents=True)

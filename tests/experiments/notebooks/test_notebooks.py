@@ -14,6 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
+from support.commands import QUICK
 
 from experiments import ablate
 from experiments.ablation.study import plan_study
@@ -187,7 +188,7 @@ def test_notebooks_run_top_to_bottom(name, tmp_path):
         assert text.count(whole) == 1
         text = text.replace(whole, smaller)
     (tmp_path / f"{name}.ipynb").write_text(text)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK}
     arguments = [sys.executable, "-c", RUN_COPY, str(tmp_path), name]
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
