@@ -1,6 +1,6 @@
 """Attention with its parameters: grouped-query attention in the variants of the families, and latent attention.
 
-Both write their part of a cache that holds all layers. This file must never know experts, a sampler or a loss.
+Both write their part of a cache that holds all layers.
 
 Letters: B rows, T tokens, S cache slots, L layers, D hidden size, N heads, K key/value heads, H head size.
 """
@@ -21,12 +21,15 @@ from rspo_jax.sharding import spread
 Array = jax.Array
 
 LATENT_NORM_EPSILON = 1e-6
-"""Of the norms inside latent attention, whatever the model's own is."""
+"""Epsilon of the norms inside latent attention, whatever the model's own is."""
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of all layers. Latent attention keeps what both are made from, with the rotated part of the keys
-    behind it, in `keys` [L, B, 1, S, kv_rank + rotary_dim]; its `values` are empty, [L, B, 1, S, 0]."""
+    """Keys and values of all layers.
+
+    Latent attention keeps the small vectors that both are made from, followed by the rotated part of the keys, in
+    `keys` [L, B, 1, S, kv_rank + rotary_dim]; its `values` are empty, [L, B, 1, S, 0].
+    """
 
     keys: Array
     """[L, B, K, S, H], rotated."""
@@ -35,7 +38,7 @@ class LayerCache(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """What attention of every layer needs besides the layer's own input."""
+    """Inputs of attention that are the same in every layer."""
 
     cosine: Array
     """float32 [B, T, 1, H/2]."""
@@ -44,27 +47,23 @@ class AttentionInputs(NamedTuple):
     segment_ids: Array
     """int32 [B, T]."""
     slot_segment_ids: Array
-    """int32 [B, S] of the cache with these tokens in it; without a cache the same as `segment_ids`."""
+    """int32 [B, S], those of the cache with these tokens in it; without a cache the same as `segment_ids`."""
     first_slot: Array | None
-    """int32 scalar: where the cache takes these tokens. None without a cache."""
+    """int32 scalar, the slot of the cache that takes the first of these tokens. None without a cache."""
 
 
 NO_WINDOW = jnp.iinfo(jnp.int32).max
 
 
 class Variant(NamedTuple):
-    """What makes attention of a layer other than plain; see `models.attention.attend`."""
+    """Options of a layer's attention, as for `models.attention.attend`."""
 
     window: int | None = None
-    """Of a layer that slides."""
+    """Window of a layer that slides."""
     slides: Array | None = None
-    """bool scalar, where layers of one stack differ; None: all of them slide that can."""
+    """bool scalar, True if this layer slides, where layers of one stack differ; None: each with a window does."""
     sinks: Array | None = None
     scale: float | None = None
-
-    @property
-    def traced_window(self) -> Array | int | None:
-        return self.window if self.slides is None else jnp.where(self.slides, jnp.int32(self.window), NO_WINDOW)
 
 
 class Attention(nn.Module):
@@ -81,7 +80,18 @@ class Attention(nn.Module):
         inputs: AttentionInputs,
         slides: Array | None = None,
     ) -> tuple[Array, LayerCache | None]:
-        """x: [B, T, D]; `index` of this layer in the cache; `slides`, bool scalar, where not all layers do."""
+        """Attend within a layer.
+
+        Args:
+          x: [B, T, D].
+          index: int32 scalar, the place of this layer in the cache.
+          cache: the cache of all layers, if there is one.
+          inputs: the inputs that all layers share.
+          slides: bool scalar, True if this layer slides; None if all layers slide or none does.
+
+        Returns:
+          [B, T, D], and the cache with these tokens in it.
+        """
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
         zeros = nn.initializers.zeros_init()
@@ -122,8 +132,8 @@ class Attention(nn.Module):
 class LatentAttentionLayer(nn.Module):
     """Causal attention whose keys and values are made from one small vector a token (DeepSeek-V2, arXiv 2405.04434).
 
-    Decoding never makes the keys and values of earlier tokens again: what the key projection would do to them is done
-    to the query, and what the value projection would do, to what was attended (section 2.1.2).
+    Decoding never makes the keys and values of earlier tokens again: it applies the key projection to the query, and
+    the value projection to the result of attention (section 2.1.2). Arguments are those of `Attention`.
     """
 
     config: TransformerConfig
@@ -176,7 +186,7 @@ class LatentAttentionLayer(nn.Module):
 
 
 class _Up(NamedTuple):
-    """From the small vector to keys and values."""
+    """The projections from small vectors to keys and values."""
 
     key: Array
     """[C, N, P]."""
@@ -184,7 +194,7 @@ class _Up(NamedTuple):
     """[C, N, V]."""
 
     def keys_and_values(self, vectors: Array) -> tuple[Array, Array]:
-        """[B, S, 1, C + R] -> [B, S, N, P + R] and [B, S, N, V]."""
+        """Return keys and values, [B, S, 1, C + R] -> [B, S, N, P + R] and [B, S, N, V]."""
         vector, rotary_key = jnp.split(vectors[:, :, 0], [self.key.shape[0]], axis=-1)
         plain = jnp.einsum("bsc,cnp->bsnp", vector, self.key)
         shared = jnp.broadcast_to(rotary_key[:, :, None], (*plain.shape[:3], rotary_key.shape[-1]))
@@ -201,7 +211,7 @@ def _attend_latent(
     inputs: AttentionInputs,
     variant: Variant,
 ) -> tuple[Array, LayerCache]:
-    """Attention through a cache of small vectors."""
+    """Attend through a cache of small vectors."""
     assert inputs.first_slot is not None
     cache, kept, _ = _through_cache(cache, index, inputs.first_slot, vectors, vectors[..., :0])  # [B, 1, S, C + R]
     segments = (inputs.segment_ids, inputs.slot_segment_ids)
@@ -224,14 +234,17 @@ def _attend(
     inputs: AttentionInputs,
     variant: Variant,
 ) -> tuple[Array, LayerCache | None]:
-    """[B, T, N, H], [B, T, K, H] -> [B, T, N, H of values], through the cache where there is one."""
+    """Attend, [B, T, N, H], [B, T, K, H] -> [B, T, N, H of values], through the cache if there is one."""
     segments = (inputs.segment_ids, inputs.slot_segment_ids)
     if cache is None:
         return _spread_attend(queries, keys, values, *segments, variant), None
     assert inputs.first_slot is not None
     cache, keys, values = _through_cache(cache, index, inputs.first_slot, keys, values)
-    options = {"window": variant.traced_window, "sinks": variant.sinks, "scale": variant.scale}
-    if queries.shape[1] == 1:  # it sees all slots of its segment: the ring holds nothing later
+    window: Array | int | None = variant.window
+    if variant.slides is not None:
+        window = jnp.where(variant.slides, jnp.int32(variant.window), NO_WINDOW)
+    options = {"window": window, "sinks": variant.sinks, "scale": variant.scale}
+    if queries.shape[1] == 1:  # a single token sees all slots of its segment: the ring holds nothing later
         return attend_newest(queries, keys, values, *segments, newest_slot=inputs.first_slot, **options), cache
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     return attend(queries, keys, values, *segments, inputs.first_slot, **options), cache
@@ -240,7 +253,7 @@ def _attend(
 def _spread_attend(
     queries: Array, keys: Array, values: Array, segments: Array, slot_segments: Array, variant: Variant
 ) -> Array:
-    """`attend` on each device's own rows and heads."""
+    """Attend without a cache, each device to its own rows and heads."""
     heads, whole = ("rows", None, "attended_heads", None), ("rows", None)
     arrays = {
         "queries": (queries, heads),
@@ -270,7 +283,7 @@ def _spread_attend(
 def _through_cache(
     cache: LayerCache, layer: Array, first_slot: Array, keys: Array, values: Array
 ) -> tuple[LayerCache, Array, Array]:
-    """Writes the keys and values of one layer, [B, T, K, H], and gives back all that the layer has, [B, K, S, H]."""
+    """Write keys and values of one layer, [B, T, K, H]; return the cache and all that the layer has, [B, K, S, H]."""
 
     def write(stack: Array, new: Array) -> Array:
         heads_first = jnp.swapaxes(new, 1, 2)[None].astype(stack.dtype)

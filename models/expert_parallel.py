@@ -1,10 +1,10 @@
-"""Runs tokens through experts that lie on several devices: each brings its tokens to the experts, and gets them back.
+"""Experts that lie on several devices: each device sends its tokens to them and gets the results back.
 
-The tokens of a batch and the experts of a layer are both split over the mesh axis `expert`. Two ways exist. All-to-all
-sends each assignment (token, expert) to the device of its expert; shapes being static, in rounds of a little more than
-an even share, and as many rounds as the fullest device needs, so that nothing is ever dropped. All-gather brings all
-tokens of the group to all of its devices; that is the faster way for few tokens or two devices. Both give what
-`run_experts` gives on one device. This file must never know a router, a model or its configuration.
+The tokens of a batch and the experts of a layer are both split over the mesh axis `expert`. There are two ways to bring
+them together. All-to-all sends each assignment (token, expert) to the device of its expert. Shapes being static, it
+goes in rounds of a little more than an even share, as many as the fullest device needs, so that nothing is ever
+dropped. All-gather brings all tokens of the group to all of its devices, which is faster for few tokens or two devices.
+Both compute what `models.experts.run_experts` computes on one device.
 
 Letters: n tokens of a device, D hidden size, K experts of a token, P devices along `expert`, e experts of a device,
 F hidden width of an expert (or a device's part of it), C places that a round has for each pair of devices.
@@ -24,31 +24,37 @@ from rspo_jax.sharding import axes_of, check_split, constrain, free_axes, on_eac
 Array = jax.Array
 
 GATHER_UP_TO_DEVICES = 2
-"""All-gather moves (P − 1) · n rows to a device and all-to-all about K · n · (P − 1) / P; but then the products' rows
-have P · n · K places, of which one in P is filled."""
+"""Largest P for which all-gather is used. It moves (P − 1) · n rows to a device, all-to-all about K · n · (P − 1) / P;
+but its products have P · n · K places for rows, of which one in P is filled."""
 GATHER_UP_TO_TOKENS = 64
-"""Of a device. So few, as in decoding, are sent whole rather than sorted by where they go."""
+"""Largest n for which all-gather is used: so few tokens, as in decoding, are not worth sorting by where they go."""
 SLACK = 4
 """A round has room for 1 + 1/SLACK of an even share."""
 
 
 class Layout(NamedTuple):
-    """Which mesh axes split what; empty tuples where nothing does. Static."""
+    """The mesh axes that split tokens and experts; empty tuples where nothing is split. Known while tracing."""
 
     rows: tuple[str, ...]
     tokens: tuple[str, ...]
     experts: tuple[str, ...]
     hidden: tuple[str, ...]
     embed: tuple[str, ...]
-    """Of the hidden size of the experts' gradients; the parameters themselves are whole along it."""
+    """Axes that split the hidden size of the experts' gradients; the parameters themselves are whole along it."""
     num_groups: int
     """P."""
     exchange: bool | None = None
-    """All-to-all or all-gather; None chooses."""
+    """True for all-to-all, False for all-gather; None for the faster one."""
 
     @classmethod
     def in_use(cls, tokens: int, hidden_size: int, exchange: bool | None = None) -> "Layout":
-        """The mesh in use; `tokens` of a row and `hidden_size` stay whole if the mesh does not divide them."""
+        """Return the layout on the mesh in use.
+
+        Args:
+          tokens: tokens of a row; they stay whole if the mesh does not divide them.
+          hidden_size: D, of which the same holds.
+          exchange: the field of this name.
+        """
         return cls(
             rows=axes_of("rows"),
             tokens=split_axes("tokens", tokens),
@@ -60,17 +66,11 @@ class Layout(NamedTuple):
         )
 
     def activations(self) -> PartitionSpec:
+        """Return the spec of arrays [B, T, …]."""
         return PartitionSpec(self.rows or None, self.tokens or None, None)
 
-    def parameters(self, experts: Experts) -> Any:
-        """How the experts lie: a tree of specs like `experts`."""
-        return self._specs(experts, embed=())
-
-    def gradients(self, experts: Experts) -> Any:
-        """How their gradients lie."""
-        return self._specs(experts, self.embed)
-
-    def _specs(self, experts: Experts, embed: tuple[str, ...]) -> Any:
+    def parameters(self, experts: Experts, embed: tuple[str, ...] = ()) -> Any:
+        """Return a tree of specs like `experts`; with `embed`, those of gradients that these axes split along D."""
         first, hidden, split = self.experts or None, self.hidden or None, embed or None
         specs = {
             "gate_up": PartitionSpec(first, split, None, hidden),
@@ -80,8 +80,10 @@ class Layout(NamedTuple):
         return experts._replace(**{name: spec for name, spec in specs.items() if getattr(experts, name) is not None})
 
     def sum_experts(self, gradients: Experts) -> Experts:
-        """Sums over the devices that had tokens of their own for these experts. Where the hidden size of a projection
-        is split, each device gets its own part of the sum."""
+        """Sum gradients over the devices that had tokens of their own for these experts.
+
+        Where the hidden size of a projection is split, each device gets its own part of the sum.
+        """
         bias = gradients.gate_up_bias
         return Experts(
             gate_up=self._sum_rows(gradients.gate_up, 1),
@@ -99,21 +101,21 @@ class Layout(NamedTuple):
         return jax.lax.psum(gradient, axes) if axes else gradient
 
     def sum_hidden(self, partial: Array) -> Array:
-        """Sums over the parts of the experts' hidden layer."""
+        """Sum over the parts of the experts' hidden layer."""
         return jax.lax.psum(partial, self.hidden) if self.hidden else partial
 
 
 def mix_experts(
     x: Array, weights: Array, expert_ids: Array, experts: Experts, activation: Activation = "silu"
 ) -> Array:
-    """`run_experts` on rows of tokens, split over the mesh in use (`jax.set_mesh`) if there is one.
+    """Run the chosen experts of rows of tokens, split over the mesh in use if there is one.
 
     Args:
       x: float [B, T, D].
       weights: float [B, T, K], in the dtype of x.
       expert_ids: int [B, T, K], in [0, E], where E stands for no expert.
-      experts: in the dtype of x.
-      activation: see `models.experts.activate`.
+      experts: the parameters, in the dtype of x.
+      activation: as for `models.experts.activate`.
 
     Returns:
       float [B, T, D]. Differentiable (reverse mode) in x, weights and experts.
@@ -122,9 +124,10 @@ def mix_experts(
       ValueError: if the mesh does not divide rows, experts or their hidden width.
     """
     if not free_axes():
-        return _by_tokens(functools.partial(run_experts, activation=activation), x, weights, expert_ids, experts)
+        return run_experts(*_flatten(x, weights, expert_ids), experts, activation).reshape(x.shape)
     layout = Layout.in_use(x.shape[1], x.shape[2])
-    _check(x, experts.gate_up)
+    check_split("the batch", x.shape, ("rows", None, None))
+    check_split("gate_up", experts.gate_up.shape, ("experts", None, None, "expert_hidden"))
     mixed: Any = _mix_spread(x, weights, expert_ids, experts._replace(down_bias=None), layout, activation)
     return _add_down_bias(mixed, weights, expert_ids, experts.down_bias)
 
@@ -132,18 +135,23 @@ def mix_experts(
 def mix_experts_of_layer(
     x: Array, weights: Array, expert_ids: Array, experts: Experts, layer: Array, activation: Activation = "silu"
 ) -> Array:
-    """`mix_experts` with the experts of one layer of a stack, which have a leading axis L, for decoding."""
-    run = functools.partial(run_experts_of_layer, activation=activation)
+    """Run the chosen experts of one layer of a stack, for decoding; there is no gradient.
+
+    Arguments and errors are those of `mix_experts`, except that `experts` have a leading axis L and may be of any
+    floating dtype, and that `layer`, an int32 scalar, is the index of the layer.
+    """
     if not free_axes():
-        return _by_tokens(run, x, weights, expert_ids, experts, layer)
+        flat = _flatten(x, weights, expert_ids)
+        return run_experts_of_layer(*flat, experts, layer, activation).reshape(x.shape)
     layout = Layout.in_use(x.shape[1], x.shape[2])
-    _check(x, experts.gate_up[0])
+    check_split("the batch", x.shape, ("rows", None, None))
+    check_split("gate_up", experts.gate_up.shape[1:], ("experts", None, None, "expert_hidden"))
 
     def local(x: Array, weights: Array, expert_ids: Array, experts: Experts, layer: Array) -> Array:
         flat = _flatten(x, weights, expert_ids)
-        run_layer = functools.partial(run, layer=layer)
+        run = functools.partial(run_experts_of_layer, layer=layer, activation=activation)
         transport = _Gathered(layout, *flat, experts.down.shape[1]) if layout.experts else _AtHome(*flat)
-        return layout.sum_hidden(transport.forward(run_layer, experts)).reshape(x.shape)
+        return layout.sum_hidden(transport.forward(run, experts)).reshape(x.shape)
 
     spec, rest = layout.activations(), experts._replace(down_bias=None)
     stacks = jax.tree.map(lambda spec: PartitionSpec(None, *spec), layout.parameters(rest))
@@ -155,27 +163,16 @@ def mix_experts_of_layer(
 
 
 def _add_down_bias(mixed: Array, weights: Array, expert_ids: Array, down_bias: Array | None) -> Array:
-    """Where the tokens are, once: small as it is, the bias comes whole to each device."""
+    """Add the bias where the tokens are: small as it is, it comes whole to each device."""
     if down_bias is not None:
         down_bias = constrain(down_bias, None, None)
     return add_down_bias(mixed, weights, expert_ids, down_bias)
 
 
-def _check(x: Array, gate_up: Array) -> None:
-    check_split("the batch", x.shape, ("rows", None, None))
-    check_split("gate_up", gate_up.shape, ("experts", None, None, "expert_hidden"))
-
-
-def _by_tokens(run: Callable[..., Array], x: Array, weights: Array, expert_ids: Array, *parameters: Any) -> Array:
-    return run(*_flatten(x, weights, expert_ids), *parameters).reshape(x.shape)
-
-
 def _flatten(x: Array, weights: Array, expert_ids: Array) -> tuple[Array, Array, Array]:
-    return _rows(x), _rows(weights), _rows(expert_ids)
-
-
-def _rows(array: Array) -> Array:
-    return array.reshape(-1, array.shape[-1])
+    """Turn [B, T, …] into [B·T, …]."""
+    x, weights, expert_ids = (array.reshape(-1, array.shape[-1]) for array in (x, weights, expert_ids))
+    return x, weights, expert_ids
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -212,7 +209,7 @@ def _backward(layout: Layout, activation: Activation, residuals: tuple, output_g
 
     spec, experts = layout.activations(), residuals[3]
     inputs = (spec, spec, spec, layout.parameters(experts), spec)
-    spread = on_each_device(local, inputs, (spec, spec, layout.gradients(experts)))
+    spread = on_each_device(local, inputs, (spec, spec, layout.parameters(experts, layout.embed)))
     of_x, of_weights, of_experts = spread(*residuals, output_gradient)
     return of_x, of_weights, None, of_experts
 
@@ -221,7 +218,7 @@ _mix_spread.defvjp(_forward, _backward)
 
 
 def _transport(layout: Layout, x: Array, weights: Array, expert_ids: Array, own_experts: int) -> Any:
-    """How these tokens get to their experts."""
+    """Return the way in which these tokens get to their experts."""
     if not layout.experts:
         return _AtHome(x, weights, expert_ids)
     few = layout.num_groups <= GATHER_UP_TO_DEVICES or x.shape[0] <= GATHER_UP_TO_TOKENS
@@ -246,7 +243,7 @@ class _AtHome(NamedTuple):
 def _gradients(
     run: Callable[..., Array], x: Array, weights: Array, expert_ids: Array, experts: Experts, output_gradient: Array
 ) -> tuple[Array, Array, Experts]:
-    """Of x, weights and experts; the products of the forward pass that are needed are made again."""
+    """Return the gradients of x, weights and experts; what they need of the forward pass is computed again."""
 
     def mixed(x: Array, weights: Array, experts: Experts) -> Array:
         return run(x, weights, expert_ids, experts)
@@ -255,7 +252,7 @@ def _gradients(
 
 
 class _Gathered(NamedTuple):
-    """All tokens of the group come to every device, which adds what its own experts make of them."""
+    """Every device gets all tokens of the group and runs its own experts; the results are summed over the devices."""
 
     layout: Layout
     x: Array
@@ -264,26 +261,27 @@ class _Gathered(NamedTuple):
     own_experts: int
 
     def _all(self) -> tuple[Array, Array, Array]:
-        """x, weights and own ids of all tokens of the group; the id `own_experts` is an expert elsewhere."""
+        """Return x, weights and own ids of all tokens of the group; the id `own_experts` is an expert elsewhere."""
         gather = functools.partial(jax.lax.all_gather, axis_name=self.layout.experts, tiled=True)
         own = gather(self.expert_ids) - jax.lax.axis_index(self.layout.experts) * self.own_experts
         own = jnp.where((own >= 0) & (own < self.own_experts), own, self.own_experts)
         return gather(self.x), gather(self.weights), own
 
-    def _sum(self, rows: Array) -> Array:
-        return jax.lax.psum_scatter(rows, self.layout.experts, scatter_dimension=0, tiled=True)
-
     def forward(self, run: Callable[..., Array], experts: Experts) -> Array:
-        return self._sum(run(*self._all(), experts))
+        return jax.lax.psum_scatter(run(*self._all(), experts), self.layout.experts, scatter_dimension=0, tiled=True)
 
     def backward(self, run: Callable[..., Array], experts: Experts, output_gradient: Array) -> tuple:
         output_gradient = jax.lax.all_gather(output_gradient, self.layout.experts, tiled=True)
         of_x, of_weights, of_experts = _gradients(run, *self._all(), experts, output_gradient)
-        return self._sum(of_x), self._sum(of_weights), of_experts
+        of_x, of_weights = (
+            jax.lax.psum_scatter(rows, self.layout.experts, scatter_dimension=0, tiled=True)
+            for rows in (of_x, of_weights)
+        )
+        return of_x, of_weights, of_experts
 
 
 class _Round(NamedTuple):
-    """Which assignments one round moves: C places for each of the P devices, in the order of the devices."""
+    """The assignments that one round moves: C places for each of the P devices, in the order of the devices."""
 
     tokens: Array
     """int32 [P·C]: the token of each place; some token where a place is empty."""
@@ -294,33 +292,31 @@ class _Round(NamedTuple):
     places: Array
     """int32 [n·K]: the place of each assignment."""
     moved: Array
-    """bool [n·K]: whether this round moves it."""
+    """bool [n·K]: True if this round moves it."""
 
 
 class _Filled(NamedTuple):
-    """How many of the C places for each device are in use: int32 [P] each."""
+    """Numbers of the C places for each device that are in use, int32 [P] each."""
 
     sent: Array
     came: Array
 
-    def swapped(self) -> "_Filled":
-        """For the way back."""
-        return _Filled(self.came, self.sent)
-
 
 def _swap_all(axes: tuple[str, ...], rows: Array) -> Array:
-    """[P·C, …]: the places for device p go to it, the empty ones too."""
+    """Send the places for each device to it, the empty ones too, [P·C, …]."""
     return jax.lax.all_to_all(rows, axes, split_axis=0, concat_axis=0, tiled=True)
 
 
 def swap_filled(rows: Array, sent: Array, came: Array, axes: tuple[str, ...]) -> Array:
-    """The same, but only places in use go; the others hold anything. For TPUs, which have the operation.
+    """Send the places for each device that are in use to it; what the others hold then is unspecified.
+
+    Only TPUs have this operation.
 
     Args:
       rows: [P·C, …].
-      sent: int32 [P]: how many of the places for each device are in use, the first ones.
-      came: int32 [P]: how many come from each device.
-      axes: of the mesh, with P devices.
+      sent: int32 [P], the number of places for each device that are in use, which are the first ones.
+      came: int32 [P], the number that comes from each device.
+      axes: mesh axes, with P devices.
     """
     places = rows.shape[0] // sent.size
     nothing = jax.lax.empty(rows.shape, rows.dtype)  # the compiler takes 9 ms for 640 MiB of zeros in this layout
@@ -330,7 +326,7 @@ def swap_filled(rows: Array, sent: Array, came: Array, axes: tuple[str, ...]) ->
 
 
 class _Exchanged(NamedTuple):
-    """Each assignment goes to the device of its expert, in rounds."""
+    """Each assignment goes to the device of its expert, and its result comes back, in rounds."""
 
     layout: Layout
     x: Array
@@ -340,13 +336,13 @@ class _Exchanged(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """C: in eighths of an even share, or what a pair can need at most."""
+        """C: an even share with its slack, in multiples of 8, but no more than a pair of devices can need."""
         tokens, per_token = self.expert_ids.shape
         share = -(-tokens * per_token // self.layout.num_groups)
         return min(-(-(share + share // SLACK) // 8) * 8, tokens * min(per_token, self.own_experts))
 
     def _rounds(self) -> tuple[Array, Callable[[Array], _Round]]:
-        """How many rounds there are, the same on all devices, and what a round moves."""
+        """Return the number of rounds, the same on all devices, and a function that makes a round from its index."""
         flat, per_token = self.expert_ids.reshape(-1).astype(jnp.int32), self.expert_ids.shape[1]
         device = flat // self.own_experts
         order = jnp.argsort(device, stable=True).astype(jnp.int32)
@@ -369,13 +365,16 @@ class _Exchanged(NamedTuple):
         return -(-fullest // self.capacity), round_of
 
     def _swap(self, rows: Array, filled: _Filled) -> Array:
-        """[P·C, …]: what place p·C + c held for device p comes to it, at the place of the device that sent it."""
+        """Send each place p·C + c of [P·C, …] to device p, where it takes the place of the device that sent it."""
         axes = self.layout.experts
         return swap_filled(rows, *filled, axes) if platform() == "tpu" else _swap_all(axes, rows)
 
     def _send(self, round_: _Round) -> tuple[Array, Array, Array, _Filled]:
-        """The tokens, weights and ids that came, one assignment a row: [P·C, D], [P·C, 1] and [P·C, 1]; and how full
-        the places for each device are."""
+        """Return the tokens, weights and ids that came, one assignment a row, and how many places are in use.
+
+        Returns:
+          [P·C, D], [P·C, 1], [P·C, 1] and the numbers of places.
+        """
         ids = self.expert_ids.reshape(-1)[round_.assignments] % self.own_experts
         ids = jnp.where(round_.used, ids, self.own_experts).astype(jnp.int32)
         weights = self.weights.reshape(-1)[round_.assignments]
@@ -385,8 +384,11 @@ class _Exchanged(NamedTuple):
         return self._swap(self.x[round_.tokens], filled), weights, ids, filled
 
     def _back(self, rows: Array, round_: _Round, filled: _Filled) -> Array:
-        """[P·C, …] as computed -> [n, K, …] of the assignments that this round moved, 0 for the others."""
-        returned = self._swap(rows, filled)[round_.places]
+        """Send results back: [P·C, …] -> [n, K, …], 0 for assignments that this round has not moved.
+
+        `filled` is that of the way there.
+        """
+        returned = self._swap(rows, _Filled(sent=filled.came, came=filled.sent))[round_.places]
         moved = round_.moved.reshape(-1, *(1,) * (rows.ndim - 1))
         return jnp.where(moved, returned, 0).reshape(*self.expert_ids.shape, *rows.shape[1:])
 
@@ -396,7 +398,7 @@ class _Exchanged(NamedTuple):
         def step(index: Array, mixed: Array) -> Array:
             round_ = round_of(index)
             x, weights, ids, filled = self._send(round_)
-            return mixed + jnp.sum(self._back(run(x, weights, ids, experts), round_, filled.swapped()), axis=1)
+            return mixed + jnp.sum(self._back(run(x, weights, ids, experts), round_, filled), axis=1)
 
         return jax.lax.fori_loop(0, num_rounds, step, jnp.zeros_like(self.x))
 
@@ -408,7 +410,7 @@ class _Exchanged(NamedTuple):
             x, weights, ids, filled = self._send(round_)
             came_back = self._swap(output_gradient[round_.tokens], filled)
             of_x, of_weights, of_experts = _gradients(run, x, weights, ids, experts, came_back)
-            of_x, of_weights = (self._back(rows, round_, filled.swapped()) for rows in (of_x, of_weights))
+            of_x, of_weights = (self._back(rows, round_, filled) for rows in (of_x, of_weights))
             parts = (jnp.sum(of_x, axis=1), of_weights[..., 0], of_experts)
             return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, parts)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from models.config import Stack, TransformerConfig
+from models.config import TransformerConfig
 
 CACHE_AXES = ("layers", "rows", "attended_heads", None, None)
 
@@ -20,7 +20,12 @@ def model_axes(config: TransformerConfig) -> dict[str, Any]:
     """Return a pytree like that of the parameters, with a tuple of axis names, or None for unsplit axes, for each."""
     axes: dict[str, Any] = {"embedding": ("vocabulary", "embed"), "final_norm": NORM}
     for stack in config.stacks:
-        layer = _layer_axes(config, stack)
+        layer: dict[str, Any] = {
+            "attention": _attention_axes(config) if config.latent is None else _latent_axes(config),
+            "attention_norm": NORM,
+            "moe_norm": NORM,
+        }
+        layer |= {"moe": _mixture_axes(config)} if stack.sparse else {"dense": FEED_FORWARD}
         axes[stack.name] = jax.tree.map(lambda names: ("layers", *names), layer, is_leaf=_is_axes)
     return axes if config.tie_embeddings else axes | {"head": ("embed", "vocabulary")}
 
@@ -34,12 +39,6 @@ def router_mask(config: TransformerConfig) -> dict[str, Any]:
 
 def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple)
-
-
-def _layer_axes(config: TransformerConfig, stack: Stack) -> dict[str, Any]:
-    attention = _attention_axes(config) if config.latent is None else _latent_axes(config)
-    mixed = {"moe": _mixture_axes(config)} if stack.sparse else {"dense": FEED_FORWARD}
-    return {"attention": attention, "attention_norm": NORM, "moe_norm": NORM, **mixed}
 
 
 def _attention_axes(config: TransformerConfig) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Routing and the mixture of experts: which experts a token goes through, and with which weights.
+"""Mixture of experts: the choice of the experts that a token goes through, their weights, and the sum of their results.
 
-`choose_experts` is a pure function of router logits and, where it is forced, of the experts to use. This file must
-never know attention, or a loss that looks at the router.
+`choose_experts` is a pure function of router logits and, where a route is forced, of that route.
 """
 
 from typing import NamedTuple
@@ -23,7 +22,7 @@ class Choice(NamedTuple):
     """The K experts of each token."""
 
     weights: Array
-    """float32 [B, T, K]: what their outputs are multiplied by."""
+    """float32 [B, T, K], the factors of their outputs."""
     expert_ids: Array
     """int32 [B, T, K]."""
 
@@ -34,30 +33,23 @@ def choose_experts(
     correction_bias: Array | None = None,
     forced: ForcedRoute | None = None,
 ) -> Choice:
-    """The experts that a token activates.
+    """Choose the experts that each token activates.
+
+    A softmax router takes the K most probable experts; divided by their sum, their weights are the softmax over their
+    logits alone. A sigmoid router (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16) ranks experts by score plus
+    correction, takes the groups whose two best experts have the largest sum, and in them the K best experts; the
+    correction does not enter the weights.
 
     Args:
       router_logits: float32 [B, T, E], the router's bias included.
-      config: `router` says how logits become scores. A softmax router takes the K most probable experts (and divided
-        by their sum, their weights are the softmax over their logits alone). A sigmoid router (DeepSeek-V3, arXiv
-        2412.19437, equations 12 to 16) ranks by score plus correction, takes the groups whose two best are best
-        together, and in them the K best experts; the correction does not enter the weights.
+      config: the model's configuration, whose `router` names the kind of router.
       correction_bias: float32 [E], for a sigmoid router.
-      forced: of one layer, [B, T, K]: the experts to take instead. Groups and correction have no say then, and the
-        weights are made of the scores of these experts as of any others.
+      forced: experts [B, T, K] to take instead. Groups and correction then have no effect, and the weights are made
+        from the scores of these experts, unless they come with weights of their own.
     """
     c = config
-    expert_ids = None if forced is None else forced.expert_ids.astype(jnp.int32)
-    if forced is not None and forced.weights is not None:
-        weights = _divided(forced.weights, c)
-    elif c.router == "softmax":
-        scores = jax.nn.softmax(router_logits, axis=-1)
-        if expert_ids is None:
-            chosen, expert_ids = jax.lax.top_k(scores, c.num_experts_per_token)
-        else:
-            chosen = jnp.take_along_axis(scores, expert_ids, axis=-1)
-        weights = _divided(chosen, c)
-    else:
+    expert_ids, weights = (None, None) if forced is None else (forced.expert_ids.astype(jnp.int32), forced.weights)
+    if c.router == "sigmoid" and weights is None:
         if expert_ids is None:
             assert correction_bias is not None
             ranks = jax.lax.stop_gradient(jax.nn.sigmoid(router_logits) + correction_bias[None, None, :])
@@ -65,19 +57,23 @@ def choose_experts(
         log_scores = jax.nn.log_sigmoid(jnp.take_along_axis(router_logits, expert_ids, axis=-1))
         # Sigmoids divided by their sum; K of them may all be 0 in float32, but not their logarithms.
         weights = jax.nn.softmax(log_scores, axis=-1) if c.normalize_expert_weights else jnp.exp(log_scores)
+    else:
+        if weights is None:
+            scores = jax.nn.softmax(router_logits, axis=-1)
+            if expert_ids is None:
+                weights, expert_ids = jax.lax.top_k(scores, c.num_experts_per_token)
+            else:
+                weights = jnp.take_along_axis(scores, expert_ids, axis=-1)
+        if c.normalize_expert_weights:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     if c.expert_weight_scale != 1.0:
         weights = weights * c.expert_weight_scale
     assert expert_ids is not None
     return Choice(weights, expert_ids)
 
 
-def _divided(scores: Array, config: TransformerConfig) -> Array:
-    """By their sum over the K experts, where the model does so."""
-    return scores / jnp.sum(scores, axis=-1, keepdims=True) if config.normalize_expert_weights else scores
-
-
 def _of_best_groups(ranks: Array, config: TransformerConfig) -> Array:
-    """[B, T, E], −∞ for experts of groups that a token does not use."""
+    """Set the ranks of experts in groups that a token does not use to −∞, [B, T, E]."""
     groups, used = config.router_groups, config.router_groups_per_token
     if used == groups:
         return ranks
@@ -89,7 +85,7 @@ def _of_best_groups(ranks: Array, config: TransformerConfig) -> Array:
 
 
 class MixtureOfExperts(nn.Module):
-    """Routing over SwiGLU experts, and the shared expert if there is one; also returns the router logits."""
+    """A router with its SwiGLU experts, and the shared expert if there is one."""
 
     config: TransformerConfig
 
@@ -97,8 +93,13 @@ class MixtureOfExperts(nn.Module):
     def __call__(
         self, x: Array, layer: Array | None = None, stack: Experts | None = None, forced: ForcedRoute | None = None
     ) -> tuple[Array, Array, Array]:
-        """x: [B, T, D]. For decoding, `stack` holds the experts of all layers and `layer` is this one's index.
-        `forced` is this layer's own.
+        """Route each token and mix the outputs of its experts.
+
+        Args:
+          x: [B, T, D].
+          layer: the index of this layer in `stack`, for decoding.
+          stack: the experts of all layers, for decoding.
+          forced: the forced route of this layer, if there is one.
 
         Returns:
           [B, T, D], the router logits float32 [B, T, E] and the expert ids int32 [B, T, K].
@@ -121,7 +122,13 @@ class MixtureOfExperts(nn.Module):
         else:
             assert layer is not None
             mixed = mix_experts_of_layer(x, weights.astype(dtype), expert_ids, stack, layer, c.activation)
-        return mixed + self._shared(x) if c.shared_expert_size else mixed, router_logits, expert_ids
+        if c.shared_expert_size:
+            shared = FeedForward(c.shared_expert_size, c.dtype, c.param_dtype, name="shared")(x)
+            if c.gate_shared_expert:
+                gate = self.param("shared_gate", fan_in_normal(0), (c.hidden_size,), param_dtype)
+                shared = jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, gate.astype(x.dtype)))[..., None] * shared
+            mixed = mixed + shared
+        return mixed, router_logits, expert_ids
 
     def _experts(self, param_dtype: jnp.dtype) -> Experts:
         c = self.config
@@ -134,11 +141,3 @@ class MixtureOfExperts(nn.Module):
         return Experts(
             gate_up, down, gate_up_bias, self.param("down_bias", zeros, (c.num_experts, c.hidden_size), param_dtype)
         )
-
-    def _shared(self, x: Array) -> Array:
-        c = self.config
-        shared = FeedForward(c.shared_expert_size, c.dtype, c.param_dtype, name="shared")(x)
-        if not c.gate_shared_expert:
-            return shared
-        gate = self.param("shared_gate", fan_in_normal(0), (c.hidden_size,), jnp.dtype(c.param_dtype))
-        return jax.nn.sigmoid(jnp.einsum("btd,d->bt", x, gate.astype(x.dtype)))[..., None] * shared

@@ -1,9 +1,7 @@
-"""A Mixture-of-Experts decoder in Flax Linen: one transformer for all families, whose differences are fields of its
-configuration.
+"""A Mixture-of-Experts decoder in Flax Linen: one transformer for all families, which differ by its configuration.
 
 Parameters are a plain nested dict with the layers stacked on a leading axis, the cache is a plain pytree that goes in
 and comes out, and the router logits of all layers are an output like any other: nothing is sown, nothing is mutable.
-This file must never know a loss, a sampler or a task.
 
 Letters: B rows, T tokens, S cache slots, L layers, D hidden size, N heads, K key/value heads, H head size, E experts.
 """
@@ -33,52 +31,52 @@ READ_IN_FLOAT32 = ("router", "router_bias", "correction_bias", "scale", "sinks")
 
 
 class Cache(NamedTuple):
-    """What decoding remembers: a ring of S slots, in which the newest tokens replace the oldest."""
+    """The state of decoding: a ring of S slots, in which the newest tokens replace the oldest."""
 
     layers: LayerCache
     segment_ids: Array
     """int32 [B, S]; 0 on padding and on slots that are still empty."""
     length: Array
-    """int32 scalar: tokens written so far; the next one goes to slot `length % S`."""
+    """int32 scalar, the number of tokens written so far; the next one goes to slot `length % S`."""
 
 
 class LayerCarry(NamedTuple):
-    """What goes from layer to layer."""
+    """The values that go from layer to layer."""
 
     x: Array
     """[B, T, D]."""
     cache: LayerCache | None
-    """Carried, not sliced, so that a step writes its own tokens and nothing else."""
+    """The cache of all layers. Carried, not sliced, so that a step writes its own tokens and nothing else."""
     reading: Any
-    """Of the router reader."""
+    """The carry of the router reader."""
 
 
 class LayerInputs(NamedTuple):
-    """What one layer is given of arrays that lead with the layers of its stack."""
+    """The inputs of one layer, or with a leading axis those of all layers of a stack."""
 
     index: Array
-    """int32 scalar, among all layers."""
+    """int32 scalar, the layer's place among all layers."""
     index_in_stack: Array
     """int32 scalar."""
     slides: Array | None
     """bool scalar; None in a model in which all layers slide or none does."""
     read_router: Callable[..., tuple[Any, Any]] | None
-    """None without experts, too."""
+    """The router reader's function; None without a reader, and in layers without experts."""
     forced_route: ForcedRoute | None = None
-    """[B, T, K] each; None without experts, too."""
+    """The layer's route, [B, T, K] each; None without one, and in layers without experts."""
 
 
 class SharedInputs(NamedTuple):
-    """What all layers of a stack are given."""
+    """The inputs that all layers of a stack share."""
 
     attention: AttentionInputs
     experts: Experts | None = None
-    """Those of all layers of the stack, in the dtype of the parameters, which decoding reads in place. None without a
-    cache."""
+    """The experts of all layers of the stack, in the dtype of the parameters, which decoding reads in place. None for
+    anything but decoding."""
 
 
 def _look_up(embedding: Array, tokens: Array) -> Array:
-    """Rows of the embedding, [V, D], for tokens [B, T].
+    """Return the rows of the embedding, [V, D], for tokens [B, T].
 
     On a mesh each device looks up its own part of every row for the tokens of all devices that hold the other parts,
     and the parts then go to where the tokens are: the embedding itself never moves.
@@ -163,30 +161,29 @@ class Transformer(nn.Module):
         router_reader: RouterReader | None = None,
         forced_route: ForcedRoute | None = None,
     ) -> ModelOutput:
-        """Scores the next token at every position.
+        """Score the next token at every position.
 
         Args:
           tokens: int32 [B, T], each in [0, V).
           positions: int32 [B, T]; counted within each segment when absent.
           segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment, 0 is padding. All 1 when absent.
-          cache: from `init_cache` or an earlier call; the tokens take its next T slots. A single token may take the
-            slot of the oldest; several must not run over the end of the ring, which cannot be checked in a traced
-            length.
-          router_reader: sees the router logits and the chosen experts of each layer.
+          cache: the result of `init_cache` or of an earlier call; the tokens take its next T slots. A single token may
+            take the slot of the oldest; several must not run over the end of the ring, which cannot be checked while
+            its length is traced.
+          router_reader: a reader of the router logits and the chosen experts of each layer.
           forced_route: the experts of each token in each layer that has any, in place of those the router would choose.
 
         Returns:
           `logits` float32 [B, T, V], `router_logits` float32 [L, B, T, E] (None without experts), `hidden` and `head`,
-          and the cache and the reading where asked for.
+          and the cache and the reading if they were asked for.
 
         Raises:
           ValueError: if the shapes do not fit.
         """
         c = self.config
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-        _check_inputs(tokens, positions, segment_ids, cache)
+        _check_inputs(c, tokens, positions, segment_ids, cache, forced_route)
         if forced_route is not None:
-            _check_route(forced_route, tokens, c)
             forced_route = jax.tree.map(lambda leaf: constrain(leaf, "layers", "rows", "tokens", None), forced_route)
         attention = self._attention_inputs(positions, segment_ids, cache)
         embedding = self.param(
@@ -201,7 +198,11 @@ class Transformer(nn.Module):
         outputs, sparse_before = [], 0
         decodes = tokens.shape[1] == 1 and cache is not None and not self.is_initializing()
         for stack in c.stacks:
-            shared = SharedInputs(attention, self._experts_of(stack) if decodes and stack.sparse else None)
+            shared = SharedInputs(attention)
+            if decodes and stack.sparse:
+                moe = self.variables["params"][stack.name]["moe"]
+                biases = moe.get("gate_up_bias"), moe.get("down_bias")
+                shared = shared._replace(experts=Experts(moe["gate_up"], moe["down"], *biases))
             layers = _layer_inputs(c, stack, (reader.read, forced_route), sparse_before)
             scanned = _scanned_layers(c, stack.length, self.is_initializing())(c, stack.sparse, name=stack.name)
             carry, output = scanned(carry, layers, shared)
@@ -218,13 +219,11 @@ class Transformer(nn.Module):
         if cache is not None:
             assert carry.cache is not None
             cache = Cache(carry.cache, attention.slot_segment_ids, cache.length + tokens.shape[1])
-        router_logits, readings = _joined(outputs)
+        router_logits = readings = None
+        if outputs:  # of all stacks with experts, one after the other
+            router_logits, readings = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
         reading = None if router_reader is None or not outputs else RouterReading(carry.reading, readings)
         return ModelOutput(logits, router_logits, cache, hidden, head, reading)
-
-    def _experts_of(self, stack: Stack) -> Experts:
-        moe = self.variables["params"][stack.name]["moe"]
-        return Experts(moe["gate_up"], moe["down"], moe.get("gate_up_bias"), moe.get("down_bias"))
 
     def _attention_inputs(self, positions: Array | None, segment_ids: Array, cache: Cache | None) -> AttentionInputs:
         first_slot, slot_segment_ids = None, segment_ids
@@ -244,7 +243,7 @@ class Transformer(nn.Module):
         return AttentionInputs(cosine, sine, segment_ids, slot_segment_ids, first_slot)
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
-        """An empty cache for `batch_size` rows of at most `length` tokens, in the dtype of the activations."""
+        """Return an empty cache for `batch_size` rows of at most `length` tokens, in the dtype of the activations."""
         c = self.config
         sizes = (c.num_kv_heads, c.head_dim, c.head_dim)
         if c.latent is not None:
@@ -259,38 +258,47 @@ class Transformer(nn.Module):
         return Cache(LayerCache(*map(zeros, last)), segment_ids, jnp.int32(0))
 
     def repeat_cache(self, cache: Cache, repeats: int) -> Cache:
-        """A cache in which each row of `cache` stands `repeats` times in a row, for several responses to one prompt."""
+        """Return a cache with each row `repeats` times in a row, for several responses to one prompt."""
         rows = jnp.arange(cache.segment_ids.shape[0] * repeats, dtype=jnp.int32) // repeats
         layers = jax.tree.map(lambda leaf: constrain(leaf[:, rows], *CACHE_AXES), cache.layers)
         return Cache(layers, constrain(cache.segment_ids[rows], "rows", None), cache.length)
 
     def cast_params(self, params: dict) -> dict:
-        """The parameters in the dtype of the activations, but for those that are read in their own."""
+        """Cast the parameters to the dtype of the activations, except those that are read in their own."""
         dtype = jnp.dtype(self.config.dtype)
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf if path[-1].key in READ_IN_FLOAT32 else leaf.astype(dtype), params
         )
 
     def param_axes(self) -> dict:
-        """The logical axes of every parameter (`rspo_jax.sharding.RULES`), in a pytree like that of the parameters."""
+        """Return a pytree like that of the parameters with the logical axes of each (`rspo_jax.sharding.RULES`)."""
         return model_axes(self.config)
 
     def router_params(self) -> dict:
-        """Which parameters are the router's, a pytree of bools like that of the parameters: its matrix, its bias and
-        the correction of its choice. The gate of a shared expert chooses nothing and is not one of them."""
+        """Return a pytree of bools like that of the parameters: True for those of the routers.
+
+        These are matrix, bias and the correction of the choice. The gate of a shared expert chooses nothing and is not
+        one of them.
+        """
         return router_mask(self.config)
 
     @property
     def router_score(self) -> RouterScore:
-        """What turns router logits into scores, "softmax" or "sigmoid"."""
+        """The function that turns router logits into scores, "softmax" or "sigmoid"."""
         return self.config.router
 
 
 def _layer_inputs(
     config: TransformerConfig, stack: Stack, by_layer: tuple[Any, ForcedRoute | None], sparse_before: int
 ) -> LayerInputs:
-    """For all layers of a stack, before which stand so many layers with experts. `by_layer` is what the router reader
-    has for all of these, and the forced route."""
+    """Return the inputs of all layers of a stack.
+
+    Args:
+      config: the model's configuration.
+      stack: the stack.
+      by_layer: the router reader's function and the forced route, with leaves that lead with all layers with experts.
+      sparse_before: number of layers with experts before the stack.
+    """
     places = jnp.arange(stack.length, dtype=jnp.int32)
     slides = None
     if 0 < len(config.sliding_layers) < config.num_layers:
@@ -304,14 +312,14 @@ def _layer_inputs(
     return LayerInputs(places + stack.first, places, slides, read, forced)
 
 
-def _joined(outputs: list[Any]) -> tuple[Array | None, Any]:
-    """Router logits and readings of all stacks with experts, one after the other."""
-    if len(outputs) == 1:
-        return outputs[0]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs) if outputs else (None, None)
-
-
-def _check_inputs(tokens: Array, positions: Array | None, segment_ids: Array, cache: Cache | None) -> None:
+def _check_inputs(
+    config: TransformerConfig,
+    tokens: Array,
+    positions: Array | None,
+    segment_ids: Array,
+    cache: Cache | None,
+    route: ForcedRoute | None,
+) -> None:
     if tokens.ndim != 2:
         raise ValueError(f"tokens must have axes [B, T], got shape {tokens.shape}")
     for name, array in (("positions", positions), ("segment_ids", segment_ids)):
@@ -321,9 +329,8 @@ def _check_inputs(tokens: Array, positions: Array | None, segment_ids: Array, ca
         rows, slots = cache.segment_ids.shape
         if rows != tokens.shape[0] or slots < tokens.shape[1]:
             raise ValueError(f"a cache of {rows} rows and {slots} slots cannot take tokens of shape {tokens.shape}")
-
-
-def _check_route(route: ForcedRoute, tokens: Array, config: TransformerConfig) -> None:
+    if route is None:
+        return
     if not config.num_sparse_layers:
         raise ValueError("forced_route says which experts to use, but this model has none: leave it out")
     shape = (config.num_sparse_layers, *tokens.shape, config.num_experts_per_token)
@@ -339,13 +346,9 @@ def _check_route(route: ForcedRoute, tokens: Array, config: TransformerConfig) -
         raise ValueError(f"forced_route.weights must be float32, got {route.weights.dtype}")
 
 
-def init_params(config: TransformerConfig, key: Array) -> dict:
-    """Fresh parameters: a plain nested dict of arrays in `config.param_dtype`."""
-    return _init_params(config, key)
-
-
 @functools.partial(jax.jit, static_argnames="config")
-def _init_params(config: TransformerConfig, key: Array) -> dict:
-    # As many rows as a mesh in use wants; XLA drops what they go through.
+def init_params(config: TransformerConfig, key: Array) -> dict:
+    """Return fresh parameters, a plain nested dict of arrays in `config.param_dtype`."""
+    # As many rows as the mesh in use asks for; XLA drops the computation that they go through.
     tokens = jnp.zeros((parts_of("rows"), 1), jnp.int32)
     return dict(Transformer(config).init(key, tokens)["params"])

@@ -64,7 +64,7 @@ WRITER_FIELDS = {
     "transformers_version",
 }
 """Those among them that a new folder with the same mathematics sets anew or must leave out, as code and further heads
-do not go along."""
+are not copied."""
 SCALING_NAMES = {
     "factor": "factor",
     "original_max_position_embeddings": "original_max_positions",

@@ -33,7 +33,7 @@ COMPANIONS = (
     "tokenizer*.json",
     "vocab.*",
 )
-"""Files that go along from the folder that a model came from: its tokenizer and its settings for generation."""
+"""Files that are copied from the folder that a model came from: its tokenizer and its settings for generation."""
 FLOAT32 = ("correction_bias",)
 """Parameters that stay in float32 whatever the dtype of the others."""
 
@@ -120,7 +120,7 @@ def save_hf(
       folder: the folder to write, absent or empty.
       config: the model's configuration.
       params: the model's parameters, on any mesh.
-      source: the Hugging Face folder that the model was loaded from, if any. Its tokenizer goes along, and so do the
+      source: the Hugging Face folder that the model was loaded from, if any. Its tokenizer is copied, and so are the
         fields of its config.json that do not concern the mathematics.
       dtype: dtype of the weights; that of the parameters when absent.
 

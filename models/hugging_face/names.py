@@ -6,7 +6,7 @@ One list serves all families. A family names only the few tensors that it calls 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from models.config import Stack, TransformerConfig
+from models.config import TransformerConfig
 from models.hugging_face.tensors import Path, Piece, Plan, Within
 
 
@@ -32,21 +32,19 @@ def plan_of(config: TransformerConfig, names: Names) -> Plan:
     if not config.tie_embeddings:
         plan[("head",)] = [Piece("lm_head.weight", "V D -> D V")]
     for stack in config.stacks:
+        # Every layer of the stack has the same tensors, which take its place on the axis of layers.
+        pieces = [
+            (("attention_norm", "scale"), Piece("input_layernorm.weight")),
+            (("moe_norm", "scale"), Piece("post_attention_layernorm.weight")),
+            *(_attention(config) if config.latent is None else _latent_attention(config)),
+            *(_mixture(config, names) if stack.sparse else _feed_forward("mlp", ("dense",))),
+        ]
         for place in range(stack.length):
-            for path, piece in _layer(config, names, stack, place):
-                plan.setdefault((stack.name, *path), []).append(piece)
+            for path, piece in pieces:
+                name = f"model.layers.{stack.first + place}.{piece.name}"
+                of_layer = Piece(name, piece.axes, (place, *piece.at), piece.within)
+                plan.setdefault((stack.name, *path), []).append(of_layer)
     return plan
-
-
-def _layer(config: TransformerConfig, names: Names, stack: Stack, place: int) -> Iterator[tuple[Path, Piece]]:
-    """Yield the pieces of one layer, each with the path of its parameter within the stack."""
-    prefix = f"model.layers.{stack.first + place}"
-    mixed = _mixture(config, names) if stack.sparse else _feed_forward("mlp", ("dense",))
-    attention = _attention(config) if config.latent is None else _latent_attention(config)
-    norms = {"attention_norm": "input_layernorm", "moe_norm": "post_attention_layernorm"}
-    yield from (((ours, "scale"), Piece(f"{prefix}.{theirs}.weight", at=(place,))) for ours, theirs in norms.items())
-    for path, piece in (*attention, *mixed):
-        yield path, Piece(f"{prefix}.{piece.name}", piece.axes, (place, *piece.at), piece.within)
 
 
 def _attention(config: TransformerConfig) -> Iterator[tuple[Path, Piece]]:

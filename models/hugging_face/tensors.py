@@ -204,7 +204,12 @@ def _place(piece: Piece, path: Path, shape: tuple[int, ...]) -> Placed:
     if len(piece.at) > len(shape):
         raise ValueError(f"{where} has more entries in at, {piece.at}, than the parameter has axes")
     at = (*piece.at, *(None,) * (len(shape) - len(piece.at)))
-    ours = tuple(_range_of(entry, size) for entry, size in zip(at, shape, strict=True))
+    ours = []
+    for entry, size in zip(at, shape, strict=True):
+        if isinstance(entry, int):
+            ours.append(range(entry, entry + 1) if 0 <= entry < size else range(0))
+        else:
+            ours.append(range(size) if entry is None else range(size)[entry])
     if not all(len(places) and places.step == 1 for places in ours):
         raise ValueError(f"{where} has at={piece.at}, which is outside the parameter or leaves gaps")
     left = [axis for axis, entry in enumerate(at) if not isinstance(entry, int)]
@@ -232,16 +237,8 @@ def _place(piece: Piece, path: Path, shape: tuple[int, ...]) -> Placed:
         tuple(whole[name] for name in flat_names),
         tuple(axis_of.get(name) for name in flat_names),
         tuple(theirs[name] for name in flat_names),
-        ours,
+        tuple(ours),
     )
-
-
-def _range_of(entry: int | slice | None, size: int) -> range:
-    if entry is None:
-        return range(size)
-    if isinstance(entry, slice):
-        return range(*entry.indices(size))
-    return range(entry, entry + 1) if 0 <= entry < size else range(0)
 
 
 def _check_tensors(pieces: Iterable[Placed]) -> None:
