@@ -85,7 +85,8 @@ def load_balance_reader(fractions: Array, rows: tuple[int, ...], score: RouterSc
     """
     check_choice("score", score, RouterScore)
     fractions = jax.lax.stop_gradient(fractions)
-    return RouterReader(jax.tree_util.Partial(_balance_reads(score), fractions), _empty_sum(rows))
+    start = LayerSum(jnp.zeros(rows, jnp.float32), jnp.float32(0))
+    return RouterReader(jax.tree_util.Partial(_balance_reads(score), fractions), start)
 
 
 def z_loss_reader(rows: tuple[int, ...], score: RouterScore = "softmax") -> RouterReader:
@@ -103,7 +104,8 @@ def z_loss_reader(rows: tuple[int, ...], score: RouterScore = "softmax") -> Rout
     check_choice("score", score, RouterScore)
     if score == "sigmoid":
         raise ValueError("the router z-loss is for softmax routers, and this model's are sigmoid: leave it out")
-    return RouterReader(jax.tree_util.Partial(_read_z_loss), _empty_sum(rows))
+    start = LayerSum(jnp.zeros(rows, jnp.float32), jnp.float32(0))
+    return RouterReader(jax.tree_util.Partial(_read_z_loss), start)
 
 
 def router_loss_of(reading: RouterReading, segment_ids: Array) -> Mean:
@@ -142,10 +144,6 @@ def _balance_reads(score: RouterScore) -> Callable[..., Any]:
 def _read_z_loss(carry: LayerSum, router_logits: Array, expert_ids: Array) -> tuple[LayerSum, None]:
     del expert_ids
     return _add(carry, jax.nn.logsumexp(at_least_float32(router_logits), axis=-1) ** 2), None
-
-
-def _empty_sum(rows: tuple[int, ...]) -> LayerSum:
-    return LayerSum(jnp.zeros(rows, jnp.float32), jnp.float32(0))
 
 
 def _add(carry: LayerSum, values: Array) -> LayerSum:

@@ -123,27 +123,25 @@ def _routing_reads(score: RouterScore) -> Callable[..., Any]:
         )
         stays = common == k
         overlap = common.astype(jnp.float32) / k
-        per_token = (jax.lax.stop_gradient(moved), overlap, stays, _entropy(score, logits))
+
+        # The entropy −Σ p log p of the scores over their sum, [N, T].
+        logits = at_least_float32(logits)
+        log_scores = jax.nn.log_sigmoid(logits) if score == "sigmoid" else logits
+        below = log_scores - jnp.max(log_scores, axis=-1, keepdims=True)
+        scores = jnp.exp(below)
+        total = jnp.sum(scores, axis=-1)
+        entropy = jnp.log(total) - jnp.sum(jnp.where(scores > 0, scores * below, 0), axis=-1) / total
 
         # Tokens of each expert, [N, E], by comparing: a scatter is slow on a TPU.
         chosen = jnp.where(carry.mask[:, None, :], new, -1)
         experts = jnp.arange(logits.shape[-1], dtype=chosen.dtype)[None, :, None, None]
         load = jnp.sum(chosen[:, None] == experts, axis=(-2, -1), dtype=jnp.int32)
 
+        per_token = (jax.lax.stop_gradient(moved), overlap, stays, entropy)
         sums = [jnp.sum(jnp.where(carry.mask, values.astype(jnp.float32), 0), axis=-1) for values in per_token]
         return carry._replace(drift=carry.drift + moved, stays=carry.stays & stays), LayerSums(*sums, load=load)
 
     return read
-
-
-def _entropy(score: RouterScore, router_logits: Array) -> Array:
-    """Return −Σ p log p of the scores over their sum: [N, T, E] -> [N, T]."""
-    logits = at_least_float32(router_logits)
-    log_scores = jax.nn.log_sigmoid(logits) if score == "sigmoid" else logits
-    below = log_scores - jnp.max(log_scores, axis=-1, keepdims=True)
-    scores = jnp.exp(below)
-    total = jnp.sum(scores, axis=-1)
-    return jnp.log(total) - jnp.sum(jnp.where(scores > 0, scores * below, 0), axis=-1) / total
 
 
 def routing_statistics(reading: RouterReading) -> dict[str, Statistic]:
@@ -209,24 +207,21 @@ def ratio_statistics(
       * with a floor, `shifted_sample_size`: the effective sample size of w·max(γ, floor).
     """
     log_ratio = jax.lax.stop_gradient(at_least_float32(log_ratio))
+    percents = jnp.asarray(PERCENTS, jnp.int32)
     statistics: dict[str, Statistic] = {
-        "log_ratio_quantiles": _quantiles(log_ratio, mask),
+        "log_ratio_quantiles": Quantiles(log_ratio.astype(jnp.float32), mask, percents),
         "log_ratio_histogram": histogram(log_ratio, mask, LOG_RATIO_EDGES),
         "effective_sample_size": effective_sample_size(log_ratio, mask),
     }
     if gamma is not None:
         drift = -jnp.log(jax.lax.stop_gradient(gamma).astype(log_ratio.dtype))
         drift = jnp.maximum(drift, 0)  # no −0
-        statistics["drift_quantiles"] = _quantiles(drift, mask)
+        statistics["drift_quantiles"] = Quantiles(drift.astype(jnp.float32), mask, percents)
         statistics["drift_histogram"] = histogram(drift, mask, DRIFT_EDGES)
         if gamma_min is not None:
             shifted = log_ratio - jnp.minimum(drift, -float(np.log(gamma_min)))
             statistics["shifted_sample_size"] = effective_sample_size(shifted, mask)
     return statistics
-
-
-def _quantiles(values: Array, mask: Array) -> Quantiles:
-    return Quantiles(values.astype(jnp.float32), mask, jnp.asarray(PERCENTS, jnp.int32))
 
 
 def mismatch_statistics(log_probs: Array, sampler_log_probs: Array, mask: Array) -> dict[str, Statistic]:
