@@ -10,7 +10,7 @@ from rspo_jax.types import RolloutBatch
 
 
 def is_informative(rewards: np.ndarray) -> np.ndarray:
-    """Return which groups have rewards that differ; the others have no gradient.
+    """Return True for each group whose rewards differ; the others have no gradient.
 
     Args:
       rewards: float [prompts, group].
@@ -36,19 +36,16 @@ def choose_groups(
     group_size = sum(rollout.tokens.shape[0] for rollout in rollouts) // len(informative)
     groups = np.argsort(~informative, kind="stable")[:wanted]
     rows = (groups[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
-    rollout = _take_rows(rollouts, rows)
-    return _mask_rows(rollout, np.repeat(informative[groups], group_size)) if only_informative else rollout
+    return _take_rows(rollouts, rows, np.repeat(informative[groups], group_size) if only_informative else None)
 
 
 @jax.jit
-def _take_rows(rollouts: list[RolloutBatch], rows: ArrayLike) -> RolloutBatch:
+def _take_rows(rollouts: list[RolloutBatch], rows: ArrayLike, kept: ArrayLike | None) -> RolloutBatch:
+    """Return some rows of the rollouts, and mask out those that are not kept; None keeps all."""
+
     def take_from(first: jax.Array, *others: jax.Array) -> jax.Array:
         leaf = jnp.concatenate([first, *others]) if others else first
         return constrain(leaf[rows], "rows", *(None,) * (leaf.ndim - 1))
 
-    return jax.tree.map(take_from, *rollouts)
-
-
-@jax.jit
-def _mask_rows(rollout: RolloutBatch, kept: ArrayLike) -> RolloutBatch:
-    return rollout._replace(mask=rollout.mask & jnp.asarray(kept)[:, None])
+    rollout = jax.tree.map(take_from, *rollouts)
+    return rollout if kept is None else rollout._replace(mask=rollout.mask & jnp.asarray(kept)[:, None])

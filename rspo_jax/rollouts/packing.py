@@ -148,7 +148,9 @@ def plan_packing(
         raise ValueError(f"rows_multiple must be at least 1, got {rows_multiple}")
     placed = [_best_fit(lengths.costs[part], row_length) for part in responses]
     needed = max(int(rows.max()) + 1 for rows, _ in placed)
-    num_rows = _rounded_rows(needed, responses.shape[1], rows_multiple)
+    # One of sixteen sizes between a power of two and the next: few programs, and little waste.
+    size = max((1 << (needed.bit_length() - 1)) // 16 // rows_multiple, 1) * rows_multiple
+    num_rows = min(-(-needed // size) * size, -(-responses.shape[1] // rows_multiple) * rows_multiple)
     rows, offsets = (np.stack(arrays) for arrays in zip(*placed, strict=True))
     return _fill(lengths, responses, rows, offsets, (num_rows, row_length))
 
@@ -296,12 +298,6 @@ def _best_fit(costs: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarra
         if left:
             rows_with[left].append(row)
     return rows, offsets
-
-
-def _rounded_rows(needed: int, responses: int, multiple: int) -> int:
-    """Round to one of sixteen sizes between a power of two and the next: few programs, and little waste."""
-    step = max((1 << (needed.bit_length() - 1)) // 16 // multiple, 1) * multiple
-    return min(-(-needed // step) * step, -(-responses // multiple) * multiple)
 
 
 def _fill(

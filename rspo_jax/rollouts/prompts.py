@@ -52,7 +52,7 @@ class Prompts(NamedTuple):
 def load_problems(task: Task, max_prompt_tokens: int | None = None) -> Problems:
     """Read every split of a task and leave out the problems whose prompts are too long.
 
-    Encodes every prompt once to know its length, which takes minutes on a large data set: load the problems once and
+    Every prompt is encoded once to know its length, which takes minutes on a large data set: load the problems once and
     hand them on.
 
     Args:

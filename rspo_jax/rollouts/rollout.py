@@ -90,7 +90,7 @@ def sample_in_chunks(
 
 
 def refilling_pays(mean_prompt: float, lengths: ResponseLengths) -> bool:
-    """Return whether slots that take the next prompt once they are free are faster than batch after batch.
+    """Return whether refilling free slots of the sampler is faster than drawing batch after batch.
 
     A slot reads its prompt token by token, so a response takes it prompt + response steps; a batch reads all prompts at
     once and takes as many steps as its longest response. Before the first rollout nothing is known, and the answer is

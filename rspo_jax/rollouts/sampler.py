@@ -120,6 +120,8 @@ class _Slots(NamedTuple):
 
 
 class _DecodeState(NamedTuple):
+    """The state of decoding between two steps."""
+
     slots: _Slots
     waiting: Array  # int32 scalar: the first request that no slot has taken yet
     tokens: Array  # int32 [B, R]
@@ -167,39 +169,21 @@ def generate(
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if prompts.ndim != 2 or prompt_mask.shape != prompts.shape:
         raise ValueError(f"prompts and prompt_mask must both be [B, P], got {prompts.shape} and {prompt_mask.shape}")
-    batch_size, width = prompts.shape[0] * repeats, prompts.shape[1]
+    batch_size = prompts.shape[0] * repeats
     if keys.shape != (batch_size,):
         raise ValueError(
             f"{batch_size} responses need as many keys, [{batch_size}]; got shape {keys.shape}: "
             "make them with jax.random.split(key, number of responses)"
         )
-    num_slots = min(config.slots or batch_size, batch_size)
     prompts, prompt_mask = (constrain(array, "rows", None) for array in (prompts, prompt_mask))
     requests = _Requests(prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), keys, repeats)
     model = _Model(policy, params, record_route)
-    # The cache is a ring as long as the longest sequence, whatever it held before.
-    prefill = _prefill(model, requests, prompt_mask, num_slots, width + config.max_new_tokens)
-    start = _DecodeState(
-        slots=_first_slots(requests, num_slots),
-        waiting=jnp.int32(num_slots),
-        tokens=jnp.full((batch_size, config.max_new_tokens), pad_id, jnp.int32),
-        log_probs=jnp.zeros((batch_size, config.max_new_tokens), jnp.float32),
-        lengths=jnp.zeros(batch_size, jnp.int32),
-        cache=prefill.cache,
-        route=None if prefill.route is None else _first_route(prefill.route, batch_size, config.max_new_tokens),
-    )
     take_in = functools.partial(_take_in, requests=requests, config=config, stop_tokens=stop_tokens)
 
     def decode(state: _DecodeState) -> _DecodeState:
-        slots, inputs = _next_inputs(state.slots, requests)
-        segment_ids = jnp.where(slots.active, slots.segment, 0)[:, None]
-        inputs = jnp.where(slots.active, inputs, pad_id)
-        read = model.read(inputs[:, None], segment_ids, state.cache)
-        if read.route is not None:
-            state = state._replace(route=_note_route(state, requests, read.route[:, 0]))
-        return take_in(state._replace(slots=slots, cache=read.cache), read.logits)
+        return take_in(*_read_next(state, model, requests, pad_id))
 
-    first = take_in(start, prefill.logits)
+    first = take_in(*_prefill(model, requests, prompt_mask, config, pad_id))
     end = jax.lax.while_loop(lambda state: jnp.any(state.slots.active), decode, first)
     mask = jnp.arange(config.max_new_tokens, dtype=jnp.int32)[None, :] < end.lengths[:, None]
     samples = Samples(*(constrain(array, "rows", None) for array in (end.tokens, mask, end.log_probs)))
@@ -208,66 +192,72 @@ def generate(
     return samples._replace(route=constrain(jnp.transpose(end.route, (0, 2, 3, 1)), *ROUTE_AXES))
 
 
-def _prefill(model: _Model, requests: _Requests, prompt_mask: Array, num_slots: int, length: int) -> _Read:
-    """Read the prompts of the first slots into a cache of the given length."""
+def _prefill(
+    model: _Model, requests: _Requests, prompt_mask: Array, config: SamplerConfig, pad_id: int
+) -> tuple[_DecodeState, Array]:
+    """Read the prompts of the first slots; return the first state and the logits [slots, V] of the first tokens."""
+    batch_size, (width, response_width) = requests.count, (requests.prompts.shape[1], config.max_new_tokens)
+    num_slots = min(config.slots or batch_size, batch_size)
     num_prompts = -(-num_slots // requests.repeats)
     shared = num_slots % requests.repeats == 0  # else one prompt's responses do not all begin at once
     rows = jnp.arange(num_prompts) if shared else requests.prompt_of(jnp.arange(num_slots))
-    cache = model.policy.init_cache(rows.size, length)
+    # The cache is a ring as long as the longest sequence, whatever it held before.
+    cache = model.policy.init_cache(rows.size, width + response_width)
     segment_ids = prompt_mask[rows].astype(jnp.int32)
-    logits, cache, route = model.read(requests.prompts[rows], segment_ids, cache)
-    if route is not None:
-        route = jnp.where(prompt_mask[rows][:, :, None, None], route, 0)
+    logits, cache, prompt_route = model.read(requests.prompts[rows], segment_ids, cache)
+    if prompt_route is not None:
+        prompt_route = jnp.where(prompt_mask[rows][:, :, None, None], prompt_route, 0)
     if shared and requests.repeats > 1:
-        # An index, not `jnp.repeat`: with that, XLA's compiler for CPUs comes to no end at some vocabulary sizes.
+        # An index, not `jnp.repeat`: with that, XLA's compiler for CPUs never finishes at some vocabulary sizes.
         prompt_of_slot = requests.prompt_of(jnp.arange(num_slots))
-        route = None if route is None else route[prompt_of_slot]
-        return _Read(logits[prompt_of_slot], model.policy.repeat_cache(cache, requests.repeats), route)
-    return _Read(logits, cache, route)
-
-
-def _first_route(prompt_route: Array, batch_size: int, response_width: int) -> Array:
-    """Return the experts of the tokens read so far, [B, P + R − 1, L, K], given those of the first slots' prompts."""
-    num_slots, width, *rest = prompt_route.shape
-    route = jnp.zeros((batch_size, width + response_width - 1, *rest), prompt_route.dtype)
-    return constrain(route.at[:num_slots, :width].set(prompt_route), "rows", None, None, None)
-
-
-def _note_route(state: _DecodeState, requests: _Requests, token_route: Array) -> Array:
-    """Record the experts of the token that each slot has just read, [slots, L, K], at its column in prompt + response.
-
-    The state is the one from before the token was read.
-    """
-    assert state.route is not None
-    slots, width = state.slots, requests.prompts.shape[1]
-    unread = requests.prompt_lengths[requests.prompt_of(slots.request)] - slots.fed
-    column = jnp.where(unread > 0, width - unread, width + slots.drawn - 1)
-    row = jnp.where(slots.active, slots.request, requests.count)  # out of bounds is dropped
-    return state.route.at[row, column].set(token_route, mode="drop")
-
-
-def _first_slots(requests: _Requests, num_slots: int) -> _Slots:
-    """Return the slots after a prefill of the first prompts."""
+        prompt_route = None if prompt_route is None else prompt_route[prompt_of_slot]
+        logits, cache = logits[prompt_of_slot], model.policy.repeat_cache(cache, requests.repeats)
     ones, zeros = jnp.ones(num_slots, jnp.int32), jnp.zeros(num_slots, jnp.int32)
     request = jnp.arange(num_slots, dtype=jnp.int32)
-    return _Slots(
-        request=request,
-        active=ones.astype(bool),
-        segment=ones,
-        fed=requests.prompt_lengths[requests.prompt_of(request)],
-        drawn=zeros,
-        last_token=zeros,
+    state = _DecodeState(
+        slots=_Slots(
+            request=request,
+            active=ones.astype(bool),
+            segment=ones,
+            fed=requests.prompt_lengths[requests.prompt_of(request)],
+            drawn=zeros,
+            last_token=zeros,
+        ),
+        waiting=jnp.int32(num_slots),
+        tokens=jnp.full((batch_size, response_width), pad_id, jnp.int32),
+        log_probs=jnp.zeros((batch_size, response_width), jnp.float32),
+        lengths=jnp.zeros(batch_size, jnp.int32),
+        cache=cache,
+        route=None,
     )
+    if prompt_route is not None:
+        route = jnp.zeros((batch_size, width + response_width - 1, *prompt_route.shape[2:]), prompt_route.dtype)
+        route = constrain(route.at[:num_slots, :width].set(prompt_route), "rows", None, None, None)
+        state = state._replace(route=route)
+    return state, logits
 
 
-def _next_inputs(slots: _Slots, requests: _Requests) -> tuple[_Slots, Array]:
-    """Return the token that each slot reads next: the rest of its prompt first, then the token it drew last."""
+def _read_next(state: _DecodeState, model: _Model, requests: _Requests, pad_id: int) -> tuple[_DecodeState, Array]:
+    """Read one token in every slot; return the state after it and the logits [slots, V] of the next token."""
+    slots, width = state.slots, requests.prompts.shape[1]
+    # The rest of the prompt comes first, then the token drawn last.
     prompt = requests.prompt_of(slots.request)
     prompt_length = requests.prompt_lengths[prompt]
     feeding = slots.fed < prompt_length
-    column = jnp.minimum(requests.prompts.shape[1] - prompt_length + slots.fed, requests.prompts.shape[1] - 1)
+    column = jnp.minimum(width - prompt_length + slots.fed, width - 1)
     inputs = jnp.where(feeding, requests.prompts[prompt, column], slots.last_token)
-    return slots._replace(fed=slots.fed + feeding.astype(jnp.int32)), inputs
+    segment_ids = jnp.where(slots.active, slots.segment, 0)[:, None]
+    inputs = jnp.where(slots.active, inputs, pad_id)
+    logits, cache, token_route = model.read(inputs[:, None], segment_ids, state.cache)
+    route = state.route
+    if route is not None and token_route is not None:
+        # Record the token's experts at its column in prompt + response.
+        unread = prompt_length - slots.fed
+        column = jnp.where(unread > 0, width - unread, width + slots.drawn - 1)
+        row = jnp.where(slots.active, slots.request, requests.count)  # out of bounds is dropped
+        route = route.at[row, column].set(token_route[:, 0], mode="drop")
+    slots = slots._replace(fed=slots.fed + feeding.astype(jnp.int32))
+    return state._replace(slots=slots, cache=cache, route=route), logits
 
 
 def _take_in(
