@@ -188,7 +188,7 @@ def _spread(
 class _Blocks(NamedTuple):
     """A division of this device's vocabulary into `number` blocks of `columns` columns.
 
-    The last block is moved left until it fits, so it meets the last columns of the block before it again.
+    The last block is moved left until it fits, so that it overlaps the block before it.
     """
 
     columns: int
@@ -320,7 +320,7 @@ def _gradients(
 
     def visit(index: Array | int, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden_gradient, head_gradient = gradients
-        # From the last block to the first: columns that two blocks meet are last written by the one that owns them.
+        # From the last block to the first: where two blocks overlap, the one that owns the columns writes them last.
         block = blocks.number - 1 - index
         part, logits = blocks.logits(block, hidden, head, settings.temperature)
         log_probs = logits - maximum[..., None] - log_sum[..., None]
