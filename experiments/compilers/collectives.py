@@ -57,12 +57,6 @@ def kind_of(instruction: Instruction) -> CollectiveKind | None:
     return next((kind for kind in get_args(CollectiveKind) if kind == opcode), None)
 
 
-def is_scattered(computation: Computation, all_reduce: Instruction) -> bool:
-    """Return whether a fusion is the TPU compiler's reduce-scatter: each device keeps a slice of an all-reduce."""
-    root = computation.root
-    return root.opcode == "dynamic-slice" and root.operands[:1] == (all_reduce.name,)
-
-
 def read_collective(
     computation: Computation, instruction: Instruction, mesh: Mapping[str, int], is_fused: bool = False
 ) -> Collective:
@@ -79,8 +73,11 @@ def read_collective(
     operands = [array for operand in computation.operands(instruction) for array in operand.arrays]
     if kind == "ragged-all-to-all":  # the other operands are the output's buffer, offsets and sizes
         operands = operands[:1]
-    if kind == "all-reduce" and is_fused and is_scattered(computation, instruction):
-        kind = "reduce-scatter"
+    if kind == "all-reduce" and is_fused:
+        # The TPU compiler's reduce-scatter is such a fusion: each device keeps a slice of the all-reduce.
+        root = computation.root
+        if root.opcode == "dynamic-slice" and root.operands[:1] == (instruction.name,):
+            kind = "reduce-scatter"
     size = sum(array.bytes for array in operands)
     shape = ", ".join(f"{array.dtype}[{','.join(map(str, array.dims))}]" for array in operands[:3])
     shape += f" and {len(operands) - 3} more" if len(operands) > 3 else ""
@@ -92,20 +89,17 @@ def read_collective(
         axes, received = _axes(moving, mesh), share * size
     else:
         groups = _groups(instruction, mesh)
-        axes, received = _axes(groups, mesh), _received(kind, size, groups.shape[1])
+        axes, group = _axes(groups, mesh), groups.shape[1]
+        match kind:
+            case "all-gather":
+                received = size * (group - 1)
+            case "all-reduce":
+                received = 2 * size * (group - 1) / group
+            case "collective-broadcast":
+                received = size
+            case _:
+                received = size * (group - 1) / group
     return Collective(kind, axes, received, 1, shape, instruction.op_name)
-
-
-def _received(kind: CollectiveKind, size: float, group: int) -> float:
-    """Return the bytes that a device receives, in the convention of this module."""
-    match kind:
-        case "all-gather":
-            return size * (group - 1)
-        case "all-reduce":
-            return 2 * size * (group - 1) / group
-        case "collective-broadcast":
-            return size
-    return size * (group - 1) / group
 
 
 def _groups(instruction: Instruction, mesh: Mapping[str, int]) -> np.ndarray:

@@ -77,7 +77,7 @@ class Work:
         return replace(self, collectives=moved, **numbers)
 
     def by_collective(self) -> dict[tuple[str, tuple[str, ...]], float]:
-        """Return (kind, axes) -> bytes that a device receives, the most first."""
+        """Return (kind, axes) -> bytes that a device receives, largest first."""
         sums: dict[tuple[str, tuple[str, ...]], float] = {}
         for moved in self.collectives:
             sums[moved.kind, moved.axes] = sums.get((moved.kind, moved.axes), 0.0) + moved.total_bytes
@@ -183,25 +183,21 @@ def _arithmetic(program: Program, computation: Computation, instruction: Instruc
         case "reduce":
             terms = operands[0].arrays[0].elements - elements
         case "reduce-window":
-            terms = _window_terms(instruction, operands[0].arrays[0].dims)
+            # The additions of a sliding reduction; a window that always covers a whole axis reduces it only once.
+            window = re.search(r"size=([\dx]+)", instruction.attributes)
+            inputs, outputs = operands[0].arrays[0].dims, instruction.arrays[0].dims
+            sizes = [int(size) for size in window[1].split("x")] if window else [1] * len(outputs)
+            results, met = 1, 1
+            for size, before, after in zip(sizes, inputs, outputs, strict=True):
+                is_whole = before == after > 1 and size >= 2 * before - 1
+                results, met = results * (1 if is_whole else after), met * (before if is_whole else size)
+            terms = float(results * (met - 1))
         case "scatter":
             terms = operands[-1].arrays[0].elements
         case _:
             return Work()
     inner = program.computations[instruction.callee].instructions.values()
     return Work(elementwise_flops=float(terms * sum(step.opcode in ELEMENTWISE for step in inner)))
-
-
-def _window_terms(instruction: Instruction, inputs: tuple[int, ...]) -> float:
-    """Return the additions of a sliding reduction; a window that always covers a whole axis reduces it only once."""
-    window = re.search(r"size=([\dx]+)", instruction.attributes)
-    outputs = instruction.arrays[0].dims
-    sizes = [int(size) for size in window[1].split("x")] if window else [1] * len(outputs)
-    results, met = 1, 1
-    for size, before, after in zip(sizes, inputs, outputs, strict=True):
-        is_whole = before == after > 1 and size >= 2 * before - 1
-        results, met = results * (1 if is_whole else after), met * (before if is_whole else size)
-    return float(results * (met - 1))
 
 
 @dataclass(frozen=True)
@@ -221,18 +217,6 @@ class _Window:
         return int(np.sum((place >= 0) & (place % self.lhs_dilate == 0) & (place // self.lhs_dilate < inputs)))
 
 
-def _windows(text: str, axes: int) -> list[_Window]:
-    """Parse `{size=8x1 stride=1x1 pad=7_7x0_0 lhs_dilate=.. rhs_dilate=.. rhs_reversal=..}`."""
-    fields = dict(part.split("=") for part in text.strip("{}").split() if "=" in part)
-
-    def column(name: str, default: int) -> list[int]:
-        return [int(part.split("_")[0]) for part in fields[name].split("x")] if name in fields else [default] * axes
-
-    columns = [column("size", 1), column("stride", 1), column("pad", 0)]
-    columns += [column("lhs_dilate", 1), column("rhs_dilate", 1)]
-    return [_Window(*values) for values in zip(*columns, strict=True)]
-
-
 def _convolution_flops(instruction: Instruction, inputs: tuple[int, ...], kernel: tuple[int, ...]) -> float:
     """Return two FLOPs for each product that is not with padding, as XLA counts them.
 
@@ -243,8 +227,14 @@ def _convolution_flops(instruction: Instruction, inputs: tuple[int, ...], kernel
     of_input, _, of_output = labels.groups()
     outputs = instruction.arrays[0].dims
     axes = sorted(label for label in of_input if label.isdigit())
-    window = re.search(r"window=(\{[^}]*\})", instruction.attributes)
-    windows = _windows(window[1] if window else "", len(axes))
+    # {size=8x1 stride=1x1 pad=7_7x0_0 lhs_dilate=.. rhs_dilate=.. rhs_reversal=..}, of which any may be left out
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    fields = dict(part.split("=") for part in (window[1] if window else "").split() if "=" in part)
+    columns = [
+        [int(part.split("_")[0]) for part in fields[name].split("x")] if name in fields else [default] * len(axes)
+        for name, default in (("size", 1), ("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+    ]
+    windows = [_Window(*values) for values in zip(*columns, strict=True)]
     pairs = math.prod(
         found.valid_pairs(inputs[of_input.index(axis)], outputs[of_output.index(axis)])
         for axis, found in zip(axes, windows, strict=True)
