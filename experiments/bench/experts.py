@@ -68,11 +68,6 @@ RunExperts = Callable[[Array, Array, Array, Experts], Array]
 """(x [N, D], weights [N, K], expert_ids [N, K], experts) -> [N, D]."""
 
 
-def expert_block(run: RunExperts, experts_per_token: int, parameters: Block, x: Array) -> Array:
-    """Run router, top-K and the chosen experts: [N, D] -> [N, D]."""
-    return run(x, *top_experts(parameters.router, x, experts_per_token), parameters.experts)
-
-
 def run_ragged_experts(x: Array, weights: Array, expert_ids: Array, experts: Experts) -> Array:
     """Compute `models.experts.run_experts` by `jax.lax.ragged_dot`, for comparison."""
     experts_per_token = weights.shape[1]
@@ -110,7 +105,7 @@ def programs(b: BlockSize, seed: int, ragged_dot: bool, biases: bool) -> dict[st
     }
 
     def block_of(run: RunExperts) -> Callable[..., Array]:
-        return functools.partial(expert_block, run, b.experts_per_token)
+        return lambda parameters, x: run(x, *top_experts(parameters.router, x, b.experts_per_token), parameters.experts)
 
     blocks: dict[str, tuple[Callable[..., Array], Any]] = {
         "dense": (dense_block, dense),

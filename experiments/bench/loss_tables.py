@@ -93,7 +93,15 @@ def show_step(console: rich.console.Console, case: dict[str, Any], topology: str
         rows = [row for row in case["programs"] if row["direction"] == direction]
         title = " · ".join(filter(None, (_title(case), direction, where)))
         programs = [row for row in rows if not row["is_control"]]
-        console.print(_step_costs(title, programs, _STEP_COLUMNS if topology else _STEP_COLUMNS[:-1]))
+        columns = _STEP_COLUMNS if topology else _STEP_COLUMNS[:-1]
+        table = _table(title, ("program", "compile s", *(column.title for column in columns)))
+        for row in programs:
+            table.add_row(name_of(row), f"{row['compile_seconds']:.1f}", *_step_cells(row["analysis"], columns))
+        for row in programs[1:]:
+            name, excess = f"{programs[0]['objective']} − {row['objective']}", row["first_minus_this"]
+            table.add_row(name, "", *_step_cells(excess, columns))
+            table.add_row(f"{name}, %", "", *_percentages(programs[0]["analysis"], row["analysis"], columns))
+        console.print(table)
         if "seconds" in rows[0]:
             console.print(_step_times(title, rows, case["shape"]["batch"] * case["shape"]["tokens"]))
             for row in rows[1:]:
@@ -114,17 +122,6 @@ def show_step(console: rich.console.Console, case: dict[str, Any], topology: str
         "optimizer. Memory is that of all layers. A program without γ is given no route and keeps none.",
         style="dim",
     )
-
-
-def _step_costs(title: str, rows: list[dict[str, Any]], columns: tuple[_Column, ...]) -> rich.table.Table:
-    table = _table(title, ("program", "compile s", *(column.title for column in columns)))
-    for row in rows:
-        table.add_row(name_of(row), f"{row['compile_seconds']:.1f}", *_step_cells(row["analysis"], columns))
-    for row in rows[1:]:
-        name, excess = f"{rows[0]['objective']} − {row['objective']}", row["first_minus_this"]
-        table.add_row(name, "", *_step_cells(excess, columns))
-        table.add_row(f"{name}, %", "", *_percentages(rows[0]["analysis"], row["analysis"], columns))
-    return table
 
 
 def _step_times(title: str, rows: list[dict[str, Any]], tokens: int) -> rich.table.Table:

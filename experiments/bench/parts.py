@@ -122,7 +122,7 @@ def experts(b: PartsBenchmark, compiler: Compiler) -> Iterator[Figure]:
             ours = block_of(run_experts, b.experts_per_token)
             if compiler.is_gpu:
                 plain = block_of(run_ragged_experts, b.experts_per_token)
-                mebibytes = [compiler.mebibytes(form, *arguments) for form in (ours, plain)]
+                mebibytes = [compiler.mebibytes(block, *arguments) for block in (ours, plain)]
                 yield Figure("experts", form, "temporary MiB", *mebibytes)
                 yield from compiler.kernels("experts", form, ours, *arguments)
                 continue

@@ -34,7 +34,7 @@ class RefillBenchmark:
     prompt_tokens: int = 8
     max_new_tokens: int = 128
     stop_tokens: tuple[int, ...] = (16, 4, 2, 1)
-    """Number of the 32 tokens that end a response, one case each: the mean length is about 32 by that."""
+    """Numbers of tokens, of 32, that end a response, one case each; the mean length is about 32 over that number."""
     repeats: int = 5
     seed: int = 0
 

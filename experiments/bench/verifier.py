@@ -71,19 +71,6 @@ def reference_items(data: Path, name: str) -> list[Item]:
     return [(problem.answer, problem.solution, True) for problem in read_problems(str(data / FILES[name]), name)]
 
 
-def file_items(data: Path, name: str) -> list[Item]:
-    """Return the solutions as the file has them, whose answers need no box."""
-    problems = read_problems(str(data / FILES[name]), name)
-    records = [json.loads(line) for line in (data / FILES[name]).read_text(encoding="utf-8").splitlines()]
-    texts = [record[SETS[name].solution] for record in records]
-    return [(problem.answer, text, False) for problem, text in zip(problems, texts, strict=True)]
-
-
-def own_items(problems: Sequence[Problem]) -> list[Item]:
-    """Return each problem with its own answer."""
-    return [(problem.answer, f"It is $\\boxed{{{problem.answer}}}$.", True) for problem in problems]
-
-
 def foreign_items(problems: Sequence[Problem]) -> Iterator[Item]:
     """Yield each problem with the answer of the next one, in a circle, that differs from its own in text and value."""
     for index, problem in enumerate(problems):
@@ -126,15 +113,18 @@ def judge_items(pool: WorkerPool, name: str, kind: str, items: Sequence[Item], r
 def checks_of(pool: WorkerPool, data: Path, name: str) -> list[Check]:
     """Judge a set in every way that is counted."""
     problems = read_problems(str(data / FILES[name]), name)
+    own_items = [(problem.answer, f"It is $\\boxed{{{problem.answer}}}$.", True) for problem in problems]
     results = [
-        judge_items(pool, name, "answers, right against themselves", own_items(problems), True),
+        judge_items(pool, name, "answers, right against themselves", own_items, True),
         judge_items(pool, name, "reference solutions, right", reference_items(data, name), True),
         judge_items(pool, name, "answers of another problem, wrong", list(foreign_items(problems)), False),
     ]
     if name == "gsm8k":
-        results.append(
-            judge_items(pool, name, "reference solutions as in the file, right", file_items(data, name), True)
-        )
+        # Once more as the file has them: their answers need no box.
+        records = [json.loads(line) for line in (data / FILES[name]).read_text(encoding="utf-8").splitlines()]
+        texts = [record[SETS[name].solution] for record in records]
+        items = [(problem.answer, text, False) for problem, text in zip(problems, texts, strict=True)]
+        results.append(judge_items(pool, name, "reference solutions as in the file, right", items, True))
     return results
 
 
