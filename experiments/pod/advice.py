@@ -27,7 +27,7 @@ def micro_batches(setting: Setting, mesh: Mapping[str, int]) -> list[int]:
 
 
 def advise(figures: dict[str, Any], setting: Setting, mesh: Mapping[str, int]) -> list[str]:
-    """Return sentences with the bytes that each change frees, the most first; "enough" marks those that suffice.
+    """Return sentences with the bytes that each change frees, largest first; "enough" marks those that suffice.
 
     Args:
       figures: the figures of a program that does not fit, from `analysis.analyse`.
@@ -35,10 +35,7 @@ def advise(figures: dict[str, Any], setting: Setting, mesh: Mapping[str, int]) -
       mesh: axis -> size.
     """
     held, missing = figures["memory"], missing_bytes(figures)
-    if figures["program"] in (PREFILL, DECODE):
-        changes = _changes_to_draw(held, setting, mesh)
-    else:
-        changes = _changes_to_learn(held, missing, setting, mesh, figures["program"])
+    changes = _changes(held, missing, setting, mesh, figures["program"])
     found = sorted(changes, key=lambda item: -item[0])
     return [
         f"{sentence}: about {freed / 2**30:.1f} GiB{', enough' if freed >= missing else ''}"
@@ -51,10 +48,17 @@ Change = tuple[float, str]
 """Bytes that a change frees, and the change in words."""
 
 
-def _changes_to_learn(
+def _changes(
     held: Mapping[str, int], missing: int, setting: Setting, mesh: Mapping[str, int], program: str
 ) -> Iterator[Change]:
-    """Yield changes for scoring and updating."""
+    """Yield the changes that would help a program."""
+    if program in (PREFILL, DECODE):
+        # The sampler's experts are split along `expert` only.
+        if setting.model.num_experts % (2 * mesh["expert"]) == 0 and mesh["fsdp"] % 2 == 0:
+            yield held["parameters"] / 2, f"--mesh.expert {2 * mesh['expert']} --mesh.fsdp {mesh['fsdp'] // 2}"
+        # Prefill returns the cache, decode takes it as an argument.
+        yield max(held["kv_cache"], held["results"]) / 2, "half as many responses at once (SamplerConfig.slots)"
+        return
     # The temporaries of an update hold a gradient for each parameter, and a copy of float32 parameters in bfloat16,
     # made ahead of the layers. The rest grows with the rows.
     state = held["parameters"] + held["optimizer"]
@@ -76,11 +80,3 @@ def _changes_to_learn(
     if held["route"]:
         yield held["route"], "the old route on the host (LearnerConfig.route_on_host)"
     yield (state + held["activations"]) / 2, "a pod of twice the size"
-
-
-def _changes_to_draw(held: Mapping[str, int], setting: Setting, mesh: Mapping[str, int]) -> Iterator[Change]:
-    """Yield changes for prefill and decode, whose experts are split along `expert` only."""
-    if setting.model.num_experts % (2 * mesh["expert"]) == 0 and mesh["fsdp"] % 2 == 0:
-        yield held["parameters"] / 2, f"--mesh.expert {2 * mesh['expert']} --mesh.fsdp {mesh['fsdp'] // 2}"
-    # Prefill returns the cache, decode takes it as an argument.
-    yield max(held["kv_cache"], held["results"]) / 2, "half as many responses at once (SamplerConfig.slots)"

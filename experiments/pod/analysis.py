@@ -24,6 +24,8 @@ ARGUMENTS = {
 """Kind of argument -> prefixes of the paths of its arrays."""
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 """Matrix products of the attention kernels, each over all pairs of a token and an earlier one."""
+MOST_COLLECTIVES = 12
+"""Number of collectives that a report lists one by one."""
 
 
 def attention_flops(kernel: Instruction, operands: list[Instruction]) -> float | None:
@@ -66,11 +68,17 @@ def analyse(
     done = work.count(parsed, dict(mesh.shape), attention_flops)
     held = _memory(memory.read_memory(parsed, reading.buffers, reading.peak), chip)
     held["alive"] = costs and costs.peak_bytes
+    largest = sorted(done.collectives, key=lambda moved: -moved.total_bytes)[:MOST_COLLECTIVES]
+    by_kind = [{"kind": kind, "axes": list(axes), "bytes": size} for (kind, axes), size in done.by_collective().items()]
     return figures | {
         "fits": reading.compiled is not None,
         "memory": held,
         "flops": _flops(done, program, setting, mesh.size, chip),
-        "collectives": _collectives(done),
+        "collectives": {
+            "bytes": done.bytes_received,
+            "by_kind": by_kind,
+            "largest": [asdict(moved) | {"bytes": moved.total_bytes} for moved in largest],
+        },
         "optimal_seconds_loops_once": costs and costs.optimal_seconds,
         "cycles": done.cycles,
         "unknown_loops": list(done.unknown_loops),
@@ -101,15 +109,4 @@ def _flops(done: work.Work, program: ProgramName, setting: Setting, devices: int
         "model": needed.needed / devices,
         "model_with_remat": needed.with_remat / devices,
         "seconds_at_peak": done.flops / chip.flops_per_second,
-    }
-
-
-def _collectives(done: work.Work, most: int = 12) -> dict[str, Any]:
-    largest = sorted(done.collectives, key=lambda moved: -moved.total_bytes)[:most]
-    return {
-        "bytes": done.bytes_received,
-        "by_kind": [
-            {"kind": kind, "axes": list(axes), "bytes": size} for (kind, axes), size in done.by_collective().items()
-        ],
-        "largest": [asdict(moved) | {"bytes": moved.total_bytes} for moved in largest],
     }

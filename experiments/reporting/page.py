@@ -6,7 +6,6 @@ dark as the page is.
 
 import html
 import io
-import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,18 +62,12 @@ def make_page(title: str, body: Iterable[str]) -> str:
       title: the page's title, as text.
       body: the page's content, pieces of HTML.
     """
-    light, dark = (
-        " ".join(f"--{name}: {colour};" for name, colour in pairs)
-        for pairs in (
-            [(name, colour) for colour, (name, _) in _VARIABLES.items()],
-            list(_VARIABLES.values()),
-        )
-    )
+    light = " ".join(f"--{name}: {colour};" for colour, (name, _) in _VARIABLES.items())
+    dark = " ".join(f"--{name}: {colour};" for name, colour in _VARIABLES.values())
     style = _STYLE % {"light": light, "dark": dark}
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{style}</style></head><body>\n' + "\n".join(
-        itertools.chain(body, ["</body></html>\n"])
-    )
+    start = f'<!doctype html>\n<html lang="en"><head>{head}<style>{style}</style></head><body>\n'
+    return start + "\n".join([*body, "</body></html>\n"])
 
 
 def save_page(path: epath.Path, content: str) -> None:

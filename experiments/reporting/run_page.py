@@ -1,5 +1,6 @@
 """The report on a run as one page of HTML: key numbers, all panels that its record allows, configuration, summary."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,13 @@ from experiments.reporting.words import describe_alarm, describe_collapse, descr
 
 def make_report(record: RunRecord) -> str:
     """Return the page."""
-    body = [f"<h1>{page.escape(record.name)}</h1>", f'<p class="quiet">{page.escape(_subtitle(record))}</p>']
+    # Task, objective, seed and number of steps, as far as they are known.
+    config = record.config or {}
+    named = [("task_name", "{}"), ("objective.objective", "{}"), ("trainer.seed", "seed {}")]
+    parts = [words.format(config[name]) for name, words in named if name in config]
+    planned = config.get("trainer.steps")
+    parts.append(f"{record.steps} steps" if planned in (None, record.steps) else f"{record.steps} of {planned} steps")
+    body = [f"<h1>{page.escape(record.name)}</h1>", f'<p class="quiet">{page.escape(" · ".join(parts))}</p>']
     body += [page.tiles(_key_numbers(record))]
     marks = (("alarm", ORANGE, record.warned.alarm), ("collapse", RED, record.warned.collapse))
     entries = [(name, colour, "6 4") for name, colour, step in marks if step is not None]
@@ -27,7 +34,8 @@ def make_report(record: RunRecord) -> str:
             if missing:
                 left_out.append((panel.title, missing))
             else:
-                drawn.append(_picture(panel, record))
+                draw = functools.partial(_draw, panel=panel, record=record)
+                drawn.append(page.figure(panel.title, panel.caption, draw))
         if drawn:
             body += [f"<h2>{page.escape(section.title)}</h2>", page.grid(drawn)]
     if left_out:
@@ -38,23 +46,11 @@ def make_report(record: RunRecord) -> str:
     return page.make_page(record.name, body)
 
 
-def _picture(panel: Panel, record: RunRecord) -> str:
-    def draw(axes: Axes) -> None:
-        panel.draw(axes, record)
-        if axes.get_xlabel() == "RL step":
-            mark_events(axes, record)
-
-    return page.figure(panel.title, panel.caption, draw)
-
-
-def _subtitle(record: RunRecord) -> str:
-    """Return task, objective, seed and number of steps, as far as they are known."""
-    config = record.config or {}
-    named = [("task_name", "{}"), ("objective.objective", "{}"), ("trainer.seed", "seed {}")]
-    parts = [words.format(config[name]) for name, words in named if name in config]
-    planned = config.get("trainer.steps")
-    parts.append(f"{record.steps} steps" if planned in (None, record.steps) else f"{record.steps} of {planned} steps")
-    return " · ".join(parts)
+def _draw(axes: Axes, panel: Panel, record: RunRecord) -> None:
+    """Draw a panel, with alarm and collapse marked if it goes over the steps."""
+    panel.draw(axes, record)
+    if axes.get_xlabel() == "RL step":
+        mark_events(axes, record)
 
 
 def _key_numbers(record: RunRecord) -> dict[str, tuple[str, str]]:

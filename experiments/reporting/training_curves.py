@@ -91,7 +91,15 @@ def draw_solve_rate(axes: Axes, rows: Rows, warm_start: Rows) -> None:
     plot_with_mean(axes, rows, "solve_rate", GREY, "training")
     baseline = False
     for kind, colour, marker in (("greedy", BLUE, "o"), ("sampled", ORANGE, "s")):
-        _plot_evaluations(axes, rows, kind, colour, marker)
+        # The held-out rate with its interval, over the steps at which it was measured.
+        measured = [row for row in rows if math.isfinite(row.get(f"eval_{kind}", math.nan))]
+        if measured:
+            steps = steps_of(measured)
+            rate, low, high = (column(measured, f"eval_{kind}{bound}") for bound in ("", "_low", "_high"))
+            (line,) = axes.plot(steps, rate, color=colour, marker=marker, label=f"held-out {kind}")
+            line.set(markersize=4, linewidth=1.6, zorder=4)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.vlines(steps, low, high, color=colour, alpha=0.4, linewidth=1)
         before = column(warm_start, f"eval_{kind}")
         before = before[np.isfinite(before)]
         if before.size:
@@ -102,18 +110,6 @@ def draw_solve_rate(axes: Axes, rows: Rows, warm_start: Rows) -> None:
         axes.plot([], [], color=INK, linestyle=DASHED, linewidth=1.2, label="warm start")
     axes.set_ylim(bottom=0)
     finish(axes, "Solve rate", "share solved", percent=True)
-
-
-def _plot_evaluations(axes: Axes, rows: Rows, kind: str, colour: str, marker: str) -> None:
-    """Draw a held-out solve rate with its interval, over the steps at which it was measured."""
-    rows = [row for row in rows if math.isfinite(row.get(f"eval_{kind}", math.nan))]
-    if not rows:
-        return
-    steps, (rate, low, high) = steps_of(rows), (column(rows, f"eval_{kind}{bound}") for bound in ("", "_low", "_high"))
-    (line,) = axes.plot(steps, rate, color=colour, marker=marker, label=f"held-out {kind}")
-    line.set(markersize=4, linewidth=1.6, zorder=4)
-    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.vlines(steps, low, high, color=colour, alpha=0.4, linewidth=1)
 
 
 def draw_entropy(axes: Axes, rows: Rows) -> None:
