@@ -227,7 +227,7 @@ def _transport(layout: Layout, x: Array, weights: Array, expert_ids: Array, own_
 
 
 class _AtHome(NamedTuple):
-    """All experts are on this device."""
+    """Tokens of a device that has all experts."""
 
     x: Array
     weights: Array
@@ -252,7 +252,7 @@ def _gradients(
 
 
 class _Gathered(NamedTuple):
-    """Every device gets all tokens of the group and runs its own experts; the results are summed over the devices."""
+    """Tokens that every device of the group gets, for its own experts; the results are summed over the devices."""
 
     layout: Layout
     x: Array
@@ -326,7 +326,7 @@ def swap_filled(rows: Array, sent: Array, came: Array, axes: tuple[str, ...]) ->
 
 
 class _Exchanged(NamedTuple):
-    """Each assignment goes to the device of its expert, and its result comes back, in rounds."""
+    """Tokens that go to the devices of their experts, and whose results come back, in rounds."""
 
     layout: Layout
     x: Array

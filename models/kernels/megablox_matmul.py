@@ -46,7 +46,7 @@ def _multiply(rows: Array, weights: Array, group_sizes: Array, interpret: bool) 
     longest = 1024 if rows.dtype.itemsize <= 2 else 512
 
     def tiling(num_rows: int, depth: int, width: int) -> tuple[int, int, int]:
-        """Called by the kernel for each of its three products, forward and backward, with the sizes of that product."""
+        """Return the tiles of one of the kernel's three products, forward and backward, from the product's sizes."""
         return tile_rows(num_rows, num_groups), _tile_columns(depth, longest), _tile_columns(width, longest)
 
     padding = -num_rows % tile_rows(num_rows, num_groups)
