@@ -255,7 +255,7 @@ class Tokenizer(Protocol):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """All ids that end a response; at least one."""
+        """All ids that end a response; at least one. A tokenizer may also have `stop_strings`, texts that end one."""
         ...
 
     @property
@@ -279,6 +279,8 @@ class Judgement(NamedTuple):
     """True if the response counts as solved in solve rates."""
     unjudged: bool = False
     """True if the judge gave up, for example at a limit of time or memory. Such responses are counted."""
+    unmarked: bool = False
+    """True if the response lacks the text after which responses are judged. Such responses are counted."""
 
 
 class Task(Protocol):

@@ -10,6 +10,7 @@ from experiments.tasks.code.sandbox import Limits
 from rspo_jax.types import check_choice
 
 Reward = Literal["all", "share"]
+PreambleUse = Literal["classes", "always", "never"]
 DEFAULT_PROMPT = (
     "{problem}\nPlease reason step by step, and put your final Python code into one block that begins with ```python."
 )
@@ -30,6 +31,12 @@ class CodeConfig:
         reward: "all": 1 if every test passes, else 0. "share": the share of tests that pass. Either way, a response
             is correct if every test passes.
         tolerance: the largest error of a number with a decimal point, absolute or relative to the larger number.
+        preamble: where the names of the standard library that such problems take for granted are imported first, as
+            in `class Solution` with List[int] and no import. "classes": for methods; "always"; "never".
+        checkers: a Python file of functions that problems name as their "checker", beside those of
+            `experiments.tasks.code.checkers`. None: no others.
+        judge_after: only the code after the last occurrence of this text is judged, such as "</think>"; a response
+            without it is wrong. Empty: all of a response is judged.
         limits: the resources of one test. Each test runs in a new process.
         response_seconds: seconds for all tests of a response together; tests that have not run by then count as
             failed.
@@ -46,6 +53,9 @@ class CodeConfig:
     system: str = ""
     reward: Reward = "all"
     tolerance: float = 1e-6
+    preamble: PreambleUse = "classes"
+    checkers: str | None = None
+    judge_after: str = ""
     limits: Limits = Limits()
     response_seconds: float = 30.0
     workers: int | None = None
@@ -66,6 +76,7 @@ class CodeConfig:
                 "problem's text goes."
             )
         check_choice("reward", self.reward, Reward)
+        check_choice("preamble", self.preamble, PreambleUse)
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance is {self.tolerance}; set it to at least 0 and below 1.")
         if not (math.isfinite(self.response_seconds) and self.response_seconds > 0):

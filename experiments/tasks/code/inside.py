@@ -8,6 +8,7 @@ import _sitebuiltins
 import builtins
 import ctypes
 import json
+import marshal
 import os
 import resource
 import struct
@@ -110,14 +111,15 @@ def lock_down(settings: dict) -> dict[str, str]:
     return failed
 
 
-def run_program(code: str) -> None:
+def run_program(code: str, preamble: str) -> None:
     """Run the code as the main program, with the standard input and output of this process."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
+    exec(preamble, module.__dict__)
     exec(compile(code, "response.py", "exec"), module.__dict__)
 
 
-def call_function(code: str, entry_point: str, arguments: list) -> None:
+def call_function(code: str, preamble: str, entry_point: str, arguments: tuple) -> None:
     """Call the function, or the method of a new instance, and write its result alone, as JSON, to standard output."""
     output = os.dup(1)
     null = os.open("/dev/null", os.O_WRONLY)
@@ -125,8 +127,10 @@ def call_function(code: str, entry_point: str, arguments: list) -> None:
     os.close(null)
     module = types.ModuleType("response")
     sys.modules["response"] = module
-    exec(compile(code, "response.py", "exec"), module.__dict__)
     name, _, method = entry_point.partition(".")
+    exec(preamble, module.__dict__)
+    module.__dict__.pop(name, None)  # what the preamble defines is no answer
+    exec(compile(code, "response.py", "exec"), module.__dict__)
     function = getattr(module, name)
     if method:
         function = getattr(function(), method)
@@ -143,14 +147,14 @@ def main() -> None:
     os.close(settings["report"])
     if set(failed) - set(settings["may_fail"]):
         sys.exit("The sandbox is not complete.")
-    with open(settings["request"], encoding="utf-8") as file:
-        request = json.load(file)
+    with open(settings["request"], "rb") as file:
+        request = marshal.load(file)
     # Many programs end with exit(), which a bare interpreter lacks.
     builtins.exit, builtins.quit = _sitebuiltins.Quitter("exit", ""), _sitebuiltins.Quitter("quit", "")
     if request["entry_point"] is None:
-        run_program(request["code"])
+        run_program(request["code"], request["preamble"])
     else:
-        call_function(request["code"], request["entry_point"], request["arguments"])
+        call_function(request["code"], request["preamble"], request["entry_point"], request["arguments"])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Programming problems in a JSONL file, read and checked line by line.
 
-Each line is an object with "prompt", "tests" and, if the tests call a function, "entry_point"; "solution" is optional.
+Each line is an object with "prompt", "tests" and, if the tests call a function, "entry_point"; "solution" and "checker"
+are optional.
 """
 
 import json
 import keyword
+import math
+from collections.abc import Collection
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_FIELDS = {"prompt", "tests", "entry_point", "solution"}
+_FIELDS = {"prompt", "tests", "entry_point", "solution", "checker"}
+_DIGITS_OF_INT = 4300
 
 
 class Test(NamedTuple):
@@ -31,10 +36,17 @@ class Problem(NamedTuple):
     """The function that the tests call, or "Class.method". None: the response is a program that reads and prints."""
     solution: str | None
     """Python code that passes the tests, for the warm start."""
+    checker: str | None = None
+    """The checker that compares what a test gives with what is expected (see `checkers`). None: equality, with a
+    tolerance."""
 
 
-def load_problems(path: str) -> list[Problem]:
+def load_problems(path: str, checkers: Collection[str] = ()) -> list[Problem]:
     """Read all problems of a file, skipping empty lines.
+
+    Args:
+        path: the file.
+        checkers: the checkers that a problem may name.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -47,7 +59,7 @@ def load_problems(path: str) -> list[Problem]:
         if not line.strip():
             continue
         try:
-            problems.append(_problem(line))
+            problems.append(_problem(line, checkers))
         except (ValueError, RecursionError) as error:  # everything that a damaged line can raise
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not problems:
@@ -55,10 +67,12 @@ def load_problems(path: str) -> list[Problem]:
     return problems
 
 
-def _problem(line: bytes) -> Problem:
-    fields = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+def _problem(line: bytes, checkers: Collection[str]) -> Problem:
+    fields = json.loads(
+        line.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_integer
+    )
     _check_object(fields, "the line", required={"prompt", "tests"}, allowed=_FIELDS)
-    for name in ("prompt", "entry_point", "solution"):
+    for name in ("prompt", "entry_point", "solution", "checker"):
         value = fields.get(name)
         if not isinstance(value, str | None) or (name == "prompt" and not value):
             raise ValueError(f"{name!r} is {_short(value)}, but it must be text.")
@@ -68,6 +82,12 @@ def _problem(line: bytes) -> Problem:
         raise ValueError(
             f"'entry_point' is {_short(entry_point)}; it must name a function, or a method as 'Class.method'."
         )
+    checker = fields.get("checker")
+    if checker is not None and checker not in checkers:
+        raise ValueError(
+            f"there is no checker {_short(checker)}; there are {_listed(checkers) or 'none'}. Put others into a file of "
+            "functions and name it with task.checkers."
+        )
     if not isinstance(tests, list) or not tests:
         raise ValueError(f"'tests' is {_short(tests)}, but it must be a list of one or more tests.")
     make = _program_test if entry_point is None else _call_test
@@ -76,6 +96,7 @@ def _problem(line: bytes) -> Problem:
         tests=tuple(make(test, f"test {number}") for number, test in enumerate(tests, start=1)),
         entry_point=entry_point,
         solution=fields.get("solution"),
+        checker=checker,
     )
 
 
@@ -114,7 +135,18 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value, and no result equals it.")
 
 
-def _listed(names: set[str]) -> str:
+def _finite_float(text: str) -> float:
+    if math.isinf(float(text)):
+        raise ValueError(f"{_short(text)} is beyond the largest float, and no result equals it.")
+    return float(text)
+
+
+def _integer(text: str) -> int:
+    # Python's own conversion refuses more digits, because its time grows with their square.
+    return int(text) if len(text) <= _DIGITS_OF_INT else int(Decimal(text))
+
+
+def _listed(names: Collection[str]) -> str:
     return ", ".join(repr(name) for name in sorted(names))
 
 

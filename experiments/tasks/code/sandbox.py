@@ -8,6 +8,7 @@ is never given an expected result: the caller compares, outside the sandbox.
 import contextlib
 import functools
 import json
+import marshal
 import math
 import os
 import select
@@ -82,6 +83,8 @@ class Request(NamedTuple):
     """The function to call, or "Class.method" for a method of a new instance. None: a program."""
     arguments: tuple[Any, ...] = ()
     """The arguments of the call, as JSON values."""
+    preamble: str = ""
+    """Code that runs first in the same module. The entry point must be defined after it."""
 
 
 Ending = Literal["finished", "failed", "time", "threads", "disk", "output"]
@@ -136,7 +139,7 @@ def _run_once(
     standard_input, standard_output, request_file = files
     # A lone surrogate is text that a model can write but no file can hold.
     standard_input.write(request.input.encode("utf-8", "replace"))
-    request_file.write(json.dumps({**request._asdict(), "input": None}).encode())
+    request_file.write(marshal.dumps({**request._asdict(), "input": None}))  # JSON has no integers of 4,301 digits
     for file in (standard_input, request_file):
         file.seek(0)
     report, report_end = os.pipe()
@@ -194,7 +197,11 @@ def _start(
     }
     return subprocess.Popen(
         # Not -I, which would ignore PYTHONHASHSEED: the order of a set must not decide a reward.
-        [_interpreter(), "-B", "-P", "-S", "-s", "-X", "utf8", str(_INSIDE), json.dumps(settings)],
+        # Integers may have any number of digits: the limit of time is there for all else that is slow.
+        [
+            *(_interpreter(), "-B", "-P", "-S", "-s", "-X", "utf8", "-X", "int_max_str_digits=0"),
+            *(str(_INSIDE), json.dumps(settings)),
+        ],
         stdin=standard_input,
         stdout=standard_output,
         stderr=subprocess.DEVNULL,

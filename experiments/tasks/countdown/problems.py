@@ -59,6 +59,8 @@ class CountdownConfig:
         train: number of problems in the split "train".
         validation: number of problems in the split "validation".
         test: number of problems in the split "test".
+        judge_after: only what follows the last occurrence of this text in a response is judged; a response without it
+            is wrong. Empty: all of a response is judged.
     """
 
     numbers_min: int = 3
@@ -70,6 +72,7 @@ class CountdownConfig:
     train: int = 10_000
     validation: int = 500
     test: int = 1_000
+    judge_after: str = ""
 
     def check(self) -> None:
         """Raise ValueError, naming the mistake and the way out, if no such problems exist."""

@@ -27,6 +27,8 @@ class MathConfig:
         system: the system message before it; none if empty.
         must_be_boxed: if True, only an answer in a \\boxed{} counts. Otherwise a response without a box is searched for
             its last formula or number.
+        judge_after: only what follows the last occurrence of this text is judged, such as "</think>"; a response
+            without it counts as unanswered. Empty: all of a response is judged.
         correct_reward: reward of a right answer.
         wrong_reward: reward of an answer that is not right.
         unanswered_reward: reward of a response without an answer, or one that cannot be judged within the limits.
@@ -46,6 +48,7 @@ class MathConfig:
     prompt: str = DEFAULT_PROMPT
     system: str = ""
     must_be_boxed: bool = True
+    judge_after: str = ""
     correct_reward: float = 1.0
     wrong_reward: float = 0.0
     unanswered_reward: float = 0.0

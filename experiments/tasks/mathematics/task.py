@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.tasks.marker import check_marker, judge_after, part_after
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.dataset import load_problems
 from experiments.tasks.mathematics.problems import Problem
@@ -21,8 +22,9 @@ class MathTask:
     """An `rspo_jax.types.Task`. Its judging processes start with the first judgement and end with the program."""
 
     def __init__(self, config: MathConfig, tokenizer: ChatTokenizer) -> None:
-        """Raise ValueError if the config is wrong."""
+        """Raise ValueError if the config is wrong, or the tokenizer cannot write the text that judging starts after."""
         config.check()
+        check_marker(config.judge_after, tokenizer)
         self.config = config
         self.tokenizer = tokenizer
         self._pool = WorkerPool(
@@ -37,7 +39,7 @@ class MathTask:
         return ask(self.tokenizer, self.config.prompt, problem.question, self.config.system)
 
     def solution(self, problem: Problem) -> str:
-        return problem.solution
+        return self.config.judge_after + problem.solution
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Judgement]:
         """Judge responses in parallel; a response that cannot be judged within the limits counts as unanswered.
@@ -45,6 +47,10 @@ class MathTask:
         Raises:
             ValueError: if the numbers of problems and responses differ.
         """
+        marker, unanswered = self.config.judge_after, self.config.unanswered_reward
+        return judge_after(marker, self._judge, problems, responses, unanswered)
+
+    def _judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Judgement]:
         judgements = []
         for verdict in self._verdicts(problems, responses):
             if verdict is None or not verdict["answered"]:
@@ -57,7 +63,8 @@ class MathTask:
 
     def answers(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[str | None]:
         """Return the answer of each response: the same text for answers that mean the same, None without an answer."""
-        verdicts = self._verdicts(problems, responses)
+        judged = [part_after(self.config.judge_after, response) or "" for response in responses]
+        verdicts = self._verdicts(problems, judged)
         return [None if verdict is None else verdict["answer"] for verdict in verdicts]
 
     def _verdicts(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[dict[str, Any] | None]:

@@ -32,6 +32,16 @@ def test_both_kinds_of_problems_are_read_and_empty_lines_passed_over(tmp_path):
     ]
 
 
+def test_integers_of_any_length_and_checkers_that_there_are(tmp_path):
+    digits = "7" * 5000
+    text = f'{{"prompt": "p", "entry_point": "f", "tests": [{{"arguments": [{digits}], "result": -{digits}}}]}}'
+    sevens = 7 * (10**5000 - 1) // 9
+    path = written(tmp_path, text, {**PROGRAM, "checker": "exact"})
+    first, second = load_problems(path, {"exact": ""})
+    assert (first.tests, first.checker) == ((Test([sevens], -sevens),), None)
+    assert second.checker == "exact"
+
+
 def test_a_separator_of_lines_inside_a_text_does_not_end_the_line(tmp_path):
     line = json.dumps({**PROGRAM, "prompt": "one\u2028two\x85three"}, ensure_ascii=False)
     assert load_problems(written(tmp_path, line))[0].prompt == "one\u2028two\x85three"
@@ -45,7 +55,7 @@ def test_a_separator_of_lines_inside_a_text_does_not_end_the_line(tmp_path):
         ("[" * 100_000, ""),  # the message depends on the version of Python
         ({"prompt": "p"}, "the line has no 'tests'"),
         ({"tests": []}, "the line has no 'prompt'"),
-        ({**PROGRAM, "solutions": "x"}, "the line has the unknown 'solutions'; its fields are 'entry_point'"),
+        ({**PROGRAM, "solutions": "x"}, "the line has the unknown 'solutions'; its fields are 'checker'"),
         ({**PROGRAM, "prompt": ""}, "'prompt' is '', but it must be text"),
         ({**PROGRAM, "prompt": None}, "'prompt' is None, but it must be text"),
         ({**PROGRAM, "solution": 3}, "'solution' is 3, but it must be text"),
@@ -64,6 +74,15 @@ def test_a_separator_of_lines_inside_a_text_does_not_end_the_line(tmp_path):
         ({**FUNCTION, "tests": PROGRAM["tests"]}, "test 1 has no 'arguments', 'result'"),
         ({**FUNCTION, "tests": [{"arguments": 1, "result": 1}]}, "'arguments' of test 1 is 1, but it must be a list"),
         ({**FUNCTION, "tests": [{"arguments": [], "result": 1, "tolerance": 1}]}, "test 1 has the unknown 'tolerance'"),
+        ({**PROGRAM, "checker": 3}, "'checker' is 3, but it must be text"),
+        (
+            {**PROGRAM, "checker": "exct"},
+            "there is no checker 'exct'; there are none. Put others into a file of functions",
+        ),
+        (
+            '{"prompt": "p", "entry_point": "f", "tests": [{"arguments": [], "result": 1e999}]}',
+            "beyond the largest float",
+        ),
         ('{"prompt": "p", "entry_point": "f", "tests": [{"arguments": [], "result": NaN}]}', "NaN is not a JSON value"),
     ],
 )

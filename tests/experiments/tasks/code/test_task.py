@@ -11,7 +11,7 @@ from experiments.tasks.code import protections
 from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.code.problems import Problem, Test, load_problems
 from experiments.tasks.code.sandbox import Limits, SandboxError
-from experiments.tasks.code.task import CodeTask, extract_code
+from experiments.tasks.code.task import CodeTask
 from rspo_jax.types import Judgement
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -35,6 +35,12 @@ RIGHT, WRONG = Judgement(1.0, True), Judgement(0.0, False)
 
 class Chat:
     """The part of a tokenizer that a task uses."""
+
+    def encode(self, text):
+        return [*map(ord, text)]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
 
     def chat(self, messages):
         return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
@@ -96,6 +102,80 @@ def test_the_reward_can_be_the_share_of_tests_passed(judge):
     shares = [Judgement(1.0, True), Judgement(1 / 3, False), Judgement(2 / 3, False), WRONG]
     assert judge(*pairs, reward="share") == shares
     assert judge(*pairs) == [RIGHT, WRONG, WRONG, WRONG]
+
+
+def test_the_type_of_the_expected_value_decides(judge):
+    large = Problem("", (Test([], 1_000_000_007),), "f", None)
+    codes = ["return 1_000_000_007", "return 1e9", "return 1_000_000_007.0", "return '1000000007'", "return True"]
+    assert judge(*[(large, f"def f(): {code}") for code in codes]) == [RIGHT, *[WRONG] * 4]
+    long = Problem("", (Test([10**5000], 10**5000 + 1),), "f", None)
+    assert judge((long, "def f(n): return n + 1"), (long, "def f(n): return n")) == [RIGHT, WRONG]
+
+
+def test_a_class_may_use_the_names_that_its_site_imports(judge):
+    problem = Problem("", (Test([[3, 1, 2]], 3), Test([[5]], 5)), "Solution.largest", None)
+    head = "class Solution:\n    def largest(self, a: List[int]) -> Optional[int]:\n        "
+    uses = ["return heappop([-max(a)]) * -pow(1, 2, 5)", "return Counter(a) and nlargest(1, a)[0]", "return max(a)"]
+    assert judge(*[(problem, head + use) for use in uses]) == [RIGHT] * 3
+    assert judge((problem, head + uses[2]), preamble="never") == [WRONG]
+    function = problem._replace(entry_point="largest")
+    code = "def largest(a: List[int]): return max(a)"
+    assert judge((function, code)) == [WRONG]
+    assert judge((function, code), preamble="always") == [RIGHT]
+
+
+def test_checkers_of_problems(judge, tmp_path):
+    versions = Problem("", (Test("", "1.10\n"),), None, None, "exact")
+    pair = Problem("", (Test([[3, 1]], [[1, 2.0], [3, 1]]),), "f", None, "any_order")
+    lines = Problem("", (Test("x", "a b\nc"),), None, None, "any_order")
+    pairs = [
+        (versions, "print('1.10 ')"),
+        (versions, "print(1.1)"),
+        (pair, "def f(a): return (a, (1, 2.0))"),
+        (pair, "def f(a): return (a, (1, 2))"),
+        (pair, "def f(a): return '[1, 2.0]'"),
+        (lines, "print('c')\nprint('a  b')"),
+        (lines, "print('c')\nprint('b a')"),
+        (lines, "import os; os.write(1, b'\\xff')"),
+    ]
+    assert judge(*pairs) == [RIGHT, WRONG, RIGHT, WRONG, WRONG, RIGHT, WRONG, WRONG]
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def divides(given, found, expected):\n    return found > 1 and given[0] % found == 0\n"
+        "def one_of(given, found, expected):\n    return found.strip() in expected.split('|')\n"
+        "def says_nothing(given, found, expected): pass\n"
+    )
+    divisor, either = Problem("", (Test([91], None),), "f", None, "divides"), versions._replace(checker="one_of")
+    either = either._replace(tests=(Test("", "a|b"),))
+    pairs = [
+        (divisor, "def f(n): return 7"),
+        (divisor, "def f(n): return 5"),
+        (divisor, "def f(n): return float('nan')"),
+        (divisor, "def f(n): raise ValueError"),
+        (either, "print('b')"),
+        (either, "print('a|b')"),
+        (versions, "print('1.10')"),
+    ]
+    assert judge(*pairs, checkers=str(own)) == [RIGHT, WRONG, WRONG, WRONG, RIGHT, WRONG, RIGHT]
+    # A checker that fails, or says nothing, is not the response's fault, and is counted.
+    unjudged = Judgement(0.0, False, unjudged=True)
+    silent = versions._replace(checker="says_nothing")
+    pairs = [(divisor, "def f(n): return 'text'"), (silent, "print(1)")]
+    assert judge(*pairs, checkers=str(own)) == [unjudged, unjudged]
+
+
+def test_files_of_checkers_that_are_refused(judge, tmp_path):
+    del judge
+    path = tmp_path / "own.py"
+    for text, message in {
+        None: "there is no such file; give a Python file of functions",
+        "def": "which is not Python: invalid syntax",
+        "def _hidden(): pass\na = 1": "which defines no function; write check",
+    }.items():
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            task(checkers=str(path))
 
 
 def test_tests_left_when_time_is_up_count_as_failed(judge):
@@ -191,25 +271,23 @@ def test_problems_prompts_and_solutions(judge, tmp_path):
         made.problems("dev")
 
 
-@pytest.mark.parametrize(
-    ("response", "code"),
-    [
-        ("print(1)", "print(1)"),
-        ("a\n```python\nb\n```\nc", "b"),
-        ("```python\r\nb\r\n```\r\n", "b\r"),
-        ("```python\na\n```\n```python\nb\nc\n```", "b\nc"),
-        ("```py\na\n```\n```python3\nb\n```", "b"),
-        ("  ```Python\n  a\n  ```", "  a"),
-        ("```python\na\n```\n```\nb\n```", "a"),
-        ("```python\ncut of", "cut of"),
-        ("```python\n```", ""),
-        ("```\na\n```", "```\na\n```"),
-        ("``` ```python x", "``` ```python x"),
-        ("", ""),
-    ],
-)
-def test_the_code_is_the_last_block_or_everything(response, code):
-    assert extract_code(response) == code
+def test_only_what_follows_the_marker_is_judged(judge):
+    right, wrong, end = "```python\nprint(2 * int(input()))\n```", "```python\nprint(0)\n```", "</think>"
+    responses = [right + end + wrong, wrong + end + right, right, end + wrong + end + right, right + end]
+    responses.append(task(judge_after=end).solution(DOUBLE))
+    missing = Judgement(0.0, False, unmarked=True)
+    pairs = [(DOUBLE, response) for response in responses]
+    assert judge(*pairs, judge_after=end) == [WRONG, RIGHT, missing, RIGHT, WRONG, RIGHT]
+
+
+def test_a_marker_that_the_tokenizer_leaves_out_is_refused(judge):
+    del judge
+
+    class SpecialMarker(Chat):
+        encode, decode = staticmethod(lambda text: [9]), staticmethod(lambda ids: "")
+
+    with pytest.raises(ValueError, match="judge_after is '</think>', but the text of a response never contains it"):
+        CodeTask(dataclasses.replace(CONFIG, judge_after="</think>"), SpecialMarker())  # pyright: ignore
 
 
 # --- configs ------------------------------------------------------------------------------------
@@ -228,6 +306,7 @@ def test_untrusted_code_is_not_run_unless_asked_for(monkeypatch):
         ({"test_path": None}, "set train_path, validation_path or test_path"),
         ({"prompt": "Solve it."}, r"prompt contains \{problem\} 0 times; write it exactly once"),
         ({"prompt": "{problem}{problem}"}, r"prompt contains \{problem\} 2 times"),
+        ({"preamble": "some"}, "preamble must be one of classes, always, never; got 'some'"),
         ({"reward": "some"}, "reward must be one of all, share; got 'some'"),
         ({"tolerance": -1e-9}, "tolerance is -1e-09; set it to at least 0 and below 1"),
         ({"tolerance": float("nan")}, "tolerance is nan"),

@@ -4,6 +4,7 @@ Set RSPO_MATH_DATA to a folder with the six files that `experiments.bench_verifi
 on all of them.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,16 @@ def test_problems_are_read_once(tmp_path):
     path.unlink()
     assert task.problems("test") is problems
     assert [problem.answer for problem in problems] == ["5"]
+
+
+def test_a_box_before_the_marker_earns_nothing(task):
+    marked = MathTask(dataclasses.replace(task.config, judge_after="</think>"), Characters())
+    responses = ["\\boxed{18}</think>17", "\\boxed{17}</think>\\boxed{18}", "\\boxed{18}", marked.solution(QUESTION)]
+    right, unanswered = Judgement(1.0, True), Judgement(-0.5, False)
+    verdicts = marked.judge([QUESTION] * 4, responses)
+    assert verdicts == [unanswered, right, Judgement(-0.5, False, unmarked=True), right]
+    assert marked.answers([QUESTION] * 4, responses) == [None, "18", None, "18"]
+    marked.close()
 
 
 def test_a_wrong_config_is_refused_at_once():

@@ -1,0 +1,145 @@
+"""The code of a response: its last block of Python between fences, as Markdown writes them.
+
+Models are freer than CommonMark: they indent blocks in lists, put a fence right behind the code, and quote fences in
+docstrings. The code is only searched for texts and comments, in one pass; nothing here parses it, so that no response
+can keep the trainer busy.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_PYTHON = ("python", "python3", "py", "py3", "{.python}", "{python}")
+_TRANSPARENT = ("markdown", "md")  # around a whole answer, with blocks of code inside
+_OPENING = re.compile(r"(?P<before>[^`\n]*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^\s`]*)[^`\n]*")
+_MARK_OF_LIST = re.compile(r"\s*(?:(?:[-*+]|\d+[.)])\s+)*")
+_CLOSING = re.compile(r"\s*(?P<fence>`{3,}|~{3,})\s*")
+_GLUED = re.compile(r"[^\n]*?[^`~\s][ \t]*(?P<fence>`{3,}|~{3,})\s*")
+# Comments and texts may hide a fence. A quote that nothing closes hides none, but its line is searched no further.
+_HIDING = re.compile(
+    r"""#[^\n]*|(?P<quotes>\"{3}|'{3})|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|(?P<unclosed>["'][^\n]*)"""
+)
+
+
+class _Opening(NamedTuple):
+    fence: str
+    language: str
+    indentation: int
+
+
+class _Hidden(NamedTuple):
+    kind: str
+    """Its first character: "#" for a comment, a quote for a text."""
+    start: int
+    end: int
+
+
+def extract_code(response: str) -> str:
+    """Return the code of a response.
+
+    It is the last block of Python; without one, the last block that names no language; without any, the whole response.
+    A block may lack its end. Its first line of code begins in the first column: what lines are indented by in a list is
+    left out.
+    """
+    text = response.replace("\r\n", "\n")
+    last: dict[bool, str] = {}
+    start = 0
+    while start < len(text):
+        opening, start = _opening(text, start), _next_line(text, start)
+        if opening is not None and opening.language not in _TRANSPARENT:
+            end, following = _end_of_block(text, start, opening)
+            if opening.language in ("", *_PYTHON) and (opening.language or text[start:end].strip()):
+                last[opening.language != ""] = text[start:end].removesuffix("\n")
+            start = following
+    return _dedented(last[max(last)]) if last else response
+
+
+def fenced(code: str) -> str:
+    """Return the code as a block of Python, between fences that are longer than all within it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}python\n{code}\n{fence}"
+
+
+def _next_line(text: str, start: int) -> int:
+    return 1 + text.find("\n", start) or len(text) + 1
+
+
+def _opening(text: str, start: int) -> _Opening | None:
+    """Return the fence that opens a block in this line. Words may stand before it if it names Python."""
+    found = _OPENING.fullmatch(text, start, _next_line(text, start) - 1)
+    if found is None:
+        return None
+    language = found["language"].lower()
+    if _MARK_OF_LIST.fullmatch(found["before"]):
+        return _Opening(found["fence"], language, len(found["before"]))
+    return _Opening(found["fence"], language, 0) if language in _PYTHON else None
+
+
+def _end_of_block(text: str, start: int, opening: _Opening) -> tuple[int, int]:
+    """Return where the code of a block ends, and where the search for the next block goes on."""
+    behind_comment: tuple[int, int] | None = None
+    line = hidden_to = start
+    while line < len(text):
+        following = _next_line(text, line)
+        hidings = list(_hidings(text, max(line, hidden_to), following - 1, opening))
+        if hidden_to <= line:
+            if _closes(_CLOSING.fullmatch(text, line, following - 1), opening):
+                return line, following
+            other = _opening(text, line)
+            if other is not None and other.fence.startswith(opening.fence):
+                return behind_comment or (line, line)
+        glued = _GLUED.fullmatch(text, line, following - 1)
+        if glued is not None and _closes(glued, opening) and hidden_to <= glued.start("fence"):
+            place = glued.start("fence")
+            kind = next((one.kind for one in hidings if one.start < place < one.end), None)
+            if kind is None:
+                return place, following
+            if kind == "#":
+                behind_comment = behind_comment or (place, following)
+        hidden_to = max([hidden_to, *(one.end for one in hidings)])
+        line = following
+    return behind_comment or (len(text), len(text))
+
+
+def _closes(found: re.Match[str] | None, opening: _Opening) -> bool:
+    return found is not None and found["fence"].startswith(opening.fence)
+
+
+def _hidings(text: str, start: int, end: int, opening: _Opening) -> Iterator[_Hidden]:
+    """Find the comments and texts that begin in a part of a line; a text may end in a later line."""
+    while found := _HIDING.search(text, start, end):
+        start = found.end()
+        if found["quotes"] is not None:
+            closing = text.find(found["quotes"], start)
+            if closing < 0 or not _is_text(text, start, closing, opening):
+                continue
+            start = closing + 3
+        if found["unclosed"] is None:
+            yield _Hidden(found[0][0], found.start(), start)
+
+
+def _is_text(text: str, start: int, end: int, opening: _Opening) -> bool:
+    """Return whether fences between triple quotes belong to a text, not to the end of one block and the next's start.
+
+    Fences that are indented four columns deeper than the block do. The others must open before they close.
+    """
+    is_open = False
+    line = _next_line(text, start)
+    while line < end:
+        fence = _opening(text, line)
+        if fence is not None and fence.fence.startswith(opening.fence) and fence.indentation < opening.indentation + 4:
+            if is_open and fence.language:
+                return False
+            is_open = not is_open
+        line = _next_line(text, line)
+    return True
+
+
+def _dedented(code: str) -> str:
+    """Leave out what the first line of code is indented by, from every line that is indented as far."""
+    lines = code.split("\n")
+    first = next((line for line in lines if line.strip() and not line.lstrip().startswith("#")), "")
+    margin = first[: len(first) - len(first.lstrip())]
+    if not margin:
+        return code
+    return "\n".join(line.removeprefix(margin) if line.startswith(margin) else line.lstrip(" \t") for line in lines)
