@@ -4,6 +4,7 @@ The folder's `tokenizer.json` alone decides how text becomes tokens, and the net
 a response are gathered here from all of the folder's files that may name them. PyTorch is not needed.
 """
 
+import ast
 import contextlib
 import datetime
 import json
@@ -17,7 +18,9 @@ from typing import Any, Literal, Protocol
 
 from rspo_jax.types import Tokenizer
 
+_logger = logging.getLogger(__name__)
 _TOKENIZER_FILE = "tokenizer.json"
+_ANSWER = "An answer"
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
 
 
@@ -50,9 +53,15 @@ class ChatConfig:
     """The chat template of the model's folder; or plain, for a model without one: the messages' texts, separated by
     empty lines, after the token that the tokenizer puts at the beginning of a text."""
     options: tuple[str, ...] = ()
-    """Variables of the template as NAME=VALUE, such as enable_thinking=false. VALUE is JSON, or else plain text."""
+    """Variables of the template as NAME=VALUE, such as enable_thinking=false. VALUE is JSON or a literal of Python, or
+    else plain text; a flag of the template takes true or false, however it is spelled there, and nothing else."""
     date: str = "2025-01-01"
     """Today's date for templates that write it, fixed so that a run resumed tomorrow reads the same prompts."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end a response, beside those that the folder names."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response before the first of them; what was drawn after it counts for nothing. The sampler sees
+    only ids and draws on to a stop token or the limit, so an id is faster where there is one."""
 
     def __post_init__(self) -> None:
         try:
@@ -61,6 +70,8 @@ class ChatConfig:
             raise ValueError(f"chat.date is {self.date!r}: write it like 2025-01-01") from error
         if self.template == "plain" and self.options:
             raise ValueError(f"a plain chat has no template that could use {self.options[0]}: leave the options out")
+        if not all(self.stop_strings):
+            raise ValueError("a stop string of chat.stop_strings is empty, and would end every response at once")
         self.variables()
 
     def variables(self) -> dict[str, Any]:
@@ -74,11 +85,16 @@ class ChatConfig:
             name, equals, value = option.partition("=")
             if not equals or not name.isidentifier():
                 raise ValueError(f"chat option {option!r} is not of the form NAME=VALUE, such as enable_thinking=false")
-            try:
-                variables[name] = json.loads(value)
-            except json.JSONDecodeError:
-                variables[name] = value
+            variables[name] = _option_value(value)
         return variables
+
+
+def _option_value(text: str) -> Any:
+    """Read the value of an option: JSON first, then Python's spelling (True, None, 'text'), or else the text itself."""
+    for read, errors in ((json.loads, json.JSONDecodeError), (ast.literal_eval, (ValueError, SyntaxError))):
+        with contextlib.suppress(errors):
+            return read(text)
+    return text
 
 
 class HuggingFaceTokenizer:
@@ -87,7 +103,9 @@ class HuggingFaceTokenizer:
     Attributes:
       pad_id: the folder's padding token; if it names none, the token that ends a response. Padding is masked.
       eos_id: the first of `stop_ids`.
-      stop_ids: the `eos_token` of the tokenizer, then those that `generation_config.json` and `config.json` name.
+      stop_ids: the `eos_token` of the tokenizer, those that `generation_config.json` and `config.json` name, and those
+        of the chat's settings.
+      stop_strings: texts that end a response.
       vocabulary_size: one more than the largest id. A model may have more ids, which decode to nothing.
     """
 
@@ -95,17 +113,20 @@ class HuggingFaceTokenizer:
         """Read the folder.
 
         Raises:
-          ValueError: if it has no readable tokenizer, or names no token that ends a response.
+          ValueError: if it has no readable tokenizer, or neither it nor the chat names a token that ends a response; if
+            a stop of the chat is no token, or no text that a response can contain.
         """
         self._folder, self._chat = Path(folder), chat
         tokenizer = _load(self._folder)
         self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
-        self.stop_ids: tuple[int, ...] = _stop_ids(self._folder, tokenizer.eos_token_id)
+        self.stop_ids: tuple[int, ...] = _stop_ids(self._folder, tokenizer.eos_token_id, chat.stop_ids)
+        self.stop_strings: tuple[str, ...] = chat.stop_strings
         self.eos_id: int = self.stop_ids[0]
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.vocabulary_size: int = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        self._check_stops()
         self._variables = chat.variables()
         self._template: str | None = None
 
@@ -131,6 +152,10 @@ class HuggingFaceTokenizer:
             return mark + "\n\n".join(message["content"] for message in messages)
         if self._template is None:
             self._template = self._checked_template()
+            self._say_what_does_not_stop()
+        return self._write(messages, add_generation_prompt=True)
+
+    def _write(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -138,12 +163,49 @@ class HuggingFaceTokenizer:
                 [dict(message) for message in messages],
                 chat_template=self._template,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 **self._variables,
             )
         except TemplateError as error:
             roles = ", ".join(message.get("role", "?") for message in messages)
             raise ValueError(f"the chat template of {self._folder} refuses messages of {roles}: {error}") from error
+
+    def _check_stops(self) -> None:
+        wrong = [token for token in self._chat.stop_ids if not 0 <= token < self.vocabulary_size]
+        if wrong:
+            raise ValueError(
+                f"chat.stop_ids has {wrong[0]}, but the tokens of {self._folder} are 0 to {self.vocabulary_size - 1}"
+            )
+        for text in self.stop_strings:
+            ids = self.encode(text)
+            if text not in self.decode(ids):
+                raise ValueError(
+                    f"the text of a response never contains the stop string {text!r}, because {self._folder} writes it "
+                    f"with special tokens: give the id of its last token instead, --chat.stop-ids {ids[-1]}"
+                )
+
+    def _say_what_does_not_stop(self) -> None:
+        """Warn if the template ends the model's turns with a token that ends no response."""
+        turns = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            _, answered, after = self._write(turns, add_generation_prompt=False).rpartition(_ANSWER)
+        except ValueError:  # a template may refuse this conversation and still write those of a task
+            return
+        if not answered or not after.strip() or any(after.lstrip().startswith(text) for text in self.stop_strings):
+            return
+        first = self.encode(after.lstrip())[0]
+        if first in self.stop_ids:
+            return
+        if first in self._backend.get_added_tokens_decoder():
+            name, way_out = self._backend.id_to_token(first), f"--chat.stop-ids {first}"
+        else:
+            name = after.strip().split()[0]
+            way_out = f"--chat.stop-strings {name!r}"
+        _logger.warning(
+            "the chat template of %s ends a turn with %s, which ends no response, so that responses may run on to "
+            "their limit; if the model was trained on this template, add %s",
+            *(self._folder, name, way_out),
+        )
 
     def check_model(self, vocabulary_size: int) -> None:
         """Refuse a model that was trained with another tokenizer.
@@ -165,9 +227,8 @@ class HuggingFaceTokenizer:
                 "template of its family into the folder as chat_template.jinja"
             )
         template = self._tokenizer.get_chat_template()
-        for name in self._variables:
-            if not re.search(rf"\b{name}\b", template):
-                raise ValueError(f"the chat template of {self._folder} has no variable {name}: leave the option out")
+        if self._variables:
+            self._check_options(template)
         today = datetime.date.fromisoformat(self._chat.date)
         template = _DATE_CALL.sub(lambda call: json.dumps(today.strftime(call["format"])), template)
         if "strftime_now(" in template:
@@ -176,6 +237,24 @@ class HuggingFaceTokenizer:
                 "write a date into its chat_template.jinja"
             )
         return template
+
+    def _check_options(self, template: str) -> None:
+        from jinja2 import TemplateSyntaxError
+
+        from experiments.chat_template import TemplateVariables
+
+        try:
+            found = TemplateVariables(template)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template of {self._folder} cannot be read: {error}") from error
+        for name, value in self._variables.items():
+            if name not in found.names:
+                raise ValueError(f"the chat template of {self._folder} has no variable {name}: leave the option out")
+            if name in found.flags and not isinstance(value, bool):
+                raise ValueError(
+                    f"chat option {name} is {value!r}, but it is a flag of the template of {self._folder}: write "
+                    f"{name}=true or {name}=false"
+                )
 
 
 def _load(folder: Path) -> Any:
@@ -207,7 +286,7 @@ def _without_advice() -> Iterator[None]:
         logging.disable(before)
 
 
-def _stop_ids(folder: Path, eos_id: int | None) -> tuple[int, ...]:
+def _stop_ids(folder: Path, eos_id: int | None, more: Sequence[int]) -> tuple[int, ...]:
     """Gather all ids that end a response; raise ValueError if there are none or a file is wrong."""
     ids: list[Any] = [] if eos_id is None else [eos_id]
     for name in ("generation_config.json", "config.json"):
@@ -220,9 +299,10 @@ def _stop_ids(folder: Path, eos_id: int | None) -> tuple[int, ...]:
             if not all(type(one) is int and one >= 0 for one in named):
                 raise ValueError(f"{folder / name} has the eos_token_id {found!r}: it must be an id or a list of ids")
             ids += named
+    ids += more
     if not ids:
         raise ValueError(
             f"{folder} names no token that ends a response: name the tokenizer's eos_token in tokenizer_config.json, "
-            "or eos_token_id in generation_config.json"
+            "or eos_token_id in generation_config.json, or give --chat.stop-ids"
         )
     return tuple(dict.fromkeys(ids))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from experiments.evaluation.responses import Response
 from experiments.evaluation.subject import Subject, Votes
 from rspo_jax.rollouts import Judged, SamplerConfig, encode_prompts, judge, sample_in_chunks, usable_problems
-from rspo_jax.sharding import fetch, parts_of
+from rspo_jax.sharding import parts_of
 from rspo_jax.types import Array, Samples, Task
 
 Pair = tuple[int, int]
@@ -100,7 +100,6 @@ def _judge_batch(subject: Subject, problems: Sequence[Any], batch: _Batch, prese
     """Wait for a batch and judge it; return its responses that are not present yet."""
     asked = [problems[problem] for problem, _ in batch.pairs]
     judged = judge(subject.task, asked, [batch.samples])
-    lengths = fetch(batch.samples.mask).sum(axis=1)
     answers = _answers(subject.task, asked, judged)
     return [
         Response(
@@ -109,7 +108,8 @@ def _judge_batch(subject: Subject, problems: Sequence[Any], batch: _Batch, prese
             reward=float(judged.rewards[row]),
             correct=bool(judged.correct[row]),
             truncated=bool(judged.truncated[row]),
-            tokens=int(lengths[row]),
+            tokens=int(judged.lengths[row]),
+            unmarked=bool(judged.unmarked[row]),
             answer=answers[row],
             text=judged.texts[row],
         )

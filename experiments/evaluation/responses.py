@@ -39,6 +39,8 @@ class Response:
     answer: str | None
     """The answer that the response votes for; None for a task without votes, or a response without an answer."""
     text: str
+    unmarked: bool = False
+    """True if the response lacks the text after which responses are judged."""
 
 
 class ResponseFolder:
@@ -143,14 +145,15 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "tokens": (int,),
     "answer": (str, type(None)),
     "text": (str,),
+    "unmarked": (bool,),
 }
 
 
 def _parse(line: bytes, where: str) -> Response:
     """Read a line; `where` names it in error messages."""
     try:
-        values = json.loads(line)
-    except ValueError:
+        values = {"unmarked": False} | json.loads(line)  # lines of earlier versions lack it
+    except (ValueError, TypeError):
         values = None
     if (
         not isinstance(values, dict)

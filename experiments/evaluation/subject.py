@@ -40,14 +40,20 @@ class Votes(Protocol):
 def _math_task(name: str, source: "Source", tokenizer: HuggingFaceTokenizer) -> Task:
     from experiments.tasks.mathematics.task import MathTask
 
-    return MathTask(MathConfig(name=name, test_path=source.problems), tokenizer)
+    return MathTask(MathConfig(name=name, test_path=source.problems, judge_after=source.judge_after), tokenizer)
 
 
 def _code_task(name: str, source: "Source", tokenizer: HuggingFaceTokenizer) -> Task:
     from experiments.tasks.code.task import CodeTask
 
     del name
-    return CodeTask(CodeConfig(source.run_untrusted_code, test_path=source.problems), tokenizer)
+    config = CodeConfig(
+        source.run_untrusted_code,
+        test_path=source.problems,
+        checkers=source.checkers,
+        judge_after=source.judge_after,
+    )
+    return CodeTask(config, tokenizer)
 
 
 FOLDER_TASKS: dict[str, Callable[[str, "Source", HuggingFaceTokenizer], Task]] = {
@@ -75,10 +81,17 @@ class Source:
     """Type of the model's activations and parameters; that of the folder's weights by default."""
     max_prompt_tokens: int | None = None
     """Longest prompt in tokens. Problems of --task with longer prompts are left out and counted."""
+    judge_after: str = ""
+    """Judge only what follows the last occurrence of this text in a response to --task, such as "</think>"; a response
+    without it is wrong, and counted."""
+    checkers: str | None = None
+    """The file of the checkers that problems of the task code name."""
     run_untrusted_code: bool = False
     """Allow the task code to run the responses: read docs/code_rewards.md first."""
 
     def __post_init__(self) -> None:
+        if self.run_dir is not None and self.judge_after:
+            raise ValueError("a run has its own judge: --judge-after is for --model and --task, so leave it out")
         if self.run_dir is not None and self.model is None and self.task is None:
             return
         if self.run_dir is None and self.model is not None and self.task is not None:
@@ -154,17 +167,21 @@ def _open_folder(source: Source, mesh: MeshConfig) -> Subject:
     tokenizer.check_model(config.vocab_size)
     config, params = models.load_hf(source.model, config.dtype, config.dtype, rules=mesh.sampling_rules)
     files = sorted(source.model.glob("*.safetensors"))
+    identity: dict[str, Any] = {
+        "model": os.path.realpath(source.model),
+        "files": {path.name: path.stat().st_size for path in files},
+        "dtype": config.dtype,
+        "task_name": source.task,
+    }
+    # Settings that change responses or verdicts, where they are given: the folders of earlier evaluations stay valid.
+    ends = {"stop_ids": source.chat.stop_ids, "stop_strings": source.chat.stop_strings}
+    identity |= {name: value for name, value in (ends | {"judge_after": source.judge_after}).items() if value}
     # The longest response that the folder's authors generate, if they name one.
     path = source.model / "generation_config.json"
     generation = json.loads(path.read_text()) if path.is_file() else {}
     return Subject(
         title=f"{source.model}, {source.task}",
-        identity={
-            "model": os.path.realpath(source.model),
-            "files": {path.name: path.stat().st_size for path in files},
-            "dtype": config.dtype,
-            "task_name": source.task,
-        },
+        identity=identity,
         policy=models.Transformer(config),
         params=params,
         task=task,

@@ -37,6 +37,8 @@ def summarize_responses(
         answers = [[response.answer for response in row] for row in table]
         values |= {f"maj@{k}": majority_at_k(answers, correct, k) for k in counts}
         values["answered"] = _mean(table, lambda response: response.answer is not None)
+    if any(response.unmarked for row in table for response in row):
+        values["unmarked"] = _mean(table, lambda response: response.unmarked)
     values["truncated"] = _mean(table, lambda response: response.truncated)
     values["reward"] = _mean(table, lambda response: response.reward)
     values["response_tokens"] = tokens.mean(axis=1)
@@ -79,7 +81,7 @@ def make_table(summary: Mapping[str, Any]) -> rich.table.Table:
         elif name == "response_tokens":
             table.add_row("tokens of a response", f"{value:,.1f}", f"{low:,.1f} to {high:,.1f}")
         else:
-            words = {"truncated": "cut off"}.get(name, name)
+            words = {"truncated": "cut off", "unmarked": "without marker"}.get(name, name)
             table.add_row(words, f"{100 * value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %")
     return table
 

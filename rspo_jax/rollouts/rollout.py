@@ -3,12 +3,14 @@
 Sampling runs in chunks, so that the host judges one chunk while the device draws the next.
 """
 
+import bisect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from rspo_jax.rollouts.prompts import Prompts, encode_prompts
 from rspo_jax.rollouts.sampler import SamplerConfig, generate
@@ -27,8 +29,12 @@ class Judged(NamedTuple):
     """bool [B]."""
     unjudged: np.ndarray
     """bool [B]: True if the judge gave up."""
+    unmarked: np.ndarray
+    """bool [B]: True if the response lacks the text after which responses are judged."""
+    lengths: np.ndarray
+    """int32 [B]: tokens of the response up to where it ends, which a stop string may put before the last one drawn."""
     texts: list[str]
-    """The responses; "" for a row on another process's devices."""
+    """The responses, without what ends them; "" for a row on another process's devices."""
 
 
 class ResponseLengths(NamedTuple):
@@ -134,8 +140,9 @@ def encode_solutions(task: Task, problems: Sequence[Any], width: int, response_w
 def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
     """Decode and judge the responses chunk by chunk, waiting for each only when its turn comes.
 
-    Each process judges the rows on its own devices; only the verdicts cross between processes. A response that was cut
-    off before its stop token is not shown to the judge.
+    Each process judges the rows on its own devices; only the verdicts cross between processes. A response ends before
+    the first stop string in its text, if the tokenizer has any, or else at its stop token. One that was cut off before
+    either is not shown to the judge.
 
     Args:
       task: the judge.
@@ -148,29 +155,62 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
     Raises:
       ValueError: if the task gives a reward that is not finite, or not one judgement a response.
     """
-    tokenizer, rows = task.tokenizer, chunks[0].tokens.shape[0]
-    verdicts = np.zeros((len(chunks), rows, 4), np.float32)  # truncated, reward, correct, unjudged
+    rows = chunks[0].tokens.shape[0]
+    # Per response: tokens, truncated, reward, correct, unjudged, unmarked.
+    verdicts = np.zeros((len(chunks), rows, 6), np.float32)
     texts = [""] * (len(chunks) * rows)
     for index, chunk in enumerate(chunks):
         tokens, mask = fetch_own(chunk.tokens), fetch_own(chunk.mask)
         own, ended = own_rows(rows), []
         for row in own[own < len(problems) - index * rows]:
-            response = tokens[row][mask[row]].tolist()
-            stopped = response[-1] in tokenizer.stop_ids
-            texts[index * rows + row] = tokenizer.decode(response[:-1] if stopped else response)
-            verdicts[index, row, 0] = not stopped
+            length, text, stopped = _read(tokens[row][mask[row]].tolist(), task.tokenizer)
+            texts[index * rows + row] = text
+            verdicts[index, row, :2] = length, not stopped
             ended += [row] if stopped else []
         if ended:
             at = [index * rows + row for row in ended]
-            verdicts[index, ended, 1:] = _judgements(task, [problems[row] for row in at], [texts[row] for row in at])
+            verdicts[index, ended, 2:] = _judgements(task, [problems[row] for row in at], [texts[row] for row in at])
     if jax.process_count() > 1:
         verdicts = fetch(from_own(verdicts, None, "rows", None))
-    truncated, rewards, correct, unjudged = verdicts.reshape(-1, 4).T
-    return Judged(rewards.copy(), correct > 0, truncated > 0, unjudged > 0, texts)
+    lengths, truncated, rewards, correct, unjudged, unmarked = verdicts.reshape(-1, 6).T
+    return Judged(
+        rewards.copy(), correct > 0, truncated > 0, unjudged > 0, unmarked > 0, lengths.astype(np.int32), texts
+    )
+
+
+def _read(response: list[int], tokenizer: Tokenizer) -> tuple[int, str, bool]:
+    """Return the number of tokens that belong to a response, its text, and whether it has ended."""
+    stopped = response[-1] in tokenizer.stop_ids
+    text = tokenizer.decode(response[:-1] if stopped else response)
+    stop_strings = getattr(tokenizer, "stop_strings", ())
+    if not any(stop in text for stop in stop_strings):
+        return len(response), text, stopped
+
+    def contains_stop(length: int) -> bool:
+        return any(stop in tokenizer.decode(response[:length]) for stop in stop_strings)
+
+    # The token that completes a stop string is the last one, as if the sampler had seen it.
+    length = bisect.bisect_left(range(len(response)), True, key=contains_stop)
+    text = tokenizer.decode(response[:length])
+    return length, text[: min(text.index(stop) for stop in stop_strings if stop in text)], True
+
+
+@jax.jit
+def cut(rollout: RolloutBatch, lengths: ArrayLike) -> RolloutBatch:
+    """Leave out of a rollout what was drawn after the ends of its responses.
+
+    Args:
+      rollout: B rows.
+      lengths: int32 [B], the tokens of each response that belong to it (`Judged.lengths`).
+    """
+    drawn = rollout.mask.astype(jnp.int32)
+    kept = rollout.mask & (jnp.cumsum(drawn, axis=1) <= jnp.asarray(lengths)[:, None])
+    dropped = jnp.pad(rollout.mask & ~kept, ((0, 0), (1, 0)))
+    return rollout._replace(mask=kept, segment_ids=jnp.where(dropped, 0, rollout.segment_ids))
 
 
 def _judgements(task: Task, problems: list[Any], responses: list[str]) -> np.ndarray:
-    """Return the task's judgements, checked: float32 [B, 3], reward, correctness and whether the judge gave up."""
+    """Return the task's judgements, checked: float32 [B, 4], the fields of `Judgement`."""
     name, judgements = f"{type(task).__name__}.judge", task.judge(problems, responses)
     if len(judgements) != len(responses) or not all(isinstance(one, Judgement) for one in judgements):
         types = sorted({type(one).__name__ for one in judgements})
@@ -204,5 +244,4 @@ def solve(
         chunks += sample_in_chunks(policy, params, prompts, keys, sampler, task.tokenizer, 1)
     judged = judge(task, problems, chunks)
     own = slice(len(problems))
-    rewards, correct, truncated, unjudged, texts = judged
-    return Judged(rewards[own], correct[own], truncated[own], unjudged[own], texts[own])
+    return Judged(*(of_responses[own] for of_responses in judged))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rspo_jax.routing import numbers_and_arrays
-from rspo_jax.sharding import fetch
 from rspo_jax.statistics import Statistic, reduce
 from rspo_jax.training.config import TrainerConfig
 from rspo_jax.training.stages import JudgedRollout
@@ -56,12 +55,13 @@ def rollout_metrics(judged: list[JudgedRollout], config: TrainerConfig) -> Numbe
     """Return the metrics of all responses drawn in a step: rewards, verdicts, lengths and informative groups."""
     verdicts, wanted = [one.judged for one in judged], config.wanted_groups
     informative = np.concatenate([one.informative for one in judged])
-    lengths = np.concatenate([fetch(jnp.sum(one.rollout.mask, axis=1)) for one in judged])
+    lengths = np.concatenate([one.lengths for one in verdicts])
     metrics = {
         "reward": np.concatenate([one.rewards for one in verdicts]).mean(),
         "solve_rate": np.concatenate([one.correct for one in verdicts]).mean(),
         "truncated_fraction": np.concatenate([one.truncated for one in verdicts]).mean(),
         "unjudged": np.concatenate([one.unjudged for one in verdicts]).sum(),
+        "unmarked": np.concatenate([one.unmarked for one in verdicts]).sum(),
         "response_length": lengths.mean(),
         "longest_response": lengths.max(),
         "response_tokens": lengths.sum(),

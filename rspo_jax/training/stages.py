@@ -20,6 +20,7 @@ from rspo_jax.rollouts import (
     Problems,
     assemble,
     choose_groups,
+    cut,
     encode_prompts,
     is_informative,
     judge,
@@ -29,7 +30,6 @@ from rspo_jax.rollouts import (
     take,
 )
 from rspo_jax.routing import next_log_scale, records_route
-from rspo_jax.sharding import fetch
 from rspo_jax.statistics import Maximum, Statistic, reduce
 from rspo_jax.training.config import LearnerConfig, TrainerConfig
 from rspo_jax.training.state import RunState, sampling_params
@@ -109,15 +109,17 @@ def draw(setup: Setup, state: RunState) -> tuple[Drawing, RunState]:
 
 def judge_drawing(setup: Setup, drawing: Drawing) -> JudgedRollout:
     """Wait for the responses chunk by chunk, and reward each."""
-    config = setup.config
+    config, rollout = setup.config, drawing.rollout
     judged = judge(setup.problems.task, drawing.problems, drawing.chunks)
+    if getattr(setup.problems.task.tokenizer, "stop_strings", ()):
+        rollout = cut(rollout, judged.lengths)
     rewards, overlong = jnp.asarray(judged.rewards), np.zeros_like(judged.rewards)
     if config.overlong_buffer:
-        lengths = jnp.asarray(fetch(jnp.sum(drawing.rollout.mask, axis=1)))
+        lengths = jnp.asarray(judged.lengths)
         penalty = overlong_penalty(lengths, config.sampler.max_new_tokens, config.overlong_buffer)
         rewards, overlong = rewards + penalty, np.asarray(penalty)
     rewards = rewards.reshape(-1, config.group_size)
-    return JudgedRollout(drawing.rollout, judged, rewards, overlong, drawing.refilled)
+    return JudgedRollout(rollout, judged, rewards, overlong, drawing.refilled)
 
 
 def wants_more(judged: list[JudgedRollout], config: TrainerConfig) -> bool:

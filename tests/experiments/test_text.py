@@ -162,6 +162,49 @@ def test_a_damaged_file_is_named(copy):
         HuggingFaceTokenizer(copy)
 
 
+def test_stops_of_the_chat_come_last_and_may_be_the_only_ones(folder, tmp_path):
+    chat = ChatConfig(stop_ids=(2, 3), stop_strings=("\nUser:", "Stop"))
+    tokenizer = HuggingFaceTokenizer(folder, chat)
+    assert (tokenizer.stop_ids, tokenizer.eos_id, tokenizer.stop_strings) == ((3, 2), 3, ("\nUser:", "Stop"))
+    nameless = write_folder(tmp_path / "model", eos_token=None)
+    assert HuggingFaceTokenizer(nameless, chat).stop_ids == (2, 3)
+
+
+def test_stops_that_are_refused(folder):
+    for chat, message in (
+        (ChatConfig(stop_ids=(3, 320)), r"chat\.stop_ids has 320, but the tokens of .*model are 0 to 319"),
+        (ChatConfig(stop_ids=(-1,)), r"chat\.stop_ids has -1"),
+        (
+            ChatConfig(stop_strings=(f"x{END}",)),
+            r"never contains the stop string 'x<\|im_end\|>', .* --chat\.stop-ids 3",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HuggingFaceTokenizer(folder, chat)
+    with pytest.raises(ValueError, match=r"a stop string of chat\.stop_strings is empty"):
+        ChatConfig(stop_strings=("a", ""))
+
+
+def test_a_turn_that_ends_with_no_stop_is_said(copy, caplog):
+    config = copy / "tokenizer_config.json"
+    write_json(config, json.loads(config.read_text()) | {"eos_token": BEGIN})
+    said = r"ends a turn with <|im_end|>, which ends no response"
+    HuggingFaceTokenizer(copy).chat([USER])
+    assert said in caplog.text and caplog.text.count("add --chat.stop-ids 3") == 1
+    caplog.clear()
+    HuggingFaceTokenizer(copy, ChatConfig(stop_ids=(3,))).chat([USER])
+    HuggingFaceTokenizer(copy, ChatConfig("plain")).chat([USER])
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}\n{{ messages[1].content }}\n")
+    HuggingFaceTokenizer(copy).chat([USER, ASSISTANT])
+    assert caplog.text == ""
+    (copy / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}\n### {% endfor %}")
+    HuggingFaceTokenizer(copy).chat([USER])
+    assert "ends a turn with ###" in caplog.text and "add --chat.stop-strings '###'" in caplog.text
+    caplog.clear()
+    HuggingFaceTokenizer(copy, ChatConfig(stop_strings=("###",))).chat([USER])
+    assert caplog.text == ""
+
+
 # --- folders that cannot be read ---
 
 
@@ -282,15 +325,41 @@ def test_options_that_the_template_does_not_have(folder):
 
 
 def test_the_values_of_options():
-    options = ("a=false", "b=low", "c=3", 'd={"e": [1]}', "f=", "g=x=y")
-    assert ChatConfig(options=options).variables() == {
-        "a": False,
-        "b": "low",
-        "c": 3,
-        "d": {"e": [1]},
-        "f": "",
-        "g": "x=y",
-    }
+    for text, value in {
+        "false": False,
+        "False": False,
+        "true": True,
+        "True": True,
+        "null": None,
+        "None": None,
+        "3": 3,
+        "-0.5": -0.5,
+        ".5": 0.5,
+        "1_000": 1000,
+        '{"e": [1]}': {"e": [1]},
+        "{'e': [True, None]}": {"e": [True, None]},
+        "'False'": "False",
+        '"3"': "3",
+        "low": "low",
+        "FALSE": "FALSE",
+        "": "",
+        "x=y": "x=y",
+        "don't": "don't",
+    }.items():
+        found = ChatConfig(options=(f"a={text}",)).variables()["a"]
+        assert (found, type(found)) == (value, type(value))
+
+
+def test_a_flag_of_the_template_is_true_or_false(folder):
+    expected = HuggingFaceTokenizer(folder, ChatConfig(options=("enable_thinking=false",))).chat([USER])
+    assert expected.endswith("</think>\n\n")
+    assert HuggingFaceTokenizer(folder, ChatConfig(options=("enable_thinking=False",))).chat([USER]) == expected
+    for text, shown in {"FALSE": "'FALSE'", "off": "'off'", "": "''", "0": "0", "None": "None"}.items():
+        tokenizer = HuggingFaceTokenizer(folder, ChatConfig(options=(f"enable_thinking={text}",)))
+        with pytest.raises(
+            ValueError, match=f"enable_thinking is {shown}, but it is a flag .* write enable_thinking=true"
+        ):
+            tokenizer.chat([USER])
 
 
 @pytest.mark.parametrize(

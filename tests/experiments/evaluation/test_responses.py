@@ -37,6 +37,15 @@ def test_responses_come_back_as_they_were(path):
     assert json.loads((path / "settings.json").read_text()) == SETTINGS
 
 
+def test_a_line_of_an_earlier_version_has_its_marker(path):
+    with ResponseFolder(path, SETTINGS) as folder:
+        folder.append([response(0, 0)])
+    line = json.loads((path / "responses.jsonl").read_text())
+    del line["unmarked"]
+    (path / "responses.jsonl").write_text(json.dumps(line) + "\n")
+    assert kept(path) == {(0, 0): response(0, 0)}
+
+
 def test_the_same_response_twice(path):
     with ResponseFolder(path, SETTINGS) as folder:
         folder.append([response(0, 0)])

@@ -1,5 +1,6 @@
 """The summary of given responses, and the speed by a given clock."""
 
+import dataclasses
 import io
 
 import pytest
@@ -61,6 +62,13 @@ def test_the_first_samples_only_and_no_votes():
     summary = summarize_responses(responses(), problems=4, samples=1, votes=False)
     assert list(summary["estimates"]) == ["pass@1", "avg@1", "truncated", "reward", "response_tokens"]
     assert summary["estimates"]["avg@1"]["value"] == 3 / 4
+
+
+def test_responses_without_the_marker_are_counted():
+    found = responses()
+    found[1, 0] = dataclasses.replace(found[1, 0], unmarked=True)
+    estimates = summarize_responses(found, problems=4, samples=3, votes=False)["estimates"]
+    assert estimates["unmarked"]["value"] == pytest.approx(1 / 12)
 
 
 def test_lengths_where_all_are_right():

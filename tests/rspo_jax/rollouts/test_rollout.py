@@ -12,6 +12,7 @@ from rspo_jax.rollouts import (
     ResponseLengths,
     SamplerConfig,
     assemble,
+    cut,
     encode_prompts,
     encode_solutions,
     judge,
@@ -159,6 +160,48 @@ def test_rows_without_a_problem_are_not_judged():
     judged = judge(TASK, ["c", "b", "e"], [samples("def.", "cdef"), samples("f.", "a."), samples("f.", "a.")])
     np.testing.assert_array_equal(judged.rewards, np.array([1.5, 0, 1.5, 0, 0, 0], np.float32))
     assert judged.texts[3:] == ["", "", ""]
+
+
+def test_responses_without_the_text_to_judge_after_are_counted():
+    class MarkedTask(ReciteTask):
+        def judge(self, problems, responses):
+            return [Judgement(0.0, False, unmarked=response == "f") for response in responses]
+
+    judged = judge(MarkedTask(), ["e", "c", "c"], [samples("f.", "def.", "def")])
+    np.testing.assert_array_equal(judged.unmarked, [True, False, False])
+
+
+class Pairs(Letters):
+    """Every id stands for its letter twice, so that a stop string may end within a token."""
+
+    stop_strings = ("eef", "dc")
+
+    def decode(self, ids):
+        return "".join(2 * letter for letter in super().decode(ids))
+
+
+class PairsTask(ReciteTask):
+    tokenizer = Pairs()
+
+
+def test_a_stop_string_ends_a_response_before_it():
+    drawn = ["defa", "def.", "edcb", "def", "ffff", "ed.", "dc.", "dcef"]
+    judged = judge(PairsTask(), ["c"] * 8, [samples(*drawn)])
+    assert judged.texts == ["dd", "dd", "eed", "dd", "ffffffff", "eedd", "d", "d"]
+    np.testing.assert_array_equal(judged.lengths, [3, 3, 3, 3, 4, 3, 2, 2])
+    np.testing.assert_array_equal(judged.truncated, [False] * 4 + [True] + [False] * 3)
+    # An evaluation, without stop strings, counts all that was drawn.
+    np.testing.assert_array_equal(judge(TASK, ["c"] * 2, [samples("def.", "de")]).lengths, [4, 2])
+
+
+def test_what_was_drawn_after_a_stop_string_is_cut():
+    chunks = [samples("defa", "def.", "ab", "ffff")]
+    rollout = assemble(encode_prompts(TASK, ["abc", "c", "c", "e"], 3), chunks)
+    shorter = cut(rollout, np.array([3, 3, 2, 1], np.int32))
+    expected = assemble(encode_prompts(TASK, ["abc", "c", "c", "e"], 3), [samples("def", "def", "ab", "f")])
+    np.testing.assert_array_equal(shorter.mask, expected.mask)
+    np.testing.assert_array_equal(shorter.segment_ids, expected.segment_ids)
+    np.testing.assert_array_equal(shorter.tokens, rollout.tokens)
 
 
 def test_any_stop_token_ends_a_response():
