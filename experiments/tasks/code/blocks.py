@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_PYTHON = ("python", "python3", "py", "py3", "{.python}", "{python}")
+_PYTHON = re.compile(r"\{?\.?i?py(?:thon)?(?![a-z]).*")
 _TRANSPARENT = ("markdown", "md")  # around a whole answer, with blocks of code inside
-_OPENING = re.compile(r"(?P<before>[^`\n]*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^\s`]*)[^`\n]*")
-_MARK_OF_LIST = re.compile(r"\s*(?:(?:[-*+]|\d+[.)])\s+)*")
+_OPENING = re.compile(r"(?P<mark>\s*(?:(?:[-*+]|\d+[.)])\s+)*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^\s`]*)[^`\n]*")
+_AFTER_WORDS = re.compile(r"[^`\n]*(?P<fence>`{3,})[ \t]*(?:python3?|py)[ \t]*", re.IGNORECASE)
 _CLOSING = re.compile(r"\s*(?P<fence>`{3,}|~{3,})\s*")
 _GLUED = re.compile(r"[^\n]*?[^`~\s][ \t]*(?P<fence>`{3,}|~{3,})\s*")
 # Comments and texts may hide a fence. A quote that nothing closes hides none, but its line is searched no further.
@@ -45,11 +45,12 @@ def extract_code(response: str) -> str:
     last: dict[bool, str] = {}
     start = 0
     while start < len(text):
-        opening, start = _opening(text, start), _next_line(text, start)
+        opening, start = _opening(text, start) or _opening_after_words(text, start), _next_line(text, start)
         if opening is not None and opening.language not in _TRANSPARENT:
             end, following = _end_of_block(text, start, opening)
-            if opening.language in ("", *_PYTHON) and (opening.language or text[start:end].strip()):
-                last[opening.language != ""] = text[start:end].removesuffix("\n")
+            is_python = _PYTHON.fullmatch(opening.language) is not None
+            if is_python or (not opening.language and text[start:end].strip()):
+                last[is_python] = text[start:end].removesuffix("\n")
             start = following
     return _dedented(last[max(last)]) if last else response
 
@@ -65,14 +66,17 @@ def _next_line(text: str, start: int) -> int:
 
 
 def _opening(text: str, start: int) -> _Opening | None:
-    """Return the fence that opens a block in this line. Words may stand before it if it names Python."""
+    """Return the fence with which this line begins, apart from the mark of a list."""
     found = _OPENING.fullmatch(text, start, _next_line(text, start) - 1)
     if found is None:
         return None
-    language = found["language"].lower()
-    if _MARK_OF_LIST.fullmatch(found["before"]):
-        return _Opening(found["fence"], language, len(found["before"]))
-    return _Opening(found["fence"], language, 0) if language in _PYTHON else None
+    return _Opening(found["fence"], found["language"].lower(), len(found["mark"]))
+
+
+def _opening_after_words(text: str, start: int) -> _Opening | None:
+    """Return the fence with which this line ends, if it names Python."""
+    found = _AFTER_WORDS.fullmatch(text, start, _next_line(text, start) - 1)
+    return None if found is None else _Opening(found["fence"], "python", 0)
 
 
 def _end_of_block(text: str, start: int, opening: _Opening) -> tuple[int, int]:

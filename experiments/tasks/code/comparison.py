@@ -106,8 +106,9 @@ def _same_word(found: str, wanted: str, tolerance: float) -> bool:
 
 
 def _close(found: Decimal, wanted: Decimal, tolerance: float) -> bool:
-    allowed = _ARITHMETIC.multiply(Decimal(tolerance), max(abs(found), abs(wanted), Decimal(1)))
-    return abs(_ARITHMETIC.subtract(found, wanted)) <= allowed
+    # copy_abs and comparisons are exact, where abs() would round, or overflow at a million digits.
+    allowed = _ARITHMETIC.multiply(Decimal(tolerance), max(found.copy_abs(), wanted.copy_abs(), Decimal(1)))
+    return _ARITHMETIC.subtract(found, wanted).copy_abs() <= allowed
 
 
 def _same_leaf(found: Any, wanted: Any, tolerance: float) -> bool:

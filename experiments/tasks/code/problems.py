@@ -85,8 +85,8 @@ def _problem(line: bytes, checkers: Collection[str]) -> Problem:
     checker = fields.get("checker")
     if checker is not None and checker not in checkers:
         raise ValueError(
-            f"there is no checker {_short(checker)}; there are {_listed(checkers) or 'none'}. Put others into a file of "
-            "functions and name it with task.checkers."
+            f"there is no checker {_short(checker)}; there are {_listed(checkers) or 'none'}. Put others into a file "
+            "of functions and name it with task.checkers."
         )
     if not isinstance(tests, list) or not tests:
         raise ValueError(f"'tests' is {_short(tests)}, but it must be a list of one or more tests.")

@@ -182,6 +182,14 @@ def test_integers_have_more_digits_than_python_converts():
     assert not same_result(b"7" * 5999 + b"8", sevens, TOLERANCE)
 
 
+def test_numbers_as_long_as_an_output_can_be():
+    digits = "7" * 2**20
+    for output, expected in ((digits, "7.0"), (digits + ".5", digits[1:] + ".5"), (digits, "7")):
+        assert not same_output(output.encode(), expected, TOLERANCE)
+    assert same_output(f"{digits}.5".encode(), f"{digits}.0", TOLERANCE)
+    assert not same_result(digits.encode(), 7.0, TOLERANCE) and not same_result(digits.encode(), 7, TOLERANCE)
+
+
 def test_a_result_may_be_nested_as_deep_as_json_can_be():
     text = "[" * 900 + "]" * 900
     assert same_result(text.encode(), json.loads(text), TOLERANCE)
