@@ -91,8 +91,8 @@ class ChatConfig:
 
 def _option_value(text: str) -> Any:
     """Read the value of an option: JSON first, then Python's spelling (True, None, 'text'), or else the text itself."""
-    for read, errors in ((json.loads, json.JSONDecodeError), (ast.literal_eval, (ValueError, SyntaxError))):
-        with contextlib.suppress(errors):
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
             return read(text)
     return text
 

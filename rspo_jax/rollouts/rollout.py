@@ -244,4 +244,4 @@ def solve(
         chunks += sample_in_chunks(policy, params, prompts, keys, sampler, task.tokenizer, 1)
     judged = judge(task, problems, chunks)
     own = slice(len(problems))
-    return Judged(*(of_responses[own] for of_responses in judged))
+    return Judged._make(of_responses[own] for of_responses in judged)
