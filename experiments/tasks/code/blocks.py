@@ -15,6 +15,7 @@ _OPENING = re.compile(r"(?P<mark>\s*(?:(?:[-*+]|\d+[.)])\s+)*)(?P<fence>`{3,}|~{
 _AFTER_WORDS = re.compile(r"[^`\n]*(?P<fence>`{3,})[ \t]*(?:python3?|py)[ \t]*", re.IGNORECASE)
 _CLOSING = re.compile(r"\s*(?P<fence>`{3,}|~{3,})\s*")
 _GLUED = re.compile(r"[^\n]*?[^`~\s][ \t]*(?P<fence>`{3,}|~{3,})\s*")
+_QUOTATION = re.compile(r"\"{3}.*?\"{3}|'{3}.*?'{3}", re.DOTALL)
 # Comments and texts may hide a fence. A quote that nothing closes hides none, but its line is searched no further.
 _HIDING = re.compile(
     r"""#[^\n]*|(?P<quotes>\"{3}|'{3})|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|(?P<unclosed>["'][^\n]*)"""
@@ -44,7 +45,15 @@ def extract_code(response: str) -> str:
     text = response.replace("\r\n", "\n")
     last: dict[bool, str] = {}
     start = 0
+    quotations = _QUOTATION.finditer(text)
+    quotation = next(quotations, None)
     while start < len(text):
+        if quotation is not None and quotation.start() < start:
+            # Code that stands in no block may quote whole blocks, too.
+            if start < quotation.end() and _left_open(text, quotation.start(), quotation.end()) is False:
+                start = _next_line(text, quotation.end())
+            quotation = next(quotations, None)
+            continue
         opening, start = _opening(text, start) or _opening_after_words(text, start), _next_line(text, start)
         if opening is not None and opening.language not in _TRANSPARENT:
             end, following = _end_of_block(text, start, opening)
@@ -115,28 +124,35 @@ def _hidings(text: str, start: int, end: int, opening: _Opening) -> Iterator[_Hi
         start = found.end()
         if found["quotes"] is not None:
             closing = text.find(found["quotes"], start)
-            if closing < 0 or not _is_text(text, start, closing, opening):
+            # Fences that are indented as an inner block would be belong to the text. Others may also be the end of this
+            # block and the start of the next, if a quote was left open by mistake.
+            if closing < 0 or _left_open(text, start, closing, opening.fence, opening.indentation + 3) is None:
                 continue
             start = closing + 3
         if found["unclosed"] is None:
             yield _Hidden(found[0][0], found.start(), start)
 
 
-def _is_text(text: str, start: int, end: int, opening: _Opening) -> bool:
-    """Return whether fences between triple quotes belong to a text, not to the end of one block and the next's start.
+def _left_open(text: str, start: int, end: int, fence: str = "", deepest: int | None = None) -> bool | None:
+    """Return whether the fences in a part of the text leave a block open; None if one begins in another.
 
-    Fences that are indented four columns deeper than the block do. The others must open before they close.
+    Args:
+        text: the response.
+        start: begin of the part; fences count from the next line on.
+        end: end of the part.
+        fence: fences that do not begin with this one do not count.
+        deepest: fences that are indented deeper do not count, in columns.
     """
     is_open = False
     line = _next_line(text, start)
     while line < end:
-        fence = _opening(text, line)
-        if fence is not None and fence.fence.startswith(opening.fence) and fence.indentation < opening.indentation + 4:
-            if is_open and fence.language:
-                return False
+        found = _opening(text, line)
+        if found is not None and found.fence.startswith(fence) and (deepest is None or found.indentation <= deepest):
+            if is_open and found.language:
+                return None
             is_open = not is_open
         line = _next_line(text, line)
-    return True
+    return is_open
 
 
 def _dedented(code: str) -> str:

@@ -44,6 +44,13 @@ DOC = '"""'
         ("```python\na  # no ```\nb\n```\nDone.", "a  # no ```\nb"),
         ("```python\na = '```'\nb = '''```'''\nc\n```\nDone.", "a = '```'\nb = '''```'''\nc"),
         ("Code: ```python\na\n```", "a"),
+        (
+            f"def f():\n    {DOC}\n    ```\n    f()\n    ```\n    {DOC}\n    return 1",
+            f"def f():\n    {DOC}\n    ```\n    f()\n    ```\n    {DOC}\n    return 1",
+        ),
+        (f"{DOC}\n```python\nf()\n```\n{DOC}\na", f"{DOC}\n```python\nf()\n```\n{DOC}\na"),
+        (f"Write {DOC} around it:\n```python\n{DOC}doc{DOC}\na\n```\n", f"{DOC}doc{DOC}\na"),
+        (f"A {DOC}quotation{DOC}:\n```\na\n```\n", "a"),
         ("**Code:** ```python3\na\n```", "a"),
         (
             "```python\na = '```python\\n' + b\n# ends with ```python\nc\n```",

@@ -90,6 +90,12 @@ def test_the_problems_of_the_documentation_are_solved_by_their_solutions(judge, 
     problems = load_problems(str(path))
     assert len(problems) == 3
     assert judge(*[(problem, task().solution(problem)) for problem in problems]) == [RIGHT] * 3
+    checkers = tmp_path / "my_checkers.py"
+    checkers.write_text("def divides" + text.split("```python\ndef divides")[1].split("```")[0])
+    path.write_text(text.split("```jsonl\n")[2].split("```")[0], encoding="utf-8")
+    problems = load_problems(str(path), ["divides"])
+    pairs = [(problems[0], f"def f(n): return {number}") for number in (7, 1, 91, 13.0, "'x'")]
+    assert judge(*pairs, checkers=str(checkers)) == [RIGHT, *[WRONG] * 4]
 
 
 def test_the_reward_can_be_the_share_of_tests_passed(judge):
