@@ -129,8 +129,8 @@ def checks_of(pool: WorkerPool, data: Path, name: str) -> list[Check]:
 
 
 def text_answers(data: Path, name: str) -> list[str]:
-    """Return the answers that math-verify cannot read, so that nothing but the same text is right."""
-    from experiments.tasks.mathematics import verifier  # imports SymPy, into this process too
+    """Return the answers that the judge cannot read, so that nothing but the same text is right."""
+    from experiments.tasks.mathematics import verifier  # imports mpmath, into this process too
 
     problems = read_problems(str(data / FILES[name]), name)
     return [problem.answer for problem in problems if not verifier.is_readable(problem.answer)]

@@ -4,10 +4,12 @@ The pools of the standard library have neither limit: a `concurrent.futures` poo
 dies and cannot end a running call, a `multiprocessing` pool waits forever for the item of a dead worker, and both
 unpickle what workers send.
 
-Here an item costs at most its time limit: the process that works on it is killed and replaced, the item gets a
-failure, and no other item is affected. The caller may hold JAX and its threads, so it is never forked. A server
-process is started from scratch, imports only the module of the function, and forks the workers, so that a new worker
-takes milliseconds. Workers reply in JSON, which cannot harm the process that reads it.
+Here an item costs at most its time limits: the process that works on it is killed and replaced, the item gets a
+failure, and no other item is affected. The first limit is one of CPU time, which the kernel counts, so that a busy host
+does not fail what is quick; a larger one of wall time ends what waits instead of working. The caller may hold JAX and
+its threads, so it is never forked. A server process is started from scratch, imports only the module of the function,
+and forks the workers, so that a new worker takes milliseconds. Workers reply in JSON, which cannot harm the process
+that reads it.
 
     caller -> server    fork a worker, with the worker's end of a channel; or end one
     caller -> worker    one line of JSON: the item
@@ -39,12 +41,16 @@ from typing import Any, NamedTuple
 
 FAILURES = ("time limit", "died", "error")
 """The reasons why an item has no value: it took too long; its process ended; the function raised."""
+WALL_FACTOR = 10.0
+"""Limit of wall time over limit of CPU time, where none is given."""
 
 _START_SECONDS = 120.0
 _END_SECONDS = 10.0
 _LONGEST_REPLY = 2**20
 _ALARM_SECONDS = 1.0
 """Seconds after its time limit at which the kernel ends a worker that nobody else has ended."""
+_OUT_OF_TIME = "signal SIGPROF"
+"""How a worker ends that reached its limit of CPU time."""
 _OUT_OF_MEMORY = 99
 """Exit status of a worker that reached its memory limit."""
 _CHUNK = 2**16
@@ -72,18 +78,27 @@ class WorkerPool:
 
     Attributes:
         workers: number of items that are worked on at a time.
-        time_limit: seconds that one item may take, from being handed out to being answered.
+        time_limit: seconds of CPU time that one item may take in its process.
+        wall_limit: seconds that one item may take from being handed out to being answered.
     """
 
-    def __init__(self, function: str, workers: int, time_limit: float, memory_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        function: str,
+        workers: int,
+        time_limit: float,
+        memory_limit: int | None = None,
+        wall_limit: float | None = None,
+    ) -> None:
         """Check the arguments; nothing is started yet.
 
         Args:
             function: "package.module:name" of a function that takes and returns JSON values. Importing its module must
                 not start a thread.
             workers: number of worker processes.
-            time_limit: seconds per item.
+            time_limit: seconds of CPU time per item.
             memory_limit: bytes of address space of a process, including everything that it imports. None: no limit.
+            wall_limit: seconds of wall time per item. None: `WALL_FACTOR` times the limit of CPU time.
 
         Raises:
             ValueError: if an argument is wrong.
@@ -94,11 +109,15 @@ class WorkerPool:
             raise ValueError(f"a pool needs a worker, got workers={workers}")
         if not (time_limit > 0 and math.isfinite(time_limit)):
             raise ValueError(f"time_limit is in seconds and above 0, got {time_limit}")
+        wall_limit = WALL_FACTOR * time_limit if wall_limit is None else wall_limit
+        if not (wall_limit >= time_limit and math.isfinite(wall_limit)):
+            raise ValueError(f"wall_limit is in seconds and at least time_limit ({time_limit}), got {wall_limit}")
         if memory_limit is not None and memory_limit < 1:
             raise ValueError(f"memory_limit is in bytes and above 0, got {memory_limit}")
         self.workers = workers
         self.time_limit = time_limit
-        self._arguments = (function, time_limit, memory_limit)
+        self.wall_limit = wall_limit
+        self._arguments = (function, time_limit, memory_limit, wall_limit)
         self._counts: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
@@ -127,7 +146,7 @@ class WorkerPool:
                     self._start_workers(len(waiting), results)
                     for worker in [worker for worker in self._workers if worker.item is None][: len(waiting)]:
                         line = json.dumps(items[waiting[0]]).encode() + b"\n"
-                        if worker.hand(waiting[0], line, self.time_limit):
+                        if worker.hand(waiting[0], line, self.wall_limit):
                             waiting.popleft()
                         else:
                             self._remove(worker)
@@ -138,7 +157,7 @@ class WorkerPool:
                     self._listen(seconds, results)
                     now = time.monotonic()
                     for worker in [worker for worker in self._workers if worker.deadline <= now]:
-                        self._settle(worker, "time limit", f"no answer within {self.time_limit:g} s", results)
+                        self._settle(worker, "time limit", f"no answer within {self.wall_limit:g} s", results)
             finally:
                 for worker in [worker for worker in self._workers if worker.item is not None]:
                     self._remove(worker)  # the call was interrupted; the next call would receive its answer
@@ -205,6 +224,8 @@ class WorkerPool:
     def _settle(self, worker: "_Worker", failure: str, detail: str, results: list[Outcome | None]) -> None:
         """End a worker; the item that it worked on fails. Without a detail, the outcome says how the worker ended."""
         how_it_ended = self._remove(worker)
+        if how_it_ended == _OUT_OF_TIME:
+            failure, detail = "time limit", f"no answer within {self.time_limit:g} s of CPU time"
         if worker.item is not None:
             self._finish(worker, Outcome(None, failure, detail or how_it_ended), results)
 
@@ -229,10 +250,10 @@ class WorkerPool:
 class _Server:
     """The process that forks workers, and the caller's end of its channel."""
 
-    def __init__(self, function: str, time_limit: float, memory_limit: int | None) -> None:
+    def __init__(self, function: str, time_limit: float, memory_limit: int | None, wall_limit: float) -> None:
         self.channel, other = socket.socketpair()
         with other:
-            setting = [other.fileno(), function, time_limit, memory_limit]
+            setting = [other.fileno(), function, time_limit, memory_limit, wall_limit]
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(sys.path), json.dumps(setting)],
                 stdin=subprocess.DEVNULL,
@@ -300,14 +321,14 @@ class _Worker:
         self.outgoing = memoryview(b"")
         self.incoming = bytearray()
 
-    def hand(self, item: int, line: bytes, time_limit: float) -> bool:
+    def hand(self, item: int, line: bytes, wall_limit: float) -> bool:
         """Start to send an item. Return False, with nothing sent, if the process has ended."""
         try:
             sent = self.channel.send(line)
         except OSError:
             return False
         self.outgoing = memoryview(line)[sent:]
-        self.item, self.deadline = item, time.monotonic() + time_limit
+        self.item, self.deadline = item, time.monotonic() + wall_limit
         return True
 
     def exchange(self) -> bool:
@@ -355,13 +376,14 @@ def _end_all(workers: list[_Worker], servers: list[_Server], owner: int) -> None
 
 def _serve() -> None:
     """Run the server, until its channel closes."""
-    descriptor, name, time_limit, memory_limit = json.loads(sys.argv[2])
+    descriptor, name, time_limit, memory_limit, wall_limit = json.loads(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_limit is not None:
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         memory_limit = memory_limit if most == resource.RLIM_INFINITY else min(memory_limit, most)
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # lets the kernel end a worker, whatever it is busy with
+    for alarm in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(alarm, signal.SIG_DFL)  # lets the kernel end a worker, whatever it is busy with
     children: set[int] = set()
     with socket.socket(fileno=descriptor) as channel:
         try:
@@ -373,14 +395,16 @@ def _serve() -> None:
         gc.freeze()  # so that collections in workers touch, and thus copy, none of it
         channel.sendall(b"null\n")
         try:
-            while _obey(channel, children, function, time_limit):
+            while _obey(channel, children, function, (time_limit, wall_limit)):
                 pass
         finally:
             for child in list(children):
                 _end(child, children)
 
 
-def _obey(channel: socket.socket, children: set[int], function: Callable[[Any], Any], time_limit: float) -> bool:
+def _obey(
+    channel: socket.socket, children: set[int], function: Callable[[Any], Any], limits: tuple[float, float]
+) -> bool:
     """Serve one request. Return False when there are no more."""
     line, descriptors, _, _ = socket.recv_fds(channel, _CHUNK, 1)
     if not line:
@@ -394,7 +418,7 @@ def _obey(channel: socket.socket, children: set[int], function: Callable[[Any], 
             try:
                 channel.close()
                 os.setpgid(0, 0)  # processes that the function starts are ended with the worker
-                _work(descriptors[0], function, time_limit)
+                _work(descriptors[0], function, *limits)
             finally:
                 os._exit(1)
         with contextlib.suppress(OSError):  # the worker has already done it
@@ -413,12 +437,14 @@ def _end(child: int, children: set[int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _work(descriptor: int, function: Callable[[Any], Any], time_limit: float) -> None:
+def _work(descriptor: int, function: Callable[[Any], Any], time_limit: float, wall_limit: float) -> None:
     """Run a worker, until its channel closes."""
     with socket.socket(fileno=descriptor) as channel, channel.makefile("rb") as lines:
         for line in lines:
-            signal.setitimer(signal.ITIMER_REAL, time_limit + _ALARM_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, time_limit)
+            signal.setitimer(signal.ITIMER_REAL, wall_limit + _ALARM_SECONDS)
             reply = _reply(function, line)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             channel.sendall(reply)
 

@@ -32,7 +32,8 @@ class MathConfig:
         correct_reward: reward of a right answer.
         wrong_reward: reward of an answer that is not right.
         unanswered_reward: reward of a response without an answer, or one that cannot be judged within the limits.
-        time_limit: seconds for judging one response.
+        time_limit: seconds of CPU time for judging one response.
+        wall_limit: seconds of wall time for it, larger, so that a busy host fails no right answer.
         workers: number of processes that judge. None: one less than there are cores, at most 16.
         memory_limit: GiB of address space of each of these processes.
     """
@@ -53,6 +54,7 @@ class MathConfig:
     wrong_reward: float = 0.0
     unanswered_reward: float = 0.0
     time_limit: float = 5.0
+    wall_limit: float = 60.0
     workers: int | None = None
     memory_limit: float = 4.0
 
@@ -77,10 +79,15 @@ class MathConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} is {value}; set it to 1 or more, or leave it out")
-        for field in ("time_limit", "memory_limit"):
+        for field in ("time_limit", "wall_limit", "memory_limit"):
             value = getattr(self, field)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{field} is {value}; set it to a number above 0")
+        if self.wall_limit < self.time_limit:
+            raise ValueError(
+                f"wall_limit ({self.wall_limit}) is below time_limit ({self.time_limit}), but no process computes for "
+                "longer than it lives; raise wall_limit"
+            )
         rewards = (self.correct_reward, self.wrong_reward, self.unanswered_reward)
         if not all(map(math.isfinite, rewards)) or not rewards[0] > rewards[1] >= rewards[2]:
             raise ValueError(

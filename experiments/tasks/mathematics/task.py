@@ -8,12 +8,17 @@ from experiments.tasks.marker import check_marker, judge_after, part_after
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.dataset import load_problems
 from experiments.tasks.mathematics.problems import Problem
+from experiments.tasks.mathematics.references import unreadable_answers
 from experiments.tasks.pool import WorkerPool
 from experiments.text import ChatTokenizer, ask
+from rspo_jax.hosts import say
 from rspo_jax.types import Judgement
 
 LONGEST_RESPONSE = 100_000
 """Number of characters at the end of a response that are judged; finding a box in them takes a few milliseconds."""
+
+SHOWN = 20
+"""Largest number of references that are printed because the judge cannot read them."""
 
 _VERIFIER = "experiments.tasks.mathematics.verifier:judge"
 
@@ -28,12 +33,29 @@ class MathTask:
         self.config = config
         self.tokenizer = tokenizer
         self._pool = WorkerPool(
-            _VERIFIER, config.worker_count(), config.time_limit, memory_limit=int(config.memory_limit * 2**30)
+            _VERIFIER,
+            config.worker_count(),
+            config.time_limit,
+            memory_limit=int(config.memory_limit * 2**30),
+            wall_limit=config.wall_limit,
         )
-        self._load_once = functools.cache(functools.partial(load_problems, config))
+        self._load_once = functools.cache(self._load)
 
     def problems(self, split: str) -> Sequence[Problem]:
+        """Return the problems of a split. The first call says which references nothing but their own text earns."""
         return self._load_once(split)
+
+    def _load(self, split: str) -> list[Problem]:
+        problems = load_problems(self.config, split)
+        unreadable = unreadable_answers(problems)
+        if unreadable:
+            shown = "".join(f"\n  {answer}" for answer in unreadable[:SHOWN])
+            more = f"\n  and {len(unreadable) - SHOWN} more" if len(unreadable) > SHOWN else ""
+            say(
+                f"{split}: the judge cannot read {len(unreadable)} of {len(problems)} references, so that nothing but "
+                f"their own text earns a reward:{shown}{more}"
+            )
+        return problems
 
     def prompt(self, problem: Problem) -> str:
         return ask(self.tokenizer, self.config.prompt, problem.question, self.config.system)

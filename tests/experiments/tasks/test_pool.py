@@ -16,7 +16,7 @@ from experiments.tasks import pool as pool_module
 from experiments.tasks.pool import Outcome, WorkerPool
 
 ROOT = Path(__file__).parents[3]
-LIMIT = 0.8
+LIMIT, WALL_LIMIT = 0.8, 1.2
 
 FUNCTIONS = '''
 import os, signal, subprocess, sys, time
@@ -64,7 +64,7 @@ def functions(tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def shared(functions) -> Iterator[WorkerPool]:
-    with WorkerPool(functions, workers=2, time_limit=LIMIT, memory_limit=2**32) as pool:
+    with WorkerPool(functions, 2, LIMIT, memory_limit=2**32, wall_limit=WALL_LIMIT) as pool:
         yield pool
 
 
@@ -114,9 +114,9 @@ def test_no_more_processes_than_items_and_they_stay_for_the_next_call(functions)
 @pytest.mark.parametrize(
     ("item", "failure", "detail"),
     [
-        ("sleep", "time limit", "no answer within 0.8 s"),
-        ("loop", "time limit", "no answer within 0.8 s"),
-        ("power", "time limit", "no answer within 0.8 s"),
+        ("sleep", "time limit", "no answer within 1.2 s"),
+        ("loop", "time limit", "no answer within"),
+        ("power", "time limit", "no answer within"),
         ("exit", "died", "exit status 0"),
         ("system exit", "error", "SystemExit: 3"),
         ("segfault", "died", "signal SIGSEGV"),
@@ -139,6 +139,13 @@ def test_a_failure_costs_its_own_item_only(shared, item, failure, detail):
         "items": 8,
         failure: 1,
     }
+
+
+def test_the_time_limit_counts_the_work_of_the_process_and_not_its_waiting(functions, tmp_path):
+    with WorkerPool(functions, workers=1, time_limit=0.3, wall_limit=60) as pool:
+        outcomes = pool.map(["loop", ["pause", 0.6, str(tmp_path / "pid")], "power"])
+    out_of_time = Outcome(None, "time limit", "no answer within 0.3 s of CPU time")
+    assert outcomes == [out_of_time, Outcome("paused"), out_of_time]
 
 
 def test_many_failures_in_a_row(shared):
@@ -193,7 +200,7 @@ def test_a_server_killed_from_outside_is_replaced(functions, tmp_path):
 
 
 def test_a_stopped_process_costs_its_time_limit_even_when_it_reads_nothing(functions):
-    with WorkerPool(functions, workers=1, time_limit=LIMIT) as pool:
+    with WorkerPool(functions, workers=1, time_limit=LIMIT, wall_limit=LIMIT) as pool:
         (pid,) = values(pool.map(["pid"]))
         os.kill(pid, signal.SIGSTOP)
         outcomes = pool.map([["length", 5_000_000 * "x"], 2])
@@ -333,6 +340,7 @@ def test_a_function_that_cannot_be_imported_is_named(functions, function, messag
         ({"time_limit": 0.0}, "time_limit"),
         ({"time_limit": float("nan")}, "time_limit"),
         ({"time_limit": float("inf")}, "time_limit"),
+        ({"time_limit": 2.0, "wall_limit": 1.0}, "wall_limit"),
         ({"memory_limit": 0}, "memory_limit"),
     ],
 )

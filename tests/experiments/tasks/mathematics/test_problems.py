@@ -289,6 +289,7 @@ def test_sets_with_a_builder_have_one():
         ({"workers": 0}, "workers is 0"),
         ({"time_limit": 0.0}, "time_limit is 0.0"),
         ({"time_limit": float("inf")}, "time_limit is inf"),
+        ({"time_limit": 5.0, "wall_limit": 4.0}, "wall_limit"),
         ({"memory_limit": -1.0}, "memory_limit is -1.0"),
         ({"wrong_reward": 1.0}, "has to earn more than a wrong one"),
         ({"unanswered_reward": 0.5}, "a wrong one no less than none"),

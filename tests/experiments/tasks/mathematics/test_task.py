@@ -17,7 +17,7 @@ from experiments.evaluation.subject import Votes
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.problems import SETS, Problem
 from experiments.tasks.mathematics.task import LONGEST_RESPONSE, MathTask
-from experiments.tasks.pool import Outcome, WorkerPool
+from experiments.tasks.pool import FAILURES, Outcome, WorkerPool
 from rspo_jax.types import Judgement
 
 DATA = os.environ.get("RSPO_MATH_DATA", "")
@@ -80,6 +80,18 @@ def test_a_box_before_the_marker_earns_nothing(task):
     marked.close()
 
 
+def test_references_that_cannot_be_read_are_said_when_they_are_loaded(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(record_of("olympiadbench", answer)) for answer in ("5", "t(0,4]", "x \\to y")))
+    task = MathTask(MathConfig("olympiadbench", test_path=str(path)), Characters())
+    for _ in range(2):
+        assert len(task.problems("test")) == 3
+    printed = capsys.readouterr().out
+    assert "test: the judge cannot read 2 of 3 references" in printed
+    assert printed.endswith("\n  t(0,4]\n  x \\to y\n")
+    assert printed.count("cannot read") == 1
+
+
 def test_a_wrong_config_is_refused_at_once():
     with pytest.raises(ValueError, match="there is no set"):
         MathTask(MathConfig("algebra"), Characters())
@@ -96,7 +108,7 @@ def test_rewards(task):
     ]
     assert task.judge([], []) == []
     votes = task.answers(problems[:3], ["\\boxed{9 + 9}", "\\boxed{14/2}", "18"])
-    assert votes == ["18", "7+0j", None] and isinstance(task, Votes)
+    assert votes == ["18", "7", None] and isinstance(task, Votes)
     with pytest.raises(ValueError, match="shorter"):
         task.judge([QUESTION], [])
 
@@ -143,13 +155,10 @@ def test_hostile_answers_get_nothing_and_stop_nothing(task):
     responses = [text for hostile in HOSTILE for text in (hostile, "\\boxed{18}")]
     judgements = task.judge([QUESTION] * len(responses), responses)
     assert judgements[1::2] == [Judgement(1.0, True)] * len(HOSTILE)
-    right = [text[:40] for text, judgement in zip(HOSTILE, judgements[::2], strict=True) if judgement.correct]
-    # Braces and parentheses around a number are no mistake, if the parser survives them.
-    assert all(text.startswith(("\\boxed{{{", "\\boxed{(((")) for text in right)
+    assert not [text[:40] for text, judgement in zip(HOSTILE, judgements[::2], strict=True) if judgement.correct]
     after = task.counts()
     assert after["items"] - before["items"] == len(responses)
-    assert after["time limit"] + after["died"] > before["time limit"] + before["died"]
-    assert after["error"] == before["error"]
+    assert {name: after[name] - before[name] for name in FAILURES} == dict.fromkeys(FAILURES, 0)
 
 
 def test_the_benchmark_prints_counts_throughput_and_exceptions(tmp_path, capsys):

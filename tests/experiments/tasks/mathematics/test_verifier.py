@@ -140,7 +140,9 @@ def test_answers_that_only_their_own_text_equals_are_known():
         (r"\frac{1}{2}", "0.5", r"\frac{1}{2}"),
         ("18", r"\frac{1}{2}", judge(("18", r"\boxed{0.5}", True))["answer"]),
         ("18", "x + 1", judge(("18", r"\boxed{1+x}", True))["answer"]),
-        ("18", "7", "7+0j"),
+        ("18", "7", "7"),
+        ("18", r"\sqrt{8}", judge(("18", r"\boxed{2\sqrt2}", True))["answer"]),
+        ("18", "x = 1, 2", judge(("18", r"\boxed{\{2,1\}}", True))["answer"]),
     ],
 )
 def test_answers_that_mean_the_same_have_one_name(answer, given, name):
