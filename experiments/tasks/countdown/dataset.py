@@ -28,7 +28,7 @@ class CountdownBuilderConfig(tfds.core.BuilderConfig):
 
     Attributes:
         problems: the problems to generate.
-        name: derived from `problems`; readable, and different for each `CountdownConfig`.
+        name: derived from `problems`; readable, and different for configs of different problems.
     """
 
     name: str = dataclasses.field(init=False)

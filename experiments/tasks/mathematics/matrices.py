@@ -1,6 +1,5 @@
 """Arithmetic of matrices in expressions: what is left is one matrix of expressions, or one expression."""
 
-
 from experiments.tasks.mathematics.grammar import Node, whole
 from experiments.tasks.mathematics.tokens import Unreadable
 

@@ -94,9 +94,11 @@ def test_problems_are_made_once(built, monkeypatch):
     assert len(load_problems(SMALL, "train", str(built))) == 120
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(CountdownConfig), ids=lambda field: field.name)
-def test_every_field_of_a_config_is_part_of_the_name_of_its_folder(field):
-    changed = dataclasses.replace(SMALL, **{field.name: getattr(SMALL, field.name) + 1})
+@pytest.mark.parametrize(
+    "field", [field.name for field in dataclasses.fields(CountdownConfig) if field.name != "judge_after"]
+)
+def test_every_field_that_makes_problems_is_part_of_the_name_of_their_folder(field):
+    changed = dataclasses.replace(SMALL, **{field: getattr(SMALL, field) + 1})
     names = {CountdownBuilderConfig(problems=config).name for config in (SMALL, changed)}
     assert len(names) == 2
 
