@@ -352,6 +352,7 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path, capsys, text):
             "name what to evaluate: either the folder of a run, or --model FOLDER and --task TASK",
         ),
         (["--task", "math500"], NAME_ONE),
+        (["--judge-after", "x"], "a run has its own judge: --judge-after is for --model and --task, so leave it out"),
         (["--split", "exam"], "exam"),
         (["--speed", 3], "--speed"),
     ],
