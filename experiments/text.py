@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from rspo_jax.types import Tokenizer
 
@@ -24,6 +24,7 @@ _ANSWER = "An answer"
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
 
 
+@runtime_checkable
 class ChatTokenizer(Tokenizer, Protocol):
     """A tokenizer that also writes conversations in the format of its model."""
 

@@ -6,6 +6,7 @@ What a model writes before it is a draft, and a right answer in a draft earns no
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from experiments.text import ChatTokenizer
 from rspo_jax.types import Judgement, Tokenizer
 
 
@@ -38,14 +39,24 @@ def judge_after(
 
 
 def check_marker(marker: str, tokenizer: Tokenizer) -> None:
-    """Refuse a marker that no response can contain.
+    """Refuse a marker that responses will not contain.
 
     Raises:
-        ValueError: if the tokenizer cannot write it, or leaves it out of a response's text as a special token.
+        ValueError: if the tokenizer cannot write it, or leaves it out of a response's text as a special token; or if
+            the chat template writes it before the response begins.
     """
-    if marker and tokenizer.decode(tokenizer.encode(marker)) != marker:
+    if not marker:
+        return
+    if tokenizer.decode(tokenizer.encode(marker)) != marker:
         raise ValueError(
             f"judge_after is {marker!r}, but the text of a response never contains it, because the tokenizer counts it "
             'among its special tokens; choose another text, or set "special" to false for it in tokenizer.json and '
             "tokenizer_config.json"
         )
+    if isinstance(tokenizer, ChatTokenizer):
+        question = "A question"
+        if marker in tokenizer.chat([{"role": "user", "content": question}]).rpartition(question)[2]:
+            raise ValueError(
+                f"judge_after is {marker!r}, but the chat template writes it before the response begins, so that no "
+                "response will; leave judge_after out, or let the model think (chat.options)"
+            )

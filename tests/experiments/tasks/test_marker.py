@@ -45,6 +45,21 @@ def test_a_marker_that_no_response_contains():
         check_marker("x", type("Special", (Characters,), {"encode": lambda self, text: [0]})("ab"))
 
 
+def test_a_marker_that_the_template_writes():
+    class Chat(Characters):
+        end = ""
+
+        def chat(self, messages):
+            return f"b{messages[0]['content']}" + self.end
+
+    tokenizer = Chat("ab")
+    check_marker("b", tokenizer)
+    tokenizer.end = "ab"
+    check_marker("ba", tokenizer)
+    with pytest.raises(ValueError, match="the chat template writes it before the response begins"):
+        check_marker("b", tokenizer)
+
+
 def test_countdown_after_a_marker():
     problem = Problem((2, 8, 1), 14, "2*(8-1)")
     task = CountdownTask(CountdownConfig(judge_after="="), CountdownReward())
