@@ -31,11 +31,11 @@ def group_advantages(rewards: Array, scale: bool = True) -> Array:
     _check_rewards(rewards)
     if scale and rewards.shape[1] < 2:
         raise ValueError("a group of 1 has no standard deviation: use scale=False or at least 2 samples a prompt")
-    rewards = at_least_float32(rewards)
-    centred = _centred(rewards, axis=1)
+    above = _above_lowest(at_least_float32(rewards), axis=1)
+    centred = _centred(above, axis=1)
     if not scale:
         return centred
-    return centred / (jnp.std(rewards, axis=1, ddof=1, keepdims=True) + STD_EPSILON)
+    return centred / (jnp.std(above, axis=1, ddof=1, keepdims=True) + STD_EPSILON)
 
 
 def centred_group_advantages(rewards: Array) -> Array:
@@ -66,7 +66,7 @@ def leave_one_out_advantages(rewards: Array) -> Array:
     group = rewards.shape[1]
     if group < 2:
         raise ValueError("a group of 1 leaves no other reward to compare with: use at least 2 samples a prompt")
-    return _centred(at_least_float32(rewards), axis=1) * (group / (group - 1))
+    return _centred(_above_lowest(at_least_float32(rewards), axis=1), axis=1) * (group / (group - 1))
 
 
 def batch_advantages(rewards: Array) -> Array:
@@ -89,8 +89,8 @@ def batch_advantages(rewards: Array) -> Array:
     _check_rewards(rewards)
     if rewards.size < 2:
         raise ValueError("a batch of 1 has no standard deviation: use at least 2 responses")
-    rewards = at_least_float32(rewards)
-    return _centred(rewards, axis=None) / (jnp.std(rewards, ddof=1) + STD_EPSILON)
+    above = _above_lowest(at_least_float32(rewards), axis=None)
+    return _centred(above, axis=None) / (jnp.std(above, ddof=1) + STD_EPSILON)
 
 
 ADVANTAGES: dict[str, Callable[[Array], Array]] = {
@@ -128,6 +128,15 @@ def overlong_penalty(lengths: Array, max_tokens: int, buffer: int) -> Array:
         raise ValueError(f"buffer must lie between 1 and max_tokens, {max_tokens}; got {buffer}")
     excess = lengths.astype(jnp.float32) - (max_tokens - buffer)
     return -jnp.clip(excess / buffer, 0, 1)
+
+
+def _above_lowest(rewards: Array, axis: int | None) -> Array:
+    """Return the rewards minus the lowest one along an axis (all, for None): no advantage depends on their level.
+
+    A sum of large rewards rounds their differences away: in float32, that of 1e6 and 1e6 + 1/16. The lowest one, and
+    not any other, leaves rewards of 0 and 1 as they are.
+    """
+    return rewards - jnp.min(rewards, axis=axis, keepdims=True)
 
 
 def _centred(rewards: Array, axis: int | None) -> Array:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.objectives.exponents import bounded_exp
 from rspo_jax.objectives.responses import Aggregation, Responses, RouterShiftOptions, check_clip
 from rspo_jax.statistics import Mean
 from rspo_jax.types import Array
@@ -52,7 +53,7 @@ def cispo(batch: Responses, config: CISPOConfig) -> tuple[Mean, Array]:
     Returns:
       J before its division, and bool [B, T], True where the clip leaves the weight alone.
     """
-    ratio = jnp.exp(jax.lax.stop_gradient(batch.log_ratio))
+    ratio = bounded_exp(jax.lax.stop_gradient(batch.log_ratio))
     low, high = 0 if config.clip_low is None else 1 - config.clip_low, 1 + config.clip_high
     kept = ~((ratio < low) | (ratio > high))
     clipped = jnp.where(kept, ratio, jnp.where(ratio > high, high, low).astype(ratio.dtype))

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.objectives.exponents import bounded_exp
 from rspo_jax.statistics import Statistic, Sum, at_least_float32, masked_mean
 from rspo_jax.types import Array, check_choice
 
@@ -86,7 +87,7 @@ def correct(old_log_probs: Array, sampler_log_probs: Array, mask: Array, config:
             raise ValueError(f"{name} must have the shape of old_log_probs, {old_log_probs.shape}; got {array.shape}")
     old_log_probs = jax.lax.stop_gradient(at_least_float32(old_log_probs))
     log_ratio = jnp.where(mask, old_log_probs - sampler_log_probs.astype(old_log_probs.dtype), 0)
-    ratio, ones = jnp.exp(log_ratio), jnp.ones_like(log_ratio)
+    ratio, ones = bounded_exp(log_ratio), jnp.ones_like(log_ratio)
     if config.kind == "tis":
         truncated = ratio > config.tis_cap
         weights = jnp.where(mask, jnp.where(truncated, config.tis_cap, ratio), 1).astype(ratio.dtype)

@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.objectives.exponents import bounded_k3
 from rspo_jax.statistics import Statistic, at_least_float32, masked_mean
 from rspo_jax.types import Array, check_choice
 
@@ -68,7 +69,8 @@ def kl_penalty(log_probs: Array, reference_log_probs: Array, mask: Array, estima
     | k2        | x²/2    | close to it          | −x·∇log π       | that of KL(π ‖ π_ref)                   |
     | k3        | r − x − 1 | KL(π ‖ π_ref), ≥ 0 | (1 − r)·∇log π  | that of the other one, KL(π_ref ‖ π)    |
 
-    As a loss, k1 is pure noise; it is here to measure with.
+    As a loss, k1 is pure noise; it is here to measure with. From x = 20 on r grows along a straight line
+    (`rspo_jax.objectives.exponents`), so that a token far from the reference is pulled back, and not skipped for good.
 
     Args:
       log_probs: float [B, T], log π of the policy being trained; carries the gradient.
@@ -89,7 +91,9 @@ def kl_penalty(log_probs: Array, reference_log_probs: Array, mask: Array, estima
     x = jnp.where(mask, reference - log_probs, 0)
     if estimator == "k1":
         return -x
-    return x**2 / 2 if estimator == "k2" else jnp.expm1(x) - x
+    if estimator == "k2":
+        return x**2 / 2
+    return bounded_k3(x)
 
 
 def entropy_penalty(entropy: Array, mask: Array) -> Array:

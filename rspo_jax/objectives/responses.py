@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from rspo_jax.objectives.exponents import bounded_exp
 from rspo_jax.statistics import Mean, masked_mean
 from rspo_jax.types import Array, check_choice
 
@@ -197,7 +198,8 @@ def clip_ratio(
 ) -> tuple[Array, Array]:
     """Return the ratio exp(log_ratio) · weight after the one-sided clip, and the mask of what the clip leaves alone.
 
-    This is the clip of PPO's Eq. 7 (arXiv 1707.06347): times A, the result is min(ratio · A, clip(ratio) · A).
+    This is the clip of PPO's Eq. 7 (arXiv 1707.06347): times A, the result is min(ratio · A, clip(ratio) · A). Beyond
+    20 nats, where only A < 0 or bounds without end leave a ratio alone, `bounded_exp` takes the place of exp.
 
     Args:
       log_ratio: float, [B] for ratios of responses or [B, T] for ratios of tokens; carries the gradient.
@@ -209,5 +211,5 @@ def clip_ratio(
     """
     ratio = jnp.exp(jax.lax.stop_gradient(log_ratio)) * weight
     kept, bound = one_sided_clip(ratio, advantages, low, high, dual)
-    # A cut ratio may be infinite, and the gradient of exp there times 0 is NaN.
-    return jnp.where(kept, jnp.exp(jnp.where(kept, log_ratio, 0)) * weight, bound), kept
+    # A cut ratio counts as its bound, however large it is; what is kept may be large too, if A < 0.
+    return jnp.where(kept, bounded_exp(jnp.where(kept, log_ratio, 0)) * weight, bound), kept

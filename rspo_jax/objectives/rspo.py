@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
+from rspo_jax.objectives.exponents import bounded_exp
 from rspo_jax.objectives.responses import (
     Aggregation,
     ObjectiveConfig,
@@ -86,7 +87,7 @@ def gmpo(batch: Responses, config: GMPOConfig) -> tuple[Mean, Array]:
       in the mean over t, so that it scales the gradient of the others.
     """
     clipped, kept = _clip_log_ratio(batch, batch.log_ratio, config)
-    return batch.response_mean(batch.advantages * jnp.exp(batch.token_mean(clipped))), kept
+    return batch.response_mean(batch.advantages * bounded_exp(batch.token_mean(clipped))), kept
 
 
 def rspo(batch: Responses, config: RSPOConfig) -> tuple[Mean, Array]:
@@ -114,7 +115,7 @@ def rspo(batch: Responses, config: RSPOConfig) -> tuple[Mean, Array]:
         clipped, kept = _clip_log_ratio(batch, batch.log_ratio, config)
         literal = config.position == "post_clip_literal"
         exponent = clipped + (jnp.sign(batch.advantages)[:, None] * log_weight if literal else log_weight)
-    return batch.response_mean(batch.advantages * jnp.exp(batch.token_mean(exponent))), kept
+    return batch.response_mean(batch.advantages * bounded_exp(batch.token_mean(exponent))), kept
 
 
 def _clip_log_ratio(batch: Responses, log_ratio: Array, config: GMPOConfig | RSPOConfig) -> tuple[Array, Array]:

@@ -6,7 +6,7 @@ correction for the sampler's numerics goes in through `log_probs` (`rspo_jax.obj
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,8 @@ class Objective(NamedTuple):
     """The estimator that its source uses, a key of `rspo_jax.objectives.ADVANTAGES`."""
     takes_token_advantages: bool = False
     """True if advantages may be [B, T]."""
+    clip_cuts_gradient: bool = True
+    """False if the clip cuts weights, and the gradient stays."""
 
     def checked_config(self, config: ObjectiveConfig | None) -> ObjectiveConfig:
         """Return the config, or the default one when absent.
@@ -55,6 +57,21 @@ class Objective(NamedTuple):
         An objective that does not use γ still reports it.
         """
         return self.checked_config(config).gamma_min is not None
+
+    def learned_tokens(self, statistics: Mapping[str, Statistic]) -> Array:
+        """Return the number of tokens that rewards teach something: with an advantage, and not cut by the clip.
+
+        Args:
+          statistics: of `terms`, of one batch or stacked over several.
+
+        Returns:
+          A float32 scalar.
+        """
+        by_sign = [statistics["clip_fraction_positive"], statistics["clip_fraction_negative"]]
+        return sum(
+            (jnp.sum(part.weight - part.total if self.clip_cuts_gradient else part.weight) for part in by_sign),
+            start=jnp.float32(0),
+        )
 
     def weight(self, mask: Array, config: ObjectiveConfig | None = None) -> Array:
         """Return the weight that `terms` will divide by: the number of responses that have tokens, or of tokens.
@@ -228,7 +245,7 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("grpo", "token ratio, token clip", GRPOConfig, grpo),
         Objective("dr_grpo", "GRPO without std and lengths", DrGRPOConfig, grpo, "group_centred"),
         Objective("dapo", "GRPO, wider upper clip, token mean", DAPOConfig, grpo),
-        Objective("cispo", "clipped weight without gradient, token mean", CISPOConfig, cispo),
+        Objective("cispo", "clipped weight without gradient, token mean", CISPOConfig, cispo, clip_cuts_gradient=False),
         Objective("sapo", "token ratio, smooth gate", SAPOConfig, sapo),
         Objective("rloo", "leave-one-out advantages, PPO clip", RLOOConfig, grpo, "leave_one_out"),
         Objective("reinforce_pp", "advantages of the batch, PPO clip", ReinforcePPConfig, grpo, "batch"),

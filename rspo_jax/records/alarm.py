@@ -31,8 +31,9 @@ class AlarmRule:
 
     Ratio, divergence and route also hold from `much_log_ratio`, `much_kl` and `much_shift` on, whatever the reference;
     for this a window of two steps is enough. A metric that was recorded but is not finite is a sign at once; one that
-    was not recorded is none. The levels were chosen on the runs of `experiments.ablate countdown_tuning`;
-    `experiments.judge_alarm` tells how often they are right on other runs.
+    was not recorded is none. Apart from the signs, the alarm rings when `idle` steps in a row have learned from nothing
+    (`learned_updates` is 0), unless every response was right. The levels were chosen on the runs of
+    `experiments.ablate countdown_tuning`; `experiments.judge_alarm` tells how often they are right on other runs.
     """
 
     reference: int = 20
@@ -51,10 +52,14 @@ class AlarmRule:
     much_log_ratio: float = 3.0
     much_kl: float = 0.05
     much_shift: float = 0.08
+    idle: int = 5
+    """Steps in a row that learn from nothing."""
 
     def __post_init__(self) -> None:
         if self.reference < 1 or self.window < 1:
             raise ValueError(f"reference and window must be at least 1, got {self.reference} and {self.window}")
+        if self.idle < 1:
+            raise ValueError(f"idle must be at least 1, got {self.idle}")
         if not 1 <= self.signs <= len(_SIGNS):
             raise ValueError(f"signs must lie between 1 and {len(_SIGNS)}, got {self.signs}")
 
@@ -148,6 +153,7 @@ class Alarm:
         self._early: dict[str, list[float]] = {sign.name: [] for sign in _SIGNS}
         self._last = {sign.name: collections.deque[float](maxlen=rule.window) for sign in _SIGNS}
         self._steps = 0
+        self._idle = 0
         self.step: int | None = None
         """The step at which the alarm rang."""
         self.why = ""
@@ -170,10 +176,15 @@ class Alarm:
                 self._last[sign.name].append(value)
                 if self._steps <= self._rule.reference:
                     self._early[sign.name].append(value)
+        # A step without the metric, and one that had nothing left to learn, is not idle.
+        is_idle = row.get("learned_updates") == 0 and row.get("solve_rate") != 1
+        self._idle = self._idle + 1 if is_idle else 0
         if self.step is not None:
             return None
         seen = [words for sign in _SIGNS if (words := self._describe(sign))]
-        if len(seen) < self._rule.signs:
+        if self._idle >= self._rule.idle:
+            seen.append(f"{self._idle} steps in a row learned from nothing")
+        elif len(seen) < self._rule.signs:
             return None
         self.step, self.why = row["step"], ", ".join(seen)
         return self.why

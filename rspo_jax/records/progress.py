@@ -110,7 +110,8 @@ class PhaseProgress:
 
         Args:
           step: the step within the phase, counted from 1.
-          metrics: numbers by name. A skipped update and an evaluation get a line that stays.
+          metrics: numbers by name. A skipped update, a step that learned from nothing and an evaluation get a line that
+            stays.
         """
         before, self._step, self._metrics = self._step, step, dict(metrics)
         self._times.append((step, self._clock()))
@@ -119,6 +120,8 @@ class PhaseProgress:
             self._times.popleft()  # the first step is mostly compilation and tells nothing about the others
         if (skipped := metrics.get("skipped_updates", 0)) > 0:
             self.say(f"{self._title} step {step}: {skipped:.0f} update{'s' if skipped > 1 else ''} skipped")
+        if metrics.get("learned_updates") == 0:
+            self.say(f"{self._title} step {step}: learned from nothing: {_describe_idleness(metrics)}")
         evaluation = _describe_evaluation(metrics)
         if self._bar:
             if evaluation:
@@ -160,6 +163,18 @@ class PhaseProgress:
     def _encodable(self, text: str) -> str:
         # An output that cannot show "γ" must not end the run.
         return text.encode(self._console.encoding, errors="replace").decode(self._console.encoding)
+
+
+def _describe_idleness(metrics: Mapping[str, float]) -> str:
+    """Return why no update of a step learned anything, as far as the metrics tell."""
+    reasons = {
+        "every response was cut off and left out": "masked_truncated" in metrics and metrics["truncated_fraction"] == 1,
+        "the rewards of each group are all equal": metrics.get("informative_groups") == 0,
+        "the correction dropped every response": metrics.get("correction_dropped_fraction") == 1,
+        "the clip cut every token": metrics.get("clip_fraction") == 1,
+        "updates were skipped, as loss or gradient were not finite": metrics.get("skipped_updates", 0) > 0,
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds) or "no response has a gradient"
 
 
 def _describe_evaluation(metrics: Mapping[str, float]) -> str:

@@ -1,6 +1,6 @@
 """Prompts in, judged responses out, packed into rows to learn from."""
 
-from rspo_jax.rollouts.groups import choose_groups, is_informative
+from rspo_jax.rollouts.groups import choose_groups, is_informative, mask_rows
 from rspo_jax.rollouts.packing import Packing, pack, unpack
 from rspo_jax.rollouts.prompts import (
     SPLITS,
@@ -45,6 +45,7 @@ __all__ = [
     "is_informative",
     "judge",
     "load_problems",
+    "mask_rows",
     "pack",
     "refilling_pays",
     "sample_in_chunks",

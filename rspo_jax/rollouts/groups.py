@@ -36,16 +36,27 @@ def choose_groups(
     group_size = sum(rollout.tokens.shape[0] for rollout in rollouts) // len(informative)
     groups = np.argsort(~informative, kind="stable")[:wanted]
     rows = (groups[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
-    return _take_rows(rollouts, rows, np.repeat(informative[groups], group_size) if only_informative else None)
+    rollout = _take_rows(rollouts, rows)
+    return mask_rows(rollout, np.repeat(informative[groups], group_size)) if only_informative else rollout
 
 
 @jax.jit
-def _take_rows(rollouts: list[RolloutBatch], rows: ArrayLike, kept: ArrayLike | None) -> RolloutBatch:
+def _take_rows(rollouts: list[RolloutBatch], rows: ArrayLike) -> RolloutBatch:
     """Return some rows of the rollouts, and mask out those that are not kept; None keeps all."""
 
     def take_from(first: jax.Array, *others: jax.Array) -> jax.Array:
         leaf = jnp.concatenate([first, *others]) if others else first
         return constrain(leaf[rows], "rows", *(None,) * (leaf.ndim - 1))
 
-    rollout = jax.tree.map(take_from, *rollouts)
-    return rollout if kept is None else rollout._replace(mask=rollout.mask & jnp.asarray(kept)[:, None])
+    return jax.tree.map(take_from, *rollouts)
+
+
+@jax.jit
+def mask_rows(rollout: RolloutBatch, kept: ArrayLike) -> RolloutBatch:
+    """Return the rollout without the tokens of some responses in its mask, so that they count in no mean.
+
+    Args:
+      rollout: B responses.
+      kept: bool [B]; False for the responses to leave out.
+    """
+    return rollout._replace(mask=rollout.mask & jnp.asarray(kept)[:, None])

@@ -210,6 +210,9 @@ class TrainerConfig:
     """Estimator of the advantages (`rspo_jax.objectives.ADVANTAGES`); that of the objective's source when absent."""
     overlong_buffer: int = 0
     """Tokens before `sampler.max_new_tokens` over which a penalty for length grows from 0 to 1 (DAPO); 0 for none."""
+    mask_truncated: bool = False
+    """Leave responses that were cut off out of the loss (DAPO's overlong filtering). Their rewards still count in the
+    advantages of their groups."""
     max_prompt_tokens: int | None = None
     """Problems with longer prompts are left out of training and evaluations, and counted; no limit when absent."""
     seed: int = 0

@@ -1,6 +1,8 @@
 """The metrics of a step: what the host counted, and what the statistics from the device come to."""
 
+import math
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ from rspo_jax.routing import numbers_and_arrays
 from rspo_jax.statistics import Statistic, reduce
 from rspo_jax.training.config import TrainerConfig
 from rspo_jax.training.stages import JudgedRollout
+from rspo_jax.training.state import RunState
 from rspo_jax.types import Array
 
 Numbers = dict[str, float]
@@ -72,9 +75,47 @@ def rollout_metrics(judged: list[JudgedRollout], config: TrainerConfig) -> Numbe
     if config.dynamic_sampling:
         metrics["rollouts"] = len(judged)
         metrics["dropped_groups"] = max(0, wanted - int(informative.sum()))
+    if config.mask_truncated:
+        metrics["masked_truncated"] = np.concatenate([one.truncated for one in verdicts]).sum()
     if config.overlong_buffer:
         metrics["overlong_penalty"] = np.concatenate([one.overlong for one in judged]).mean()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def rate_change(rows: Sequence[Mapping[str, Any]], config: TrainerConfig, state: RunState) -> str:
+    """Return in words how the learning rate of a resumed run leaves its course, because its schedule was changed.
+
+    Args:
+      rows: the rows of the run so far, from `metrics.jsonl`.
+      config: the trainer's settings from now on.
+      state: the state that the run goes on from.
+
+    Returns:
+      The rate of the last step and that of the next one; empty if the present schedule had the same rate in the last
+      step, or if there is no next one.
+    """
+    if step := int(state.step):
+        phase, steps, optimizer = "rl", config.steps, config.decaying_optimizer
+    else:
+        phase, step, steps = "warm_start", int(state.warm_start_step), config.warm_start.steps
+        optimizer = config.warm_start.decaying_optimizer
+    row = next((row for row in reversed(rows) if (row["phase"], row["step"]) == (phase, step)), {})
+    if step >= steps or "learning_rate" not in row:
+        return ""
+    # A row has the rate of the first update of its step.
+    next_update, first = step, step - 1
+    if phase == "rl":
+        next_update = int(state.train.updates)
+        first = max(0, next_update - config.epochs * config.mini_batches + int(row.get("skipped_updates", 0)))
+    before, same = row["learning_rate"], optimizer.learning_rate_at(first)
+    if math.isclose(before, same, rel_tol=1e-6):
+        return ""
+    after = optimizer.learning_rate_at(next_update)
+    decay = "is constant" if optimizer.decay_updates is None else f"decays over {optimizer.decay_updates} updates"
+    return (
+        f"the learning rate was {before:.3g} in the last step and is {after:.3g} in the next one: its schedule has "
+        f"changed and now {decay}"
+    )
 
 
 def speed(started: float, tokens: int) -> Numbers:

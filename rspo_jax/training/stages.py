@@ -24,6 +24,7 @@ from rspo_jax.rollouts import (
     encode_prompts,
     is_informative,
     judge,
+    mask_rows,
     pack,
     refilling_pays,
     sample_in_chunks,
@@ -130,9 +131,13 @@ def wants_more(judged: list[JudgedRollout], config: TrainerConfig) -> bool:
 
 
 def with_advantages(setup: Setup, judged: JudgedRollout) -> RolloutBatch:
-    """Compare each response with others, by the estimator of the configuration or of the objective's source."""
+    """Compare each response with others, by the estimator of the configuration or of the objective's source.
+
+    Responses that were cut off are compared too, also where `mask_truncated` then takes them out of the mask.
+    """
     estimator = setup.config.advantages or OBJECTIVES[setup.learner.objective].advantages
-    return judged.rollout._replace(advantages=ADVANTAGES[estimator](judged.rewards).reshape(-1))
+    rollout = judged.rollout._replace(advantages=ADVANTAGES[estimator](judged.rewards).reshape(-1))
+    return mask_rows(rollout, ~judged.judged.truncated) if setup.config.mask_truncated else rollout
 
 
 def choose(judged: list[JudgedRollout], rollouts: list[RolloutBatch], config: TrainerConfig) -> RolloutBatch:

@@ -47,7 +47,16 @@ class RunState(NamedTuple):
 
 
 def init_train_state(params: Params, optimizer: OptimizerConfig) -> TrainState:
-    """Return the state before the first update."""
+    """Return the state before the first update.
+
+    Raises:
+      ValueError: if a parameter is of a dtype that small updates would be lost in.
+    """
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)} - {"float32", "float64", "bfloat16"}
+    if dtypes:
+        raise ValueError(
+            f"parameters are trained in float32 or bfloat16, not in {', '.join(sorted(dtypes))}: cast them"
+        )
     return TrainState(params, optimizer.build().init(params), jnp.int32(0), jnp.int32(0))
 
 

@@ -7,6 +7,7 @@ PRNG key, data cursor and step counts.
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from rspo_jax.rollouts import Packing, Problems, ResponseLengths, check_solution
 from rspo_jax.sharding import make_mesh
 from rspo_jax.training.config import LearnerConfig, TrainerConfig, check_learner, check_mesh
 from rspo_jax.training.evaluation import evaluate
-from rspo_jax.training.metrics import StepMetrics, read_statistics, rollout_metrics, speed
+from rspo_jax.training.metrics import StepMetrics, rate_change, read_statistics, rollout_metrics, speed
 from rspo_jax.training.probe import probe_gradients
 from rspo_jax.training.recorder import Recorder, Stopped
 from rspo_jax.training.stages import (
@@ -97,18 +98,25 @@ def train(
             say(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")
         last_row = ("rl", int(state.step)) if int(state.step) else ("warm_start", int(state.warm_start_step))
         with MetricsLog(run_dir, resume_after=last_row if resume else None) as log:
-            recorder = Recorder(log, checkpoints, preemption, _alarm_after(run_dir, resume), elapsed)
+            rows = _earlier_rows(run_dir) if resume else []
+            if change := rate_change(rows, config, state):
+                say(change)
+            recorder = Recorder(log, checkpoints, preemption, _alarm_after(rows), elapsed)
             state = _warm_start(setup, state, recorder)
             state = _reinforce(setup, state, recorder)
             return state.train.params, recorder.elapsed
 
 
-def _alarm_after(run_dir: FilePath, resume: bool) -> Alarm:
+def _earlier_rows(run_dir: FilePath) -> list[dict[str, Any]]:
+    """Return the rows before a resumption, in the process that writes them; none in the others."""
+    return read_metrics(run_dir) if is_primary() and (as_path(run_dir) / "metrics.jsonl").exists() else []
+
+
+def _alarm_after(rows: list[dict[str, Any]]) -> Alarm:
     """Return an alarm that has seen the rows before a resumption, so that it does not ring for them again."""
     alarm = Alarm()
-    if resume and is_primary() and (as_path(run_dir) / "metrics.jsonl").exists():
-        for row in read_metrics(run_dir):
-            alarm.update(row)
+    for row in rows:
+        alarm.update(row)
     return alarm
 
 

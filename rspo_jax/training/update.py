@@ -2,7 +2,7 @@
 
 Both run the same scoring function, so that old log-probabilities and old route have the numerics of the loss. Gradients
 are summed over micro-batches and divided once by the global weight. An update whose loss or gradient is not finite
-leaves parameters and optimizer untouched and is counted.
+leaves parameters and optimizer untouched and is counted; so are the updates that learned something.
 """
 
 import functools
@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.rollouts import unpack
 from rspo_jax.routing import ROUTE_AXES, mismatch_statistics, scoring_route, trace_of, trace_reader
 from rspo_jax.sharding import MeshConfig, constrain, free_axes
 from rspo_jax.statistics import Mean, Statistic, Sum, masked_mean
 from rspo_jax.training.config import LearnerConfig, OptimizerConfig
 from rspo_jax.training.loss import batch_context, part_terms, score_rows
+from rspo_jax.training.rounding import round_like, widen
 from rspo_jax.training.state import TrainState
 from rspo_jax.types import Array, PackedBatch, Params, Policy, RouterTrace, ScoredBatch
 
@@ -96,7 +98,9 @@ def update(
       shift_log_scale: float32 scalar, the log scale of an adaptive router shift.
 
     Returns:
-      The next state and the objective's statistics, with `loss`, `grad_norm` (before clipping) and `skipped_updates`.
+      The next state and the objective's statistics, with `loss`, `grad_norm` (before clipping), `skipped_updates` and
+      `learned_updates`. An update learns if it is made, has a gradient, and a response has a share in it: penalties
+      alone teach nothing about rewards.
     """
     context = batch_context(policy, state.params, batch, config)
 
@@ -105,7 +109,10 @@ def update(
 
     gradient, loss, statistics = _mean_gradient(policy, state.params, terms, batch, mesh)
     frozen = policy.router_params() if config.routing == "frozen" else None
-    return _apply(policy, optimizer, state, gradient, (loss, statistics), mesh, frozen)
+    state, statistics = _apply(policy, optimizer, state, gradient, (loss, statistics), mesh, frozen)
+    taught = OBJECTIVES[config.objective].learned_tokens(statistics) > 0
+    learned = jnp.where(taught, statistics["learned_updates"].total, 0)
+    return state, statistics | {"learned_updates": Sum(learned)}
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "optimizer", "mesh"), donate_argnames=("state",))
@@ -183,12 +190,16 @@ def _apply(
     if frozen is not None:
         gradient = freeze(gradient, frozen)
     gradient_norm = optax.tree.norm(gradient)
-    gradient = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradient, state.params)
+    # In float32 at least, whatever the dtype that parameters and moments are kept in.
+    wide, wide_opt_state = widen((state.params, state.opt_state))
+    gradient = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradient, wide)
     finite = jnp.isfinite(loss.reduce()) & jnp.isfinite(gradient_norm)
-    changes, opt_state = optimizer.build().update(gradient, state.opt_state, state.params)
+    changes, opt_state = optimizer.build().update(gradient, wide_opt_state, wide)
     if frozen is not None:  # once more, as weight decay changes parameters that have no gradient
         changes = freeze(changes, frozen)
-    params = keep_like_params(policy, optax.apply_updates(state.params, changes), mesh)
+    moved = (optax.apply_updates(wide, changes), opt_state)
+    params, opt_state = round_like(moved, (state.params, state.opt_state), state.updates)
+    params = keep_like_params(policy, params, mesh)
     opt_state = _keep_moments_like_params(policy, optimizer, opt_state, mesh)
 
     def keep_if_finite(new: Any, old: Any) -> Any:
@@ -205,6 +216,7 @@ def _apply(
         "loss": loss,
         "grad_norm": Mean(gradient_norm, jnp.ones_like(gradient_norm)),
         "skipped_updates": Sum(skipped.astype(jnp.float32)),
+        "learned_updates": Sum((finite & (gradient_norm > 0)).astype(jnp.float32)),
     }
 
 

@@ -162,6 +162,16 @@ def weight(name: str, batch: Batch, **changes) -> float:
     return float(batch.mask.sum() if by_token else batch.mask.any(axis=1).sum())
 
 
+def bounded_exp(x):
+    """Return e^x up to 20 nats, and its tangent there beyond."""
+    return np.exp(np.minimum(x, 20.0)) * (1.0 + np.maximum(x - 20.0, 0.0))
+
+
+def bounded_slope(x):
+    """Return the derivative of `bounded_exp`."""
+    return np.exp(np.minimum(x, 20.0))
+
+
 def _log_clip(x, advantage, settings):
     if advantage > 0:
         return np.minimum(x, settings["clip_high"])
@@ -188,8 +198,8 @@ def _surrogate(ratio, advantages, settings):
     return np.where(advantages < 0, np.maximum(value, settings["dual_clip"] * advantages), value)
 
 
-def _sequence_ratio(response: _Response) -> float:
-    return np.exp(np.mean(response.d + np.log(response.gamma)))
+def _sequence_log_ratio(response: _Response) -> float:
+    return np.mean(response.d + np.log(response.gamma))
 
 
 def _clipped_weight(ratio, settings):
@@ -210,33 +220,34 @@ def _token_values(name, response: _Response, settings, fixed: _Response):
     """Return J of each token; where a formula stops the gradient, with the ratios of `fixed`."""
     advantages = response.advantages
     if name in GRPO_FAMILY:
-        return _surrogate(np.exp(response.d) * response.gamma, advantages, settings)
+        return _surrogate(bounded_exp(response.d) * response.gamma, advantages, settings)
     if name == "gspo_token":
-        ratio = _sequence_ratio(fixed) * np.exp(np.where(response.learns, response.log_probs - fixed.log_probs, 0.0))
-        return _surrogate(ratio, advantages, settings)
+        moved = np.where(response.learns, response.log_probs - fixed.log_probs, 0.0)
+        return _surrogate(bounded_exp(_sequence_log_ratio(fixed) + moved), advantages, settings)
     if name == "cispo":
         log_probs = np.where(response.learns, response.log_probs, fixed.log_probs)
-        return _clipped_weight(np.exp(fixed.d), settings) * response.gamma * advantages * log_probs
+        return _clipped_weight(bounded_exp(fixed.d), settings) * response.gamma * advantages * log_probs
     if name == "sapo":
         tau = _temperature(response, settings)
         return 4 / tau * _sigmoid(tau * (np.exp(response.d) * response.gamma - 1)) * advantages
     if name == "gspo":
-        return np.full(advantages.shape, _surrogate(_sequence_ratio(response), response.advantage, settings))
-    return np.full(advantages.shape, response.advantage * np.exp(_log_weight(name, response, settings)))
+        ratio = bounded_exp(_sequence_log_ratio(response))
+        return np.full(advantages.shape, _surrogate(ratio, response.advantage, settings))
+    return np.full(advantages.shape, response.advantage * bounded_exp(_log_weight(name, response, settings)))
 
 
 def _token_factors(name, response: _Response, settings):
     """Return the factor of A in n_i times the gradient of the mean over tokens, clips aside."""
     if name in GRPO_FAMILY:
-        return np.exp(response.d) * response.gamma
+        return bounded_slope(response.d) * response.gamma
     if name == "cispo":
-        return _clipped_weight(np.exp(response.d), settings) * response.gamma
+        return _clipped_weight(bounded_exp(response.d), settings) * response.gamma
     if name == "sapo":
         tau, ratio = _temperature(response, settings), np.exp(response.d) * response.gamma
         return 4 * _sigmoid(tau * (ratio - 1)) * _sigmoid(-tau * (ratio - 1)) * ratio
     if name in ("gspo", "gspo_token"):
-        return np.full(response.d.size, _sequence_ratio(response))
-    return np.full(response.d.size, np.exp(_log_weight(name, response, settings)))
+        return np.full(response.d.size, bounded_slope(_sequence_log_ratio(response)))
+    return np.full(response.d.size, bounded_slope(_log_weight(name, response, settings)))
 
 
 def row_losses(name: str, batch: Batch, penalty=None, fixed: Batch | None = None, **changes) -> np.ndarray:
@@ -271,11 +282,12 @@ def kept(name: str, batch: Batch, **changes) -> np.ndarray:
             keep[at] = True
             continue
         if name == "cispo":
-            ratio = np.exp(d)
+            ratio = bounded_exp(d)
             keep[at] = ratio == _clipped_weight(ratio, settings)
             continue
         if name in (*GRPO_FAMILY, "gspo", "gspo_token"):
-            x = np.exp(d) * gamma if name in GRPO_FAMILY else np.full(d.size, _sequence_ratio(response))
+            log_ratio = _sequence_log_ratio(response)
+            x = bounded_exp(d) * gamma if name in GRPO_FAMILY else np.full(d.size, bounded_exp(log_ratio))
             low, high = 1.0 - settings["clip_low"], 1.0 + settings["clip_high"]
         else:
             x = d + np.log(gamma) if settings.get("position") == "pre_clip" else d

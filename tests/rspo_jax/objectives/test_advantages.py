@@ -72,6 +72,28 @@ def test_epsilon_is_added_to_the_standard_deviation():
     np.testing.assert_allclose(advantages_of("group", [[0.0, 2e-6]]), [[-expected, expected]], rtol=1e-5)
 
 
+def test_the_level_of_the_rewards_makes_no_difference():
+    """In float32 the mean of large rewards rounds their differences away; they are exact before it is taken."""
+    differences = np.array([[0, 0, 0, 1], [1, 0, 3, 2], [5, 5, 0, 5]], np.float32)
+    for level, step in ((1e6, 1 / 16), (-1e6, 1 / 16), (2**23, 1.0), (2**30, 128.0), (-(2**30), 64.0), (1e-3, 2**-33)):
+        rewards = np.float32(level) + np.float32(step) * differences
+        exact = (rewards.astype(np.float64) - rewards[:, :1]) / step
+        assert np.all(exact == differences - differences[:, :1])
+        for name, oracle in ORACLES.items():
+            expected = oracle(rewards.astype(np.float64))
+            np.testing.assert_allclose(advantages_of(name, rewards), expected, rtol=1e-5, err_msg=f"{name} at {level}")
+
+
+def test_rewards_of_zero_and_one_are_taken_as_they_are():
+    """Bit for bit the plain formula in float32, for rewards whose lowest is 0."""
+    rewards = rewards_of("binary", (50, 8))
+    rewards[:, 0] = 0
+    mean = jnp.mean(rewards, axis=1, keepdims=True)
+    plain = jax.jit(lambda r: (r - mean) / (jnp.std(r, axis=1, ddof=1, keepdims=True) + 1e-6))(rewards)
+    differing = np.ptp(rewards, axis=1) > 0
+    np.testing.assert_array_equal(advantages_of("group", rewards)[differing], np.asarray(plain)[differing])
+
+
 def test_equal_rewards_give_exactly_zero():
     """The float32 mean of equal numbers need not be that number; there must still be no signal."""
     values = np.array([0.0, 1.0, 0.1, 1 / 3, -0.7, 1234.567, 1e-8], np.float32)

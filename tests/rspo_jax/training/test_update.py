@@ -6,6 +6,7 @@ each, where it stands in the rollout.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -16,7 +17,7 @@ import pytest
 from support import oracles
 
 import models
-from rspo_jax.objectives import GRPOConfig, GSPOConfig, RSPOConfig
+from rspo_jax.objectives import GRPOConfig, GSPOConfig, RegularizerConfig, RSPOConfig
 from rspo_jax.routing import drift_reader, gamma_of, numbers_and_arrays, router_shift, trace_router
 from rspo_jax.statistics import reduce
 from rspo_jax.training import LearnerConfig, OptimizerConfig, init_train_state, score, score_rows, update
@@ -443,7 +444,7 @@ def test_a_batch_without_a_single_response_token_changes_nothing():
     rollout, params, learner = make_rollout(), table_params(0), LearnerConfig()
     empty = rollout._replace(mask=np.zeros_like(rollout.mask))
     gradient, metrics, next_state = run_update(scored(empty, params), params, learner)
-    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == metrics["learned_updates"] == 0
     assert {name for name, value in metrics.items() if not math.isfinite(value)} == {"max_violation"}  # of no load
     assert bits(next_state.params) == bits(as_arrays(params))
     assert not np.any(np.asarray(gradient["logits"]))
@@ -571,12 +572,100 @@ def test_an_update_that_is_not_finite_is_skipped(spoil, micro_batches):
     state, statistics = update(TABLE, optimizer, state, as_arrays(spoil(good)), learner)
     assert bits((state.params, state.opt_state)) == before
     assert (int(state.updates), int(state.skipped)) == (2, 1)
-    assert as_floats(statistics)["skipped_updates"] == 1
+    assert (as_floats(statistics)["skipped_updates"], as_floats(statistics)["learned_updates"]) == (1, 0)
 
     state, statistics = update(TABLE, optimizer, state, as_arrays(good), learner)
     assert bits((state.params, state.opt_state)) == bits((straight.params, straight.opt_state))
     assert (int(state.updates), int(state.skipped)) == (3, 1)
-    assert as_floats(statistics)["skipped_updates"] == 0
+    assert (as_floats(statistics)["skipped_updates"], as_floats(statistics)["learned_updates"]) == (0, 1)
+
+
+# --- updates that learn from nothing, and responses far outside of every range ---
+
+
+HELD = LearnerConfig("grpo", regularizers=RegularizerConfig(kl_coefficient=0.1))
+
+
+def with_reference(batch):
+    return batch._replace(reference_log_probs=batch.old_log_probs - 0.5)
+
+
+def all_clipped(batch):
+    """Good responses that are twice as likely as they were."""
+    good = jnp.abs(batch.batch.advantages)
+    return batch._replace(old_log_probs=batch.old_log_probs - 0.7, batch=batch.batch._replace(advantages=good))
+
+
+def without_advantage(batch):
+    return batch._replace(batch=batch.batch._replace(advantages=0 * batch.batch.advantages))
+
+
+def without_tokens(batch):
+    return batch._replace(batch=batch.batch._replace(mask=jnp.zeros_like(batch.batch.mask)))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_an_update_that_no_response_has_a_share_in_is_counted(micro_batches):
+    """A KL penalty still has a gradient then, where there are tokens; it teaches nothing about rewards."""
+    params = table_params(0)
+    batch = scored(make_rollout(), params, micro_batches)
+    for change, learned in [(lambda same: same, 1), (all_clipped, 0), (without_advantage, 0), (without_tokens, 0)]:
+        for learner, changed in [(LearnerConfig("grpo"), change(batch)), (HELD, with_reference(change(batch)))]:
+            _, metrics, _ = run_update(changed, params, learner)
+            assert (metrics["learned_updates"], metrics["skipped_updates"]) == (learned, 0)
+            penalised = learner is HELD and change is not without_tokens
+            assert (metrics["grad_norm"] > 0) == (learned == 1 or penalised)
+    # CISPO clips weights: every token keeps a gradient.
+    assert run_update(all_clipped(batch), params, LearnerConfig("cispo"))[1]["learned_updates"] == 1
+
+
+@pytest.mark.parametrize(("name", "nats"), [("grpo", 200.0), ("gspo", 200.0), ("gmpo", 4000.0), ("k3", 60.0)])
+def test_responses_far_outside_of_every_range_are_learned_from(name, nats):
+    """A bad response that became far more likely gets less likely; a token far below the reference gets more likely."""
+    params, rollout = table_params(0, dense=True), make_rollout()
+    bad = rollout._replace(advantages=-np.ones(ROWS, np.float32))
+    learner = HELD if name == "k3" else LearnerConfig(name)
+    batch, _ = score(TABLE, params, batch_of(bad), learner, params if name == "k3" else None)
+    first = batch.old_log_probs
+    if name == "k3":
+        batch = without_advantage(batch)._replace(reference_log_probs=first + nats)
+    else:
+        batch = batch._replace(old_log_probs=first - nats)
+    state = init_train_state(as_arrays(params), BARE)
+    for made in (1, 2, 3):
+        state, statistics = update(TABLE, BARE, state, as_arrays(batch), learner)
+        metrics = as_floats(statistics)
+        assert (int(state.updates), metrics["skipped_updates"]) == (made, 0)
+        assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 1e6
+    after, _ = score(TABLE, state.params, batch_of(bad), learner)
+    moved = np.asarray(after.old_log_probs - first)[np.asarray(batch.batch.mask)].mean()
+    assert moved > 0 if name == "k3" else moved < 0
+
+
+# --- parameters in bfloat16 ---
+
+
+def test_small_updates_of_bfloat16_parameters_add_up():
+    """At a learning rate of 1e-6 rounding to the nearest would lose nearly all of them."""
+    optimizer = OptimizerConfig(learning_rate=1e-6, warmup_updates=0)
+    batch, ends = batch_of(make_rollout()), {}
+    start = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models.init_params(MODEL_CONFIG, jax.random.key(0)))
+    for dtype in ("float32", "bfloat16"):
+        policy = models.Transformer(dataclasses.replace(MODEL_CONFIG, param_dtype=dtype))
+        state = init_train_state(jax.tree.map(functools.partial(jnp.array, dtype=dtype), start), optimizer)
+        before = bits(state.params)
+        kinds = [leaf.dtype for leaf in jax.tree.leaves(state)]
+        for _ in range(40):
+            state, _ = supervised_update(policy, optimizer, state, as_arrays(batch))
+        assert bits(state.params) != before and [leaf.dtype for leaf in jax.tree.leaves(state)] == kinds
+        ends[dtype] = np.concatenate(
+            [
+                np.asarray(new, np.float64).reshape(-1) - np.asarray(old, np.float64).reshape(-1)
+                for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(start), strict=True)
+            ]
+        )
+    along = ends["bfloat16"] @ ends["float32"] / (ends["float32"] @ ends["float32"])
+    assert along == pytest.approx(1, abs=0.2)
 
 
 class SteepPolicy(TablePolicy):
@@ -608,7 +697,8 @@ def test_a_supervised_update_against_float64():
     state = init_train_state(as_arrays(params), BARE)
     next_state, statistics = supervised_update(TABLE, BARE, state, as_arrays(batch))
     metrics = as_floats(statistics)
-    assert set(metrics) == {"loss", "grad_norm", "skipped_updates"}
+    assert set(metrics) == {"loss", "grad_norm", "skipped_updates", "learned_updates"}
+    assert metrics["learned_updates"] == 1
     log_probs = in_float64(rollout, params, params).log_probs[rollout.mask]
     assert metrics["loss"] == pytest.approx(-log_probs.mean(), abs=1e-6)
     expected = chain_to_table(rollout, params, -1.0 * rollout.mask / rollout.mask.sum())
