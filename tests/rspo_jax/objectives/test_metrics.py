@@ -120,6 +120,17 @@ def test_clip_fraction_counts_the_tokens_whose_gradient_is_zero():
         np.testing.assert_allclose(metrics["clip_fraction"], cut.sum() / batch.mask.sum(), rtol=1e-6)
 
 
+def test_learned_tokens_are_those_with_an_advantage_that_no_clip_cuts():
+    for drift in (3e-4, 0.6, 50.0):
+        batch = oracles.random_batch(7, drift)
+        with_advantage = batch.mask & (batch.advantages != 0)[:, None]
+        for name, settings in CASES:
+            row, arrays = rspo_jax.OBJECTIVES[name], {key: jnp.asarray(value) for key, value in batch.arrays().items()}
+            _, statistics = row.terms(**arrays, config=make_config(name, settings))
+            learned = with_advantage if name == "cispo" else with_advantage & oracles.kept(name, batch, **settings)
+            assert row.learned_tokens(statistics) == learned.sum(), (name, settings)
+
+
 def test_gspo_router_shift_clips_bad_responses_only_when_on_policy():
     """GSPO's published clip is so tight that any router shift closes it for every bad response."""
     found = reports(oracles.batch_from_log_ratios(np.zeros((2, 3)), advantages=[1.0, -1.0], router_shift=0.9996))

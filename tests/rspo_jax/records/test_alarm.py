@@ -85,6 +85,19 @@ def test_what_is_not_finite_is_a_sign(value):
     assert alarm.step == 12 and alarm.why.startswith("ratio_max is not finite, clipped 50.0% (was 0.4%)")
 
 
+def test_steps_in_a_row_that_learn_from_nothing_ring_alone():
+    alarm = first_alarm(run_of({"learned_updates": (3, 0.0)}), RULE)
+    assert (alarm.step, alarm.why) == (7, "5 steps in a row learned from nothing")
+    assert first_alarm(run_of({"learned_updates": (3, 0.0)}), AlarmRule(idle=2)).step == 4
+    # One update that learned is enough, and a policy that is always right has nothing left to learn.
+    assert first_alarm(run_of({"learned_updates": (3, 1.0)}), RULE).step is None
+    assert first_alarm(run_of({"learned_updates": (3, 0.0), "solve_rate": (3, 1.0)}), RULE).step is None
+    rows = run_of({"learned_updates": (3, 0.0)})
+    for row in rows[5::4]:
+        row["learned_updates"] = 2.0
+    assert first_alarm(rows, RULE).step is None
+
+
 def test_metrics_that_are_missing_are_no_signs():
     rows = run_of({"clip_fraction": (12, 0.5)})
     for row in rows:
@@ -182,6 +195,7 @@ def test_lead_time_over_many_runs():
         (lambda: AlarmRule(window=0), "window"),
         (lambda: AlarmRule(reference=0), "reference"),
         (lambda: AlarmRule(signs=6), "signs"),
+        (lambda: AlarmRule(idle=0), "idle must be at least 1, got 0"),
         (lambda: CollapseRule(share=1.0), "share"),
         (lambda: CollapseRule(stays=0), "stays"),
     ],

@@ -84,6 +84,25 @@ def test_skipped_updates_get_a_line_of_their_own():
     assert run_plainly("warm_start", 1000, [(1, {"skipped_updates": 1.0})])[0] == "warm start step 1: 1 update skipped"
 
 
+def test_a_step_that_learned_from_nothing_is_reported_with_its_reason():
+    reasons = [
+        ({"informative_groups": 0.0, "clip_fraction": 0.0}, "the rewards of each group are all equal"),
+        ({"clip_fraction": 1.0, "informative_groups": 0.5}, "the clip cut every token"),
+        ({"correction_dropped_fraction": 1.0}, "the correction dropped every response"),
+        ({"masked_truncated": 8.0, "truncated_fraction": 1.0}, "every response was cut off and left out"),
+        ({"truncated_fraction": 1.0, "informative_groups": 0.0}, "the rewards of each group are all equal"),
+        ({"grad_norm": 0.0}, "no response has a gradient"),
+    ]
+    steps = [(step, {"learned_updates": 0.0} | metrics) for step, (metrics, _) in enumerate(reasons, 2)]
+    lines = run_plainly("rl", 1000, [(1, {"learned_updates": 1.0}), *steps])
+    assert lines[1:] == [f"RL step {at}: learned from nothing: {why}" for at, (_, why) in enumerate(reasons, 2)]
+    skipped = {"skipped_updates": 2.0, "learned_updates": 0.0}
+    assert run_plainly("warm_start", 1000, [(1, skipped)])[:2] == [
+        "warm start step 1: 2 updates skipped",
+        "warm start step 1: learned from nothing: updates were skipped, as loss or gradient were not finite",
+    ]
+
+
 def test_time_left_ignores_the_first_step_once_it_can():
     # 1,000 s for the first step, which compiles, and 60 s for each of the others.
     lines = run_plainly("rl", 20, [(step, {}) for step in range(1, 21)], seconds=lambda step: 1000 if step == 1 else 60)

@@ -31,7 +31,9 @@ from rspo_jax.training import (
     check_learner,
     check_mesh,
 )
+from rspo_jax.training.metrics import rate_change
 from rspo_jax.training.restore import restore_params
+from rspo_jax.training.state import fresh_state
 from rspo_jax.training.trainer import Stopped, train
 from rspo_jax.types import Judgement, ModelOutput, RouterReading
 
@@ -202,7 +204,7 @@ def test_rows_come_in_the_order_of_the_run(straight):
 def test_what_the_rows_hold(straight):
     run_dir, _, _ = straight
     rows = read_metrics(run_dir)
-    warm_start = {"phase", "step", "loss", "grad_norm", "skipped_updates", "learning_rate"} | TIMINGS
+    warm_start = {"phase", "step", "loss", "grad_norm", "skipped_updates", "learned_updates", "learning_rate"} | TIMINGS
     warm_start |= {"padding_fraction"}
     assert all(set(row) == warm_start for row in rows[:5])
     evaluation = {f"eval_{mode}{bound}" for mode in ("greedy", "sampled") for bound in ("", "_low", "_high")}
@@ -322,6 +324,7 @@ def test_rewards_that_are_all_alike_teach_nothing(tmp_path, start):
     assert params == bits(start)
     for row in rows[1:]:
         assert row["informative_groups"] == row["loss"] == row["grad_norm"] == row["skipped_updates"] == 0
+        assert row["learned_updates"] == 0
 
 
 def test_rewards_count_relative_to_their_group(tmp_path, start):
@@ -387,6 +390,39 @@ def test_dynamic_sampling_draws_again_and_drops_groups_that_do_not_differ(tmp_pa
     assert once["grad_norm"] == pytest.approx(plain["grad_norm"] * 4 / informative, rel=1e-4)
     assert 1 < thrice["rollouts"] <= 3 and thrice["dropped_groups"] < once["dropped_groups"]
     assert thrice["response_tokens"] > once["response_tokens"]
+
+
+def test_responses_that_are_cut_off_may_be_left_out_of_the_loss(tmp_path, start):
+    """Their rewards, 0, still count: the mean of a group is over all of its responses."""
+
+    class Stopped(TranslationTask):
+        def reward(self, problem, correct):
+            return 1.0
+
+    config = change(RL_ONLY, steps=1, mini_batches=1, advantages="group_centred")
+    learner = LearnerConfig("grpo", diagnostics=False)
+    _, (_, plain) = run(tmp_path / "plain", config, Stopped(), learner, init=copies_of(start))
+    masked = change(config, mask_truncated=True)
+    _, (_, row) = run(tmp_path / "masked", masked, Stopped(), learner, init=copies_of(start))
+    cut = round(32 * row["truncated_fraction"])
+    assert 0 < row["masked_truncated"] == cut < 32 and "masked_truncated" not in plain
+    for name in ("reward", "solve_rate", "response_length", "truncated_fraction", "informative_groups"):
+        assert row[name] == plain[name]
+    # On-policy the loss is −mean A. Centred advantages add up to 0; those of the stopped ones to Σ (1 − share stopped).
+    assert plain["loss"] == pytest.approx(0, abs=1e-6)
+    assert row["loss"] < -0.01 and row["learned_updates"] == 1
+
+    class Endless(TwoExperts):
+        """A policy that never stops."""
+
+        def apply(self, *arguments, **options):
+            output = super().apply(*arguments, **options)
+            return output._replace(logits=output.logits.at[..., Characters.eos_id].add(-1e9))
+
+    problems = load_problems(Stopped())
+    train(Endless(), copies_of(start), problems, learner, masked, tmp_path / "endless")
+    row = read_metrics(tmp_path / "endless")[-1]
+    assert (row["masked_truncated"], row["learned_updates"], row["skipped_updates"]) == (32, 0, 0)
 
 
 def test_long_responses_lose_reward(tmp_path, start):
@@ -660,6 +696,55 @@ def test_resuming_with_more_steps_goes_on(straight, tmp_path):
     assert extended_rows[:10] == rows  # with an evaluation on the test split at step 4, which was the last then
     assert extended_rows[10:] == longer_rows[10:]
     assert "test_sampled" in extended_rows[-1]
+
+
+def test_a_learning_rate_that_leaves_its_course_is_said(tmp_path, capsys):
+    config = change(CONFIG, decay_learning_rate=True)
+    run(tmp_path, config)
+    said = []
+    for changed in (config, change(config, steps=6), change(config, steps=6)):
+        capsys.readouterr()
+        run(tmp_path, changed, resume=True)
+        said.append([line for line in capsys.readouterr().out.splitlines() if "learning rate" in line])
+    # 4 steps of 2 updates decayed over 8; after 8 of 12 updates, 2 of them warmup, a cosine is at 0.6.
+    before, after = (PEAK * (1 + math.cos(math.pi * share)) / 2 for share in (4 / 6, 6 / 10))
+    assert said == [
+        [],
+        [
+            f"the learning rate was {before:.3g} in the last step and is {after:.3g} in the next one: its schedule has "
+            "changed and now decays over 12 updates"
+        ],
+        [],
+    ]
+
+
+@pytest.mark.parametrize("phase", ["warm_start", "rl"])
+def test_the_course_of_a_learning_rate(phase):
+    """Steps, rates and lengths may change; a schedule that agrees with the last row is not mentioned."""
+    optimizer = OptimizerConfig(learning_rate=1.0, warmup_updates=0)
+    config = change(CONFIG, steps=10, decay_learning_rate=True, optimizer=optimizer)
+    config = change(config, warm_start=WarmStartConfig(steps=10, optimizer=optimizer))
+    done = 5
+    first = done - 1 if phase == "warm_start" else 2 * (done - 1) - 1  # one update has been skipped
+    length = 10 if phase == "warm_start" else 20
+    rate = (1 + math.cos(math.pi * first / length)) / 2
+    rows = [{"phase": phase, "step": done, "learning_rate": rate, "skipped_updates": 0.0}]
+    made = done if phase == "warm_start" else 2 * done - 1
+    state = jax.eval_shape(lambda: fresh_state(init_params, config))
+    at = {"warm_start_step": done} if phase == "warm_start" else {"warm_start_step": 10, "step": done}
+    state = state._replace(train=state.train._replace(updates=made), **({"step": 0} | at))
+    assert rate_change(rows, config, state) == ""
+    assert rate_change([], config, state) == ""
+    slower = change(optimizer, learning_rate=0.5)
+    changes = {"steps": 20, "optimizer": slower} if phase == "rl" else {"warm_start": WarmStartConfig(20, 8, slower)}
+    found = rate_change(rows, change(config, **changes), state)
+    after = (1 + math.cos(math.pi * made / (2 * length))) / 4
+    assert f"was {rate:.3g} in the last step and is {after:.3g} in the next one" in found
+    constant = change(config, decay_learning_rate=False)
+    if phase == "rl":
+        assert "and now is constant" in rate_change(rows, constant, state)
+    finished = {"steps": 5} if phase == "rl" else {"warm_start": WarmStartConfig(5, 8, slower)}
+    assert rate_change(rows, change(config, **finished), state) == ""
 
 
 def test_resuming_with_fewer_steps_than_were_made_does_nothing_more(tmp_path):
