@@ -42,8 +42,6 @@ def choose_groups(
 
 @jax.jit
 def _take_rows(rollouts: list[RolloutBatch], rows: ArrayLike) -> RolloutBatch:
-    """Return some rows of the rollouts, and mask out those that are not kept; None keeps all."""
-
     def take_from(first: jax.Array, *others: jax.Array) -> jax.Array:
         leaf = jnp.concatenate([first, *others]) if others else first
         return constrain(leaf[rows], "rows", *(None,) * (leaf.ndim - 1))
