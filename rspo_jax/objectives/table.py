@@ -67,11 +67,12 @@ class Objective(NamedTuple):
         Returns:
           A float32 scalar.
         """
-        by_sign = [statistics["clip_fraction_positive"], statistics["clip_fraction_negative"]]
-        return sum(
-            (jnp.sum(part.weight - part.total if self.clip_cuts_gradient else part.weight) for part in by_sign),
-            start=jnp.float32(0),
-        )
+        learned = jnp.float32(0)
+        for sign in ("positive", "negative"):
+            cut = statistics[f"clip_fraction_{sign}"]
+            assert isinstance(cut, Mean)
+            learned += jnp.sum(cut.weight - cut.total if self.clip_cuts_gradient else cut.weight)
+        return learned
 
     def weight(self, mask: Array, config: ObjectiveConfig | None = None) -> Array:
         """Return the weight that `terms` will divide by: the number of responses that have tokens, or of tokens.

@@ -111,7 +111,7 @@ def update(
     frozen = policy.router_params() if config.routing == "frozen" else None
     state, statistics = _apply(policy, optimizer, state, gradient, (loss, statistics), mesh, frozen)
     taught = OBJECTIVES[config.objective].learned_tokens(statistics) > 0
-    learned = jnp.where(taught, statistics["learned_updates"].total, 0)
+    learned = jnp.where(taught, statistics["learned_updates"].reduce(), 0)
     return state, statistics | {"learned_updates": Sum(learned)}
 
 

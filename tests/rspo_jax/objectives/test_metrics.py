@@ -128,7 +128,7 @@ def test_learned_tokens_are_those_with_an_advantage_that_no_clip_cuts():
             row, arrays = rspo_jax.OBJECTIVES[name], {key: jnp.asarray(value) for key, value in batch.arrays().items()}
             _, statistics = row.terms(**arrays, config=make_config(name, settings))
             learned = with_advantage if name == "cispo" else with_advantage & oracles.kept(name, batch, **settings)
-            assert row.learned_tokens(statistics) == learned.sum(), (name, settings)
+            assert float(row.learned_tokens(statistics)) == learned.sum(), (name, settings)
 
 
 def test_gspo_router_shift_clips_bad_responses_only_when_on_policy():

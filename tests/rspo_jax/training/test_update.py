@@ -646,8 +646,8 @@ def test_responses_far_outside_of_every_range_are_learned_from(name, nats):
 
 
 def test_small_updates_of_bfloat16_parameters_add_up():
-    """At a learning rate of 1e-6 rounding to the nearest would lose nearly all of them."""
-    optimizer = OptimizerConfig(learning_rate=1e-6, warmup_updates=0)
+    """At a learning rate of 1e-5 rounding to the nearest would lose nearly all of them."""
+    optimizer = OptimizerConfig(learning_rate=1e-5, warmup_updates=0)
     batch, ends = batch_of(make_rollout()), {}
     start = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models.init_params(MODEL_CONFIG, jax.random.key(0)))
     for dtype in ("float32", "bfloat16"):
