@@ -43,6 +43,6 @@ def _name_of_value(node: Node) -> str:
 def _digits(value: Value) -> str:
     if isinstance(value, Fraction):
         short = max(map(abs, value.as_integer_ratio())) < 10**_DIGITS
-        return str(value) if short else to_str(from_rational(*value.as_integer_ratio(), 64), _DIGITS)
+        return str(value) if short else str(to_str(from_rational(*value.as_integer_ratio(), 64), _DIGITS))
     parts = (value,) if is_real(value) else (value.real, value.imag)
-    return " ".join(to_str(part.mid._mpi_[0], _DIGITS) for part in parts)
+    return " ".join(str(to_str(part.mid._mpi_[0], _DIGITS)) for part in parts)

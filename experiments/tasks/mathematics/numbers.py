@@ -42,7 +42,9 @@ def _power_of_ten(node: Node) -> Fraction | None:
         exponent = Evaluator().value(node.args[1], 64) if not names_of(node.args[1]) else None
     except Undefined:
         return None
-    return Fraction(10) ** int(exponent) if isinstance(exponent, Fraction) and abs(exponent) < 1_000 else None
+    if not isinstance(exponent, Fraction) or exponent.denominator != 1 or abs(exponent) > 1_000:
+        return None
+    return Fraction(10) ** int(exponent)
 
 
 def rounds_to(exact: Node, rounded: Node, fewest: int = 1) -> bool:

@@ -108,7 +108,7 @@ def _equation(sides: Sequence[Side]) -> Reading:
         if sides[-1].name and len(sides) == 2:
             return _equation(sides[::-1])
         if len(sides) == 2:
-            return differs(*readings, "=")
+            return differs(readings[0], readings[1], "=")
         raise Unreadable("a chain of equations without a name")
     value = sides[-1]
     rest = [side.reading for side in sides if side not in named]
@@ -117,7 +117,7 @@ def _equation(sides: Sequence[Side]) -> Reading:
     _check_chain(rest)
     if not sides[0].name or any(names & _names(value.reading) for names in ({side.name} for side in named)):
         if len(sides) == 2:
-            return differs(*readings, "=")
+            return differs(readings[0], readings[1], "=")
         raise Unreadable("a chain of equations in which a name returns")
     answers = tuple(_named(side, value.reading) for side in named)
     return answers[0] if len(answers) == 1 else Bag(answers)

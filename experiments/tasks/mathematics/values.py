@@ -246,7 +246,7 @@ class Evaluator:
         low, high = (to_int(mpf_floor(end)) for end in value._mpi_)
         if low != high:
             raise Undefined("a floor that this precision does not decide")
-        return Fraction(int(low))
+        return Fraction(int(low or 0))
 
     def _ceil(self, value: Value) -> Value:
         return -self._floor(-value)
