@@ -366,7 +366,7 @@ class Parser:
     def _function(self, name: str) -> Node:
         below = self.argument_after("_")
         power = self.argument_after("^")
-        if self.peek() in ("(", "{", "["):
+        if self.peek() in ("(", "{", "[", r"\{"):
             opening = self.take().text
             arguments = [self.sum()]
             while self.peek() == ",":

@@ -14,7 +14,7 @@ from hashlib import sha256
 from experiments.tasks.mathematics.grammar import Node
 from experiments.tasks.mathematics.values import Evaluator, TooMuchWork, Undefined, Value, is_real, iv
 
-POINTS = 6
+POINTS = 8
 """Number of points at which expressions with letters are compared; all points where floors make steps between them."""
 _TRIED = 40
 _FEWEST = 3
@@ -107,17 +107,21 @@ def _points(left: Node, right: Node, letters: set[str]) -> Iterator[tuple[Mappin
         yield {}, True
         return
     whole = _WHOLE | _counted_names(left) | _counted_names(right)
+    has_steps = _holds_steps(left) or _holds_steps(right)
     draw = random.Random(sha256(repr((left, right)).encode()).digest())
     for index in range(_TRIED):
         positive = index % 2 == 0 or letters <= whole
         point = {}
         for name in sorted(letters):
             if name in whole:
-                alone = len(letters) == 1
-                point[name] = Fraction(index + 1 if alone else draw.randint(1, 12 if index % 2 else 40))
+                one_by_one = has_steps and len(letters) == 1
+                point[name] = Fraction(index + 1 if one_by_one else draw.randint(1, 12 if index % 2 else 60))
             else:
-                value = Fraction(draw.randint(20, 999), draw.choice((101, 211, 307, 1009)))
-                point[name] = value if positive or draw.random() < 0.5 else -value
+                point[name] = Fraction(draw.randint(20, 999), draw.choice((101, 211, 307, 1009)))
+        if not positive:
+            real = sorted(letters - whole)
+            for name in draw.sample(real, draw.randint(1, len(real))):
+                point[name] = -point[name]
         yield point, positive
 
 

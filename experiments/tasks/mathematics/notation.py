@@ -83,6 +83,7 @@ REWRITES: list[tuple[str, str | Callable[[Match[str]], str]]] = [
     (r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(\\prime)(?![A-Za-z])", lambda m: "'" * m.group().count("prime")),
     (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathtt|mathnormal|pmb|bold)(?![A-Za-z])", " "),
     (r"\b([aApP])\.\s?([mM])\.", r"\1\2"),
+    (r"(?<=\d)\s*\^\s*\{?\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?", ""),
     # Repeating decimals become 0.1(6).
     (r"(?<=\d)(\.\d*)\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\1(\2\3\4)"),
     (r"(\.\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", lambda m: f"{m[1]}({m[2] or m[3]})"),

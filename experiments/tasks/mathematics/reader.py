@@ -39,7 +39,9 @@ def read(text: str) -> list[Reading]:
                 found.append(_read_all(tokens))
         except Unreadable:
             continue
-    return found
+    # The commas between brackets separate entries: (1,234) is no number.
+    bracketed = any(isinstance(reading, Row) or (isinstance(reading, Bag) and reading.is_set) for reading in found)
+    return [reading for reading in found if not (bracketed and isinstance(reading, Scalar))]
 
 
 def _without_introduction(tokens: list[Token]) -> list[Token]:
@@ -120,6 +122,8 @@ def _read_side(tokens: Sequence[Token]) -> relations.Side:
             return relations.Side(node.args[0], (), reading)
         if node.op == "apply" and all(argument.op == "name" for argument in node.args[1:]):
             return relations.Side(node.args[0], tuple(argument.args[0] for argument in node.args[1:]), reading)
+        if node.op == "apply":  # f(2) = 5
+            return relations.Side("".join(token.text for token in tokens), (), reading)
     return relations.Side("", (), reading)
 
 

@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
-from experiments.tasks.mathematics.grammar import Node, parse
+from experiments.tasks.mathematics.grammar import Node, parse, whole
 from experiments.tasks.mathematics.matrices import lowered
 from experiments.tasks.mathematics.readings import Based, Clock, Dots, Matrix, Ratio, Reading, Scalar, Word
 from experiments.tasks.mathematics.tokens import Token, Unreadable
-from experiments.tasks.mathematics.units import factor_between, unit_of
+from experiments.tasks.mathematics.units import MULTIPLES, factor_between, unit_of
 
 OPENING = {"(", "[", "{", r"\{", r"\lfloor", r"\lceil"}
 CLOSING = {")", "]", "}", r"\}", r"\rfloor", r"\rceil"}
@@ -156,7 +156,9 @@ def _belongs_to_unit(tokens: Sequence[Token], index: int) -> bool:
     token = tokens[index]
     if token.kind == "number":  # an exponent, not the next value
         return tokens[index - 1].text in ("^", "{", "-")
-    return token.kind in ("text", "letter") or token.text in ("^", "{", "}", "/", "*", "-")
+    if token.kind == "letter":
+        return tokens[index - 1].text in ("*", "/")
+    return token.kind == "text" or token.text in ("^", "{", "}", "/", "*", "-")
 
 
 def _unit_text(token: Token) -> str:
@@ -167,6 +169,9 @@ def _unit_text(token: Token) -> str:
 
 def _with_unit(tokens: Sequence[Token], unit: str) -> Scalar | Matrix:
     node = lowered(parse(unwrapped(tokens)))
+    multiple, _, rest = unit.partition("*")
+    if multiple in MULTIPLES:
+        node, unit = Node("mul", (node, whole(MULTIPLES[multiple]))), rest
     if unit in ("degree", "percent"):
         node, unit = Node(unit, (node,)), ""
     if node.op == "matrix":

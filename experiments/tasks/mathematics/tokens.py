@@ -106,7 +106,10 @@ def tokens_of(text: str, grouped: bool = True, scientific: bool = True, in_text:
             tokens.append(Token("number", number, spaced))
         elif piece["run"]:
             words = _WORDS.match(text, piece.start()) if in_text else None
-            if words is not None and len(words.group()) > 1:
+            if words is not None and words.group() in ("and", "or"):
+                place = words.end()
+                tokens.append(Token("sign", words.group(), True))
+            elif words is not None and len(words.group()) > 1:
                 place = words.end()
                 tokens.append(Token("text", words.group(), spaced))
             else:

@@ -28,9 +28,19 @@ UNITS: dict[str, tuple[str, Fraction]] = {
 
 _NOT_UNITS = re.compile(
     r"\b(?:if|when|where|with|for|such|that|not|n't|never|no|or|and|more|less|least|most|otherwise|than|except|mod|"
-    r"base|is|are|was|only|even|odd|other|while|then|but)\b"
+    r"base|is|are|was|only|even|odd|other|while|then|but|of|to|times|plus|minus|over|divided|squared|cubed|factorial|"
+    r"modulo|half|root)\b"
 )
 _MOST_WORDS = 5
+MULTIPLES = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 1_000,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+"""Words that multiply the number before them."""
 
 
 def unit_of(words: str) -> str | None:

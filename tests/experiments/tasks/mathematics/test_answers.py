@@ -86,6 +86,8 @@ RIGHT = {
         n=6k+1, k\in\mathbb N <- n=6k+1, k\in\mathbb{N}
         p \equiv 1 \pmod 4 <- p\equiv1 \ (\text{mod } 4)
         SRMC=LRMC <- LRMC=SRMC
+        f(2)=5 <- 5
+        \min\{a,b\} <- \min(b,a)
     """,
     "intervals and sets": r"""
         (-\infty,3] <- x\le3
@@ -132,6 +134,8 @@ RIGHT = {
         2:3 <- 4:6
         2:3 <- \frac23
         52_8 <- 52_{8}
+        5 \text{ million} <- 5000000
+        18^\text{th} <- 18
     """,
     "words": r"""
         No solution. <- No solution.
@@ -225,6 +229,8 @@ WRONG = {
         |x| <- x
         \sqrt{x^2} <- x
         \lfloor x\rfloor <- x
+        x/|x| <- 1
+        n^6 <- n^6+(n-1)(n-2)(n-3)(n-4)(n-5)(n-6)
         \lfloor\sqrt{n-1}\rfloor <- \lfloor\sqrt{n-2}\rfloor
     """,
     "vectors and intervals": r"""
@@ -238,6 +244,7 @@ WRONG = {
         (-\infty,3] <- x<3
         x\le3 <- x\ge3
         (2,\infty) <- (-\infty,2)\cup(2,\infty)
+        (1,234) <- 1234
     """,
     "words, units, times": r"""
         ABCD <- BCAD
@@ -253,6 +260,10 @@ WRONG = {
         50\% <- 5000\%
         52_8 <- 52_9
         2:3 <- 3:2
+        5 <- 5 \text{ million}
+        5 <- 5 \text{ squared}
+        3 <- 3 \text{ to } x
+        f(2)=5 <- f(3)=5
     """,
 }
 
