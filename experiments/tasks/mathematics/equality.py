@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from experiments.tasks.mathematics.grammar import Node
 from experiments.tasks.mathematics.identity import are_equal, ratio_is_constant
-from experiments.tasks.mathematics.numbers import same_number
+from experiments.tasks.mathematics.numbers import is_marked, same_number
 from experiments.tasks.mathematics.readings import (
     Bag,
     Based,
@@ -86,8 +86,10 @@ def _same_scalars(reference: Scalar, given: Scalar) -> bool:
             return False
         if factor != 1:
             return are_equal(reference.node, Node("mul", (Node("number", (factor, factor * 0, 1)), given.node)))
-    elif (reference.unit and reference.needs_unit) or (given.unit and given.needs_unit):
+    elif reference.needs_unit or given.needs_unit:
         return False
+    elif (reference.unit and is_marked(given.node)) or (given.unit and is_marked(reference.node)):
+        return False  # 36 degrees and 36 dollars
     return same_number(reference.node, given.node)
 
 

@@ -90,6 +90,11 @@ def same_number(reference: Node, given: Node) -> bool:
     return _equal_or_rounded(reference, given) or _equal_or_rounded(*nodes)
 
 
+def is_marked(node: Node) -> bool:
+    """Return whether a percent or degree sign is behind an expression."""
+    return bool(_marked(node)[0])
+
+
 def _marked(node: Node) -> tuple[str, Node]:
     """Return the percent or degree sign behind an expression, and the expression without it."""
     if node.op in ("percent", "degree"):

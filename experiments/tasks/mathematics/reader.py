@@ -209,7 +209,7 @@ def _together(items: list[Reading], is_set: bool = False, either: bool = False) 
     """Return one reading of several: values of one name, a union, or a list."""
     flat: list[Reading] = []
     for item in items:
-        listed = isinstance(item, Bag) and not item.is_set and not either_names(item)
+        listed = isinstance(item, Bag) and not item.is_set and not _has_names(item)
         flat += item.items if listed else [item]  # pyright: ignore[reportAttributeAccessIssue]
     first = flat[0] if flat else None
     if isinstance(first, Named) and len(flat) > 1 and all(isinstance(item, Scalar) for item in flat[1:]):
@@ -224,6 +224,6 @@ def _together(items: list[Reading], is_set: bool = False, either: bool = False) 
     return Bag(tuple(flat), is_set)
 
 
-def either_names(item: Bag) -> bool:
+def _has_names(item: Bag) -> bool:
     """Return whether a list holds names with their values, which belong together."""
     return any(isinstance(part, Named) for part in item.items)

@@ -15,7 +15,6 @@ CLOSING = {")", "]", "}", r"\}", r"\rfloor", r"\rceil"}
 
 _LONGEST_PRODUCT = 4
 """Largest number of letters that may be a product; more are a word."""
-_SPELLED_CONSTANTS = {"e", "i"}
 
 
 def top_level(tokens: Sequence[Token]) -> Iterator[tuple[int, Token]]:
@@ -86,18 +85,16 @@ def _clock(tokens: Sequence[Token]) -> Clock | None:
         return None
     hour, minute = int(texts[0]), int(texts[2])
     if hour > 24 or (half and not 1 <= hour <= 12):
-        return None if not half else _refuse("no such time")
+        if half:
+            raise Unreadable("no such time")
+        return None
     if hour > 12 or hour == 0:
         half = "pm" if 12 < hour < 24 else "am"
     return Clock(60 * (hour % 12) + minute, half)
 
 
-def _refuse(reason: str) -> None:
-    raise Unreadable(reason)
-
-
 def _based(tokens: Sequence[Token]) -> Based | None:
-    if len(tokens) < 3 or tokens[0].kind not in ("number", "letter") or tokens[0].kind == "letter":
+    if len(tokens) < 3 or tokens[0].kind != "number":
         return None
     base = unwrapped(tokens[2:])
     if tokens[1].text != "_" or len(base) != 1:

@@ -258,6 +258,8 @@ WRONG = {
         864 \text{ in}^2 <- 864 \text{ in}^3
         5 \text{ cents} <- 5 \text{ dollars}
         50\% <- 5000\%
+        36^\circ <- \$36
+        8\% <- 8 \text{ cm}
         52_8 <- 52_9
         2:3 <- 3:2
         5 <- 5 \text{ million}
