@@ -47,6 +47,7 @@ CISPO, SAPO, RESPONSES, TABLE, ADVANTAGES, CORRECTIONS, PENALTIES = (
 SHIFT, BALANCE, ADAPTIVE, HOLD, DIAGNOSTICS = (
     f"rspo_jax/routing/{name}.py" for name in ("shift", "balance", "adaptive", "hold", "diagnostics")
 )
+EXPONENTS = "rspo_jax/objectives/exponents.py"
 FROM_LOGITS, FROM_HIDDEN = "rspo_jax/log_probs/from_logits.py", "rspo_jax/log_probs/from_hidden.py"
 STATISTICS, PACKING = "rspo_jax/statistics.py", "rspo_jax/rollouts/packing.py"
 GROUPS, PROMPTS = "rspo_jax/rollouts/groups.py", "rspo_jax/rollouts/prompts.py"
@@ -70,7 +71,7 @@ FAULTS = [
     Fault(GRPO, "low, high, config.dual_clip)", "low, high)"),
     Fault(GRPO, "clip_ratio(batch.log_ratio, batch.weight,", "clip_ratio(batch.log_ratio, batch.weight**0,"),
     Fault(GRPO, "    clip_high: float = 0.28", "    clip_high: float = 0.2"),
-    Fault(CISPO, "jnp.exp(jax.lax.stop_gradient(batch.log_ratio))", "jnp.exp(batch.log_ratio)"),
+    Fault(CISPO, "bounded_exp(jax.lax.stop_gradient(batch.log_ratio))", "bounded_exp(batch.log_ratio)"),
     Fault(CISPO, "clipped * batch.weight * batch.log_probs", "clipped * batch.log_probs"),
     Fault(SAPO, "jnp.where(batch.advantages > 0,", "jnp.where(batch.advantages < 0,"),
     Fault(SAPO, "gate = 4 / tau *", "gate = 4 *"),
@@ -104,7 +105,11 @@ FAULTS = [
     Fault(CORRECTIONS, "weights * (log_probs - value)", "weights * log_probs"),
     Fault(CORRECTIONS, "mask & ~rejected[:, None]", "mask & rejected[:, None]"),
     Fault(PENALTIES, "jnp.where(mask, reference - log_probs, 0)", "jnp.where(mask, log_probs - reference, 0)"),
-    Fault(PENALTIES, "jnp.expm1(x) - x", "jnp.exp(x) - x"),
+    # The bounded exponential: the value and the derivative of k3, the slope beyond the bound, where the bound is.
+    Fault(EXPONENTS, "jnp.expm1(near) - near + (_SLOPE - 1) * beyond", "jnp.exp(near) - near + (_SLOPE - 1) * beyond"),
+    Fault(EXPONENTS, "tangent * (excess + 1) - tangent", "tangent * (excess + 1) + tangent"),
+    Fault(EXPONENTS, "derivative + _SLOPE * beyond, derivative", "derivative + _SLOPE, derivative"),
+    Fault(EXPONENTS, "jnp.where(is_beyond, x - bound, 0)", "jnp.where(is_beyond, x, 0)"),
     # The route and its shift.
     Fault(SHIFT, 'drift / num_layers if layer_aggregation == "mean" else drift', "drift"),
     Fault(SHIFT, "return jnp.exp(-(drift", "return jnp.exp((drift"),
