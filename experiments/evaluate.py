@@ -7,8 +7,6 @@ after an interruption.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +17,10 @@ import tyro
 
 from experiments.config import Place
 from experiments.errors import complain
-from experiments.evaluation.draw import Drawing, draw_missing, wanted_pairs
+from experiments.evaluation.draw import Drawing, draw_missing, judge_again, wanted_pairs
+from experiments.evaluation.identity import digest_of, judge_identity, prompts_digest
 from experiments.evaluation.progress import EvaluationProgress, describe_throughput, make_console, print_plain
-from experiments.evaluation.responses import SUMMARY_FILE, Response, ResponseFolder
+from experiments.evaluation.responses import SUMMARY_FILE, Response, ResponseFolder, describe_others, shorten
 from experiments.evaluation.subject import Source, Subject, Votes, open_subject
 from experiments.evaluation.summary import describe_lengths, make_table, show_response, summarize_responses
 from rspo_jax.records.checkpoint import CheckpointError
@@ -52,8 +51,8 @@ class EvaluateOptions:
     """Number of responses that are drawn at once."""
     output: Place | None = None
     """The folder for settings.json, responses.jsonl and summary.json. By default a folder in evaluations/ of the run,
-    or in evaluations/ for a model, named after split and settings. If it has responses of the same settings, only
-    missing ones are drawn."""
+    or in evaluations/ for a model, named after split and settings. If it has responses of the same settings, weights
+    and prompts, only missing ones are drawn, and the others are judged again if references or judge have changed."""
     show: int = 6
     """Number of problems to show with their first responses."""
     mesh: MeshConfig = MeshConfig()
@@ -96,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
                 longest = subject.max_prompt_tokens
                 print(f"{usable.dropped} problems are left out: their prompts have more than {longest} tokens")
             folder = stack.enter_context(_open_folder(options, subject, usable.problems))
+            _renew_verdicts(subject, usable.problems, folder)
         except (ValueError, OSError, CheckpointError) as error:
             return complain(error)
         try:
@@ -114,17 +114,36 @@ def _open_folder(options: EvaluateOptions, subject: Subject, problems: Sequence[
     """
     if not problems:
         raise ValueError(f"there are no {options.split} problems")
-    prompts = "\0".join(subject.task.prompt(problem) for problem in problems)
     settings = {
-        "subject": subject.identity,
         "split": options.split,
-        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
         "sampler": dataclasses.asdict(options.sampler(subject.max_new_tokens)),
         "seed": options.seed,
-        "votes": isinstance(subject.task, Votes),
+        "contents": subject.contents | {"prompts": prompts_digest(subject.task, problems)},
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return ResponseFolder(options.output or subject.home / f"{options.split}-{digest}", settings)
+    judge = judge_identity(subject.task, problems) | {"votes": isinstance(subject.task, Votes)}
+    path = options.output or subject.home / f"{options.split}-{digest_of(settings)[:8]}"
+    if options.output is None:
+        for sentence in describe_others(path, settings):
+            print(sentence)
+    return ResponseFolder(path, settings | {"judge": judge})
+
+
+def _renew_verdicts(subject: Subject, problems: Sequence[Any], folder: ResponseFolder) -> None:
+    """Judge the responses in the folder again if references, tests or judge are not those that judged them.
+
+    Raises:
+      ValueError: if the judge's verdicts are no rewards.
+    """
+    before = list(folder.responses.values())
+    if not folder.changes_of_judge:
+        return
+    changes = shorten(folder.changes_of_judge)
+    print(f"{len(before)} responses are judged again, because references or judge have changed ({changes})")
+    after = judge_again(subject.task, problems, before)
+    changed = sum(old != new for old, new in zip(before, after, strict=True))
+    right_before, right = (sum(response.correct for response in responses) for responses in (before, after))
+    folder.replace_verdicts(after)
+    print(f"{changed} verdicts have changed: {right_before} responses were right before, {right} are now")
 
 
 def evaluate(options: EvaluateOptions, subject: Subject, problems: Sequence[Any], folder: ResponseFolder) -> None:
@@ -140,7 +159,7 @@ def evaluate(options: EvaluateOptions, subject: Subject, problems: Sequence[Any]
 
         drawing = Drawing(options.sampler(subject.max_new_tokens), samples, options.batch, options.seed)
         draw_missing(subject, problems, drawing, folder.responses, keep)
-    throughput = folder.read_summary().get("throughput")
+    throughput = folder.throughput
     if progress.throughput is not None:
         throughput = progress.throughput._asdict()
     found = summarize_responses(folder.responses, len(problems), samples, isinstance(subject.task, Votes))

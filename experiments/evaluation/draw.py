@@ -5,16 +5,18 @@ samples, not on which responses were drawn before. An interrupted evaluation the
 one that was not interrupted, bit for bit.
 """
 
+import dataclasses
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.evaluation.responses import Response
 from experiments.evaluation.subject import Subject, Votes
-from rspo_jax.rollouts import Judged, SamplerConfig, encode_prompts, judge, sample_in_chunks, usable_problems
+from rspo_jax.rollouts import SamplerConfig, encode_prompts, judge, judge_texts, sample_in_chunks, usable_problems
 from rspo_jax.sharding import parts_of
 from rspo_jax.types import Array, Samples, Task
 
@@ -100,7 +102,7 @@ def _judge_batch(subject: Subject, problems: Sequence[Any], batch: _Batch, prese
     """Wait for a batch and judge it; return its responses that are not present yet."""
     asked = [problems[problem] for problem, _ in batch.pairs]
     judged = judge(subject.task, asked, [batch.samples])
-    answers = _answers(subject.task, asked, judged)
+    answers = _answers(subject.task, asked, judged.texts, judged.truncated)
     return [
         Response(
             problem=problem,
@@ -118,12 +120,40 @@ def _judge_batch(subject: Subject, problems: Sequence[Any], batch: _Batch, prese
     ]
 
 
-def _answers(task: Task, problems: list[Any], judged: Judged) -> list[str | None]:
+def judge_again(task: Task, problems: Sequence[Any], responses: Sequence[Response]) -> list[Response]:
+    """Return responses with the verdicts that the task gives now.
+
+    Args:
+      task: the judge.
+      problems: all problems of the evaluation.
+      responses: responses that were drawn before.
+
+    Raises:
+      ValueError: if a response is to a problem that does not exist, or the task's judgements are wrong.
+    """
+    if strange := [response.problem for response in responses if response.problem >= len(problems)]:
+        raise ValueError(f"there is a response to problem {strange[0]}, but there are only {len(problems)} problems")
+    asked = [problems[response.problem] for response in responses]
+    texts = [response.text for response in responses]
+    truncated = np.array([response.truncated for response in responses], bool)
+    ended, verdicts = np.flatnonzero(~truncated), np.zeros((len(responses), 3), np.float32)
+    if ended.size:
+        verdicts[ended] = judge_texts(task, [asked[row] for row in ended], [texts[row] for row in ended])
+    answers = _answers(task, asked, texts, truncated)
+    return [
+        dataclasses.replace(response, reward=float(reward), correct=bool(correct), answer=answer)
+        for response, (reward, correct, _), answer in zip(responses, verdicts, answers, strict=True)
+    ]
+
+
+def _answers(
+    task: Task, problems: Sequence[Any], texts: Sequence[str], truncated: Sequence[bool] | np.ndarray
+) -> list[str | None]:
     """Return the answer that each response votes for; a response that was cut off does not vote."""
     answers: list[str | None] = [None] * len(problems)
     if isinstance(task, Votes):
-        ended = [row for row in range(len(problems)) if not judged.truncated[row]]
-        given = task.answers([problems[row] for row in ended], [judged.texts[row] for row in ended])
+        ended = [row for row in range(len(problems)) if not truncated[row]]
+        given = task.answers([problems[row] for row in ended], [texts[row] for row in ended])
         for row, answer in zip(ended, given, strict=True):
             answers[row] = answer
     return answers

@@ -16,7 +16,8 @@ import tyro
 from etils import epath
 
 import models
-from experiments.config import Place, load_config
+from experiments.config import FolderRun, Place, load_config
+from experiments.evaluation.identity import FileDigests, list_files, stamps_of
 from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.problems import SETS
@@ -62,6 +63,8 @@ FOLDER_TASKS: dict[str, Callable[[str, "Source", HuggingFaceTokenizer], Task]] =
 }
 """Tasks for a model from a Hugging Face folder: name -> function that makes the task."""
 DEFAULT_MAX_NEW_TOKENS = 3072
+HOME, DIGESTS_FILE = "evaluations", "digests.json"
+"""The folder of evaluations in that of a run, or in the current one for a model, and the cache of digests in it."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ class Subject:
 
     title: str
     """Name of model and task for a reader."""
-    identity: dict[str, Any]
-    """Equal for two subjects only if they draw the same responses; in types that JSON has."""
+    contents: dict[str, Any]
+    """Digests and settings that are equal for two subjects only if both answer a prompt alike; for JSON."""
     policy: Policy
     params: Params
     """Parameters in the form that the sampler needs, on the mesh in use."""
@@ -129,63 +132,73 @@ def open_subject(source: Source, mesh: MeshConfig) -> Subject:
       mesh: the configuration from which the mesh in use was made.
 
     Raises:
-      ValueError: if the source does not exist, or does not fit the mesh.
+      ValueError: if the source does not exist, does not fit the mesh, or changes while it is read.
       CheckpointError: if all checkpoints of a run are damaged.
     """
     return _open_folder(source, mesh) if source.run_dir is None else _open_run(source.run_dir, mesh)
 
 
 def _open_run(run_dir: epath.Path, mesh: MeshConfig) -> Subject:
-    name, run = load_config(run_dir / "config.json")
+    _, run = load_config(run_dir / "config.json")
     run.check()
     config, model = dataclasses.replace(run.trainer, mesh=mesh), run.architecture()
     policy = models.Transformer(model)
     init_params, regularizers = functools.partial(models.init_params, model), run.learner().regularizers
+    tokenizer_files = _tokenizer_files(epath.Path(run.model)) if isinstance(run, FolderRun) else {}
+    seen = stamps_of(list_files(run_dir / "checkpoints")) | stamps_of(tokenizer_files)
+    task = run.build_task()
     restored = restore_params(policy, init_params, config, run_dir, regularizers.needs_reference)
-    address = os.fspath(run_dir)
+    digests = FileDigests(run_dir / HOME / DIGESTS_FILE)
+    weights = digests.of(list_files(run_dir / "checkpoints" / str(restored.index)), seen)
     return Subject(
         title=f"{run_dir}, step {restored.step}",
-        identity={
-            "run": address if "://" in address else os.path.realpath(address),
-            "checkpoint": restored.index,
-            "task_name": name,
-        },
+        contents=_contents(weights, model, task, digests.of(tokenizer_files, seen)),
         policy=policy,
         params=sampling_params(policy, restored.params, config),
-        task=run.build_task(),
+        task=task,
         max_new_tokens=config.sampler.max_new_tokens,
         max_prompt_tokens=config.max_prompt_tokens,
-        home=run_dir / "evaluations" / f"step-{restored.step}",
+        home=run_dir / HOME / f"step-{restored.step}",
     )
 
 
 def _open_folder(source: Source, mesh: MeshConfig) -> Subject:
     assert source.model is not None and source.task is not None
+    folder = epath.Path(source.model)
+    weight_files = {path.name: path for path in sorted(folder.glob("*.safetensors*"))}
+    tokenizer_files = _tokenizer_files(folder)
+    seen = stamps_of(weight_files) | stamps_of(tokenizer_files)
     tokenizer = HuggingFaceTokenizer(source.model, source.chat)
     task = FOLDER_TASKS[source.task](source.task, source, tokenizer)
     config = models.load_config_hf(source.model, source.dtype)
     tokenizer.check_model(config.vocab_size)
     config, params = models.load_hf(source.model, config.dtype, config.dtype, rules=mesh.sampling_rules)
-    files = sorted(source.model.glob("*.safetensors"))
-    identity: dict[str, Any] = {
-        "model": os.path.realpath(source.model),
-        "files": {path.name: path.stat().st_size for path in files},
-        "dtype": config.dtype,
-        "task_name": source.task,
-    }
-    # Settings that change responses or verdicts, where they are given: the folders of earlier evaluations stay valid.
-    ends = {"stop_ids": source.chat.stop_ids, "stop_strings": source.chat.stop_strings}
-    identity |= {name: value for name, value in (ends | {"judge_after": source.judge_after}).items() if value}
+    digests = FileDigests(epath.Path(HOME) / DIGESTS_FILE)
+    weights = digests.of(weight_files, seen)
     # The longest response that the folder's authors generate, if they name one.
     path = source.model / "generation_config.json"
     generation = json.loads(path.read_text()) if path.is_file() else {}
     return Subject(
         title=f"{source.model}, {source.task}",
-        identity=identity,
+        contents=_contents(weights, config, task, digests.of(tokenizer_files, seen)),
         policy=models.Transformer(config),
         params=params,
         task=task,
         max_new_tokens=generation.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS,
         max_prompt_tokens=source.max_prompt_tokens,
-        home=epath.Path("evaluations") / f"{source.model.resolve().name}-{source.task}",
+        home=epath.Path(HOME) / f"{source.model.resolve().name}-{source.task}",
     )
+
+
+def _tokenizer_files(folder: epath.Path) -> dict[str, epath.Path]:
+    """Return the files that turn a conversation into tokens and tokens into text, by name."""
+    patterns = ("*token*.json", "chat_template*", "additional_chat_templates/*")
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {os.fspath(path.relative_to(folder)): path for path in paths}
+
+
+def _contents(weights: str, model: models.TransformerConfig, task: Task, tokenizer_files: str) -> dict[str, Any]:
+    architecture = dataclasses.asdict(model)
+    del architecture["remat"]  # which changes nothing but the backward pass
+    tokenizer = {"files": tokenizer_files, "stop_ids": list(task.tokenizer.stop_ids), "pad_id": task.tokenizer.pad_id}
+    return {"weights": weights, "model": architecture, "tokenizer": tokenizer}

@@ -169,7 +169,7 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
             ended += [row] if stopped else []
         if ended:
             at = [index * rows + row for row in ended]
-            verdicts[index, ended, 2:] = _judgements(task, [problems[row] for row in at], [texts[row] for row in at])
+            verdicts[index, ended, 2:] = judge_texts(task, [problems[row] for row in at], [texts[row] for row in at])
     if jax.process_count() > 1:
         verdicts = fetch(from_own(verdicts, None, "rows", None))
     lengths, truncated, rewards, correct, unjudged, unmarked = verdicts.reshape(-1, 6).T
@@ -209,8 +209,20 @@ def cut(rollout: RolloutBatch, lengths: ArrayLike) -> RolloutBatch:
     return rollout._replace(mask=kept, segment_ids=jnp.where(dropped, 0, rollout.segment_ids))
 
 
-def _judgements(task: Task, problems: list[Any], responses: list[str]) -> np.ndarray:
-    """Return the task's judgements, checked: float32 [B, 4], the fields of `Judgement`."""
+def judge_texts(task: Task, problems: Sequence[Any], responses: Sequence[str]) -> np.ndarray:
+    """Return the task's judgements of responses that were not cut off, checked.
+
+    Args:
+      task: the judge.
+      problems: one a response.
+      responses: B texts.
+
+    Returns:
+      float32 [B, 4]: the fields of `Judgement`.
+
+    Raises:
+      ValueError: if the task gives a reward that is not finite, or not one judgement a response.
+    """
     name, judgements = f"{type(task).__name__}.judge", task.judge(problems, responses)
     if len(judgements) != len(responses) or not all(isinstance(one, Judgement) for one in judgements):
         types = sorted({type(one).__name__ for one in judgements})
