@@ -23,6 +23,7 @@ from experiments.tasks.countdown.task import CountdownTask
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.text import ChatConfig, HuggingFaceTokenizer
 from models.config import Dtype, Remat
+from rspo_jax.hosts import say
 from rspo_jax.objectives import OBJECTIVES, Aggregation, CorrectionConfig, GammaUse, Position, RegularizerConfig
 from rspo_jax.records import FilePath, as_path
 from rspo_jax.rollouts import SamplerConfig
@@ -317,47 +318,112 @@ RUNS: dict[str, type[Run]] = {"countdown": CountdownRun, "mathematics": MathRun,
 """Task name -> class of its runs. The commands' choices come from this table."""
 
 
+_COUNT = "number_of_fields"
+"""Entry of `config.json` that tells a file that has lost a field from one of a version that did not have the field."""
+
+
 def save_config(path: FilePath, name: str, run: Run) -> None:
     """Write `config.json`."""
     from rspo_jax.records import write_json
 
-    write_json(path, {"task_name": name} | dataclasses.asdict(run))
+    values = dataclasses.asdict(run)
+    write_json(path, {"task_name": name, _COUNT: len(flatten(values))} | values)
 
 
 def load_config(path: FilePath) -> tuple[str, Run]:
     """Read what `save_config` wrote: the task's name and the run.
 
+    A field that the version which wrote the file did not have gets its default, and a sentence says so.
+
     Raises:
-      ValueError: if the file is missing, is not such a config, or has an unknown field.
+      ValueError: if the file is missing or is not such a config; if fields are unknown, of a wrong type, or lost since
+        the file was written, all of which are named; or if the run is impossible.
     """
     path = as_path(path)
     if not path.exists():
         raise ValueError(f"{path.parent} is not the folder of a run: it has no {path.name}")
     try:
         values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # from decoding, or from JSON
         raise ValueError(f"{path} is damaged: {error}") from error
-    name = values.pop("task_name", None) if isinstance(values, dict) else None
-    if name not in RUNS:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds {_words(values)}, not an object with fields")
+    name, count = values.pop("task_name", None), values.pop(_COUNT, None)
+    if not isinstance(name, str) or name not in RUNS:
         raise ValueError(f"{path} is for the unknown task {name!r}; known: {', '.join(RUNS)}")
-    return name, _from_dict(RUNS[name], values, str(path))
+    mistakes: list[str] = []
+    missing: list[str] = []
+    fields = _read_fields(RUNS[name], values, "", mistakes, missing)
+    if count is not None and (mistakes or count != len(flatten(values))):
+        mistakes += [f"{field} is missing" for field in missing]
+    if mistakes:
+        raise ValueError(f"{path} is damaged: {'; '.join(mistakes)}")
+    if missing:
+        _say_once(f"{path} was written before there were {', '.join(missing)}: the run has their defaults")
+    try:
+        return name, _make(RUNS[name], fields)
+    except ValueError as error:
+        raise ValueError(f"{path} holds an impossible run: {error}") from error
 
 
-def _from_dict(config_type: type[Config], values: dict[str, Any], where: str) -> Config:
+@functools.cache
+def _say_once(sentence: str) -> None:
+    """Print a sentence in the first process; a start reads a run's configuration several times."""
+    say(sentence)
+
+
+def _read_fields(
+    config_type: type, values: Mapping[str, Any], prefix: str, mistakes: list[str], missing: list[str]
+) -> dict[str, Any]:
+    """Return the fields of a config by name: values of the right types, and the fields of nested configs.
+
+    Unknown fields and wrong types are added to `mistakes`, the names of absent fields to `missing`.
+    """
+    hints, fields = typing.get_type_hints(config_type), {}
+    mistakes += [f"{prefix}{name} is an unknown field" for name in values if name not in hints]
+    for option in dataclasses.fields(config_type):
+        name, hint = f"{prefix}{option.name}", hints[option.name]
+        if option.name not in values:
+            missing.append(name)
+            continue
+        value, nested = values[option.name], _nested(hint)
+        if nested is not None and isinstance(value, dict):
+            fields[option.name] = _read_fields(nested, value, f"{name}.", mistakes, missing)
+        elif _fits(value, hint):
+            fields[option.name] = tuple(value) if isinstance(value, list) else value
+        else:
+            text = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            mistakes.append(f"{name} is {_words(value)}, not {text if nested is None else 'an object with fields'}")
+    return fields
+
+
+def _make(config_type: type[Config], fields: Mapping[str, Any]) -> Config:
+    """Return a config of what `_read_fields` read."""
     hints = typing.get_type_hints(config_type)
-    unknown = set(values) - set(hints)
-    if unknown:
-        raise ValueError(f"{where} has the unknown field {sorted(unknown)[0]!r}")
-    fields: dict[str, Any] = {}
-    for name, value in values.items():
-        hint: Any = hints[name]
-        if isinstance(value, dict):  # a nested config, which may be optional
-            hint = next((option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)), hint)
-            value = _from_dict(hint, value, f"{where}: {name}")
-        elif isinstance(value, list) and typing.get_origin(hint) is tuple:
-            value = tuple(value)
-        fields[name] = value
-    return config_type(**fields)
+    nested = {name: _make(_nested(hints[name]), value) for name, value in fields.items() if isinstance(value, dict)}
+    return config_type(**(dict(fields) | nested))
+
+
+def _nested(hint: Any) -> Any:
+    """Return the config type among the types of a field; None if it has none."""
+    return next((option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)), None)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value from JSON is one of a field's type. A boolean is no number, and an integer is a float."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in options
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(one, options[0]) for one in value)
+    if options:
+        return any(_fits(value, option) for option in options)
+    return value is None if hint is type(None) else type(value) in ((int, float) if hint is float else (hint,))
+
+
+def _words(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rspo_jax.records import wilson_interval
+
 
 def avg_at_k(correct: np.ndarray) -> np.ndarray:
     """Return the share of right responses to each problem, which equals pass@1.
@@ -131,39 +133,69 @@ def _scaled_binomial(size: int, drawn: int) -> float:
     return math.comb(size, drawn) / 2**size
 
 
-def bootstrap_intervals(
-    values: np.ndarray, seed: int = 0, resamples: int = 10_000, level: float = 0.95
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return percentile intervals of means over problems, from problems drawn with replacement.
+def rate_interval(of_problems: np.ndarray, samples: int) -> tuple[float, float]:
+    """Return the 95 % interval of a rate: Wilson's, with as many trials as the spread over problems says.
 
-    They show how far the means would move with other problems of the same kind. If all problems have the same value,
-    they have no width, however few the problems are.
+    Samples of one problem are alike to a degree that differs between tasks. A rate r of P problems whose own rates have
+    the variance v is worth P · r(1 − r) / v independent trials: P if each problem is solved always or never, as with one
+    sample a problem, and at most all P·N samples, if they are independent. At r = 0 and r = 1 nothing is known of the
+    spread, and the trials are the problems. The interval has a width even there.
+
+    Source: Dean and Pagano, "Evaluating confidence interval methods for binomial proportions in clustered surveys",
+    2015 (Wilson's interval with an effective sample size).
+
+    Args:
+      of_problems: float [P], a rate of each problem, in [0, 1].
+      samples: number of samples N that a problem's rate comes from.
+
+    Raises:
+      ValueError: if there are no problems, or a value is no rate.
+    """
+    of_problems = np.asarray(of_problems, np.float64)
+    rates = np.clip(of_problems, 0, 1)  # a vote's chance to win is a sum of many terms
+    if not (rates.ndim == 1 and rates.size and np.allclose(rates, of_problems, rtol=0, atol=1e-9)):
+        raise ValueError(f"rates must be [problems] with at least 1 problem, in [0, 1], got {of_problems}")
+    problems, rate = rates.size, float(rates.mean())
+    once, spread = rate * (1 - rate), float(rates.var())  # variances of one sample, and of a problem's rate
+    if once < 1e-9:
+        rate, trials = round(rate), problems
+    else:
+        trials = problems * min(samples, once / spread if spread > 0 else samples)
+    return wilson_interval(rate * trials, trials)
+
+
+def mean_interval(
+    of_problems: np.ndarray, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float] | None:
+    """Return the percentile interval of a mean that is no rate, from problems drawn with replacement.
+
+    It shows how far the mean would move with other problems of the same kind.
 
     Source: Efron, "Bootstrap methods: another look at the jackknife", 1979.
 
     Args:
-      values: float [P, M], M quantities of P problems; all quantities see the same draws.
+      of_problems: float [P], a value of each problem.
       seed: seed of the draws.
       resamples: number of times that P problems are drawn.
       level: share of the means inside the interval.
 
     Returns:
-      The lower and the upper bounds, each float64 [M].
+      The bounds; None if all problems have the same value, as a single one does: they tell nothing of others.
 
     Raises:
-      ValueError: if there are no problems, or the values are no table.
+      ValueError: if there are no problems.
     """
-    values = np.asarray(values, np.float64)
-    count = values.shape[0]
-    if not (values.ndim == 2 and count >= 1):
-        raise ValueError(f"values must be [problems, quantities] with at least 1 problem, got shape {values.shape}")
+    of_problems = np.asarray(of_problems, np.float64)
+    if not (of_problems.ndim == 1 and of_problems.size):
+        raise ValueError(f"values must be [problems] with at least 1 problem, got shape {of_problems.shape}")
+    count = of_problems.size
+    if np.ptp(of_problems) == 0:
+        return None
     generator = np.random.default_rng(seed)
     block = max(1, 2**22 // count)  # keeps memory below some 100 MB
     means = []
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
-        drawn = generator.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
-        weights = np.bincount(drawn.reshape(-1), minlength=rows * count).reshape(rows, count)
-        means.append(weights @ values / count)
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+        means.append(of_problems[generator.integers(count, size=(rows, count))].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

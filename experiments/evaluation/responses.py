@@ -214,7 +214,9 @@ def _changes(stored: Mapping[str, Any], settings: Mapping[str, Any], part: str) 
 def _check_flags(path: epath.Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise ValueError if a folder holds an evaluation with other flags."""
     if changes := _differences(_flags(stored), _flags(settings)):
-        raise ValueError(f"{path} holds an evaluation with other settings ({shorten(changes)}): choose another --output")
+        raise ValueError(
+            f"{path} holds an evaluation with other settings ({shorten(changes)}): choose another --output"
+        )
 
 
 def _move_aside(path: epath.Path, changes: Sequence[str]) -> str:

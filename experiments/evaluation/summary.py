@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import rich.table
 
-from experiments.evaluation.estimates import avg_at_k, bootstrap_intervals, majority_at_k, pass_at_k
+from experiments.evaluation.estimates import avg_at_k, majority_at_k, mean_interval, pass_at_k, rate_interval
 from experiments.evaluation.responses import Response
 
 _LONGEST_SHOWN = 400  # characters of a prompt, and of a response
@@ -15,7 +15,9 @@ _LONGEST_SHOWN = 400  # characters of a prompt, and of a response
 def summarize_responses(
     responses: Mapping[tuple[int, int], Response], problems: int, samples: int, votes: bool
 ) -> dict[str, Any]:
-    """Return estimates with their 95 % bootstrap intervals over problems, and lengths of responses.
+    """Return estimates with their 95 % intervals over problems, and lengths of responses.
+
+    Rates have the interval of `rate_interval`, means of rewards and lengths that of `mean_interval`.
 
     Args:
       responses: responses by problem and sample, at least `samples` to each problem.
@@ -24,7 +26,8 @@ def summarize_responses(
       votes: if true, the answers can be put to a vote.
 
     Returns:
-      A dict for JSON, which depends on the responses alone.
+      A dict for JSON, which depends on the responses alone. "low" and "high" of a mean are None where all problems have
+      the same value.
     """
     table = [[responses[problem, sample] for sample in range(samples)] for problem in range(problems)]
     correct = np.array([[response.correct for response in row] for row in table])
@@ -40,12 +43,12 @@ def summarize_responses(
     if any(response.unmarked for row in table for response in row):
         values["unmarked"] = _mean(table, lambda response: response.unmarked)
     values["truncated"] = _mean(table, lambda response: response.truncated)
-    values["reward"] = _mean(table, lambda response: response.reward)
-    values["response_tokens"] = tokens.mean(axis=1)
-    low, high = bootstrap_intervals(np.stack(list(values.values()), axis=1))
+    means = {"reward": _mean(table, lambda response: response.reward), "response_tokens": tokens.mean(axis=1)}
+    intervals = {name: rate_interval(of_problems, samples) for name, of_problems in values.items()}
+    intervals |= {name: mean_interval(of_problems) or (None, None) for name, of_problems in means.items()}
     estimates = {
-        name: {"value": float(of_problems.mean()), "low": float(low[index]), "high": float(high[index])}
-        for index, (name, of_problems) in enumerate(values.items())
+        name: {"value": float(of_problems.mean()), "low": intervals[name][0], "high": intervals[name][1]}
+        for name, of_problems in (values | means).items()
     }
     return {
         "problems": problems,
@@ -76,10 +79,10 @@ def make_table(summary: Mapping[str, Any]) -> rich.table.Table:
     del shown[avg]
     for name in sorted(shown, key=lambda name: name != f"pass@1 = {avg}"):
         value, low, high = (shown[name][entry] for entry in ("value", "low", "high"))
-        if name == "reward":
-            table.add_row(name, f"{value:.3f}", f"{low:.3f} to {high:.3f}")
-        elif name == "response_tokens":
-            table.add_row("tokens of a response", f"{value:,.1f}", f"{low:,.1f} to {high:,.1f}")
+        if name in ("reward", "response_tokens"):
+            words, digits = ("reward", ".3f") if name == "reward" else ("tokens of a response", ",.1f")
+            interval = "" if low is None else f"{low:{digits}} to {high:{digits}}"
+            table.add_row(words, f"{value:{digits}}", interval)
         else:
             words = {"truncated": "cut off", "unmarked": "without marker"}.get(name, name)
             table.add_row(words, f"{100 * value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %")

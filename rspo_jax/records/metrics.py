@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import math
+import statistics
 from collections.abc import Mapping
 from typing import Any, Self, SupportsFloat
 
@@ -25,29 +26,36 @@ from rspo_jax.records.rows import PHASES, POSITION_NAMES, Phase, RowFile, positi
 _METRICS_FILE = "metrics.jsonl"
 _DIAGNOSTICS_FILE = "diagnostics.jsonl"
 _BEFORE_ANY_STEP = (0, -1)
+_Z_95 = statistics.NormalDist().inv_cdf(0.975)
 _logger = logging.getLogger(__name__)
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Return the bounds of the 95 % Wilson score interval of a success rate, which stays useful near 0 and 1.
+def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
+    """Return the bounds of the 95 % Wilson score interval of a success rate, which has a width at 0 and 1 too.
 
-    Trials are taken as independent: several samples of one problem make the true interval wider.
+    SciPy's takes whole trials only. Where several samples of a problem depend on each other, the rate is worth fewer
+    trials than there are samples, and their effective number is no whole one.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
 
     Args:
       successes: number of trials that succeeded.
-      trials: number of trials, at least 1.
+      trials: number of trials, above 0.
 
     Returns:
       The lower and the upper bound, in [0, 1].
 
     Raises:
-      TypeError: if a count is not an integer.
-      ValueError: unless 0 <= successes <= trials and trials >= 1.
+      ValueError: unless 0 <= successes <= trials and trials > 0.
     """
-    import scipy.stats  # takes seconds to import, which readers and writers of metrics need not spend
-
-    interval = scipy.stats.binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    if not (0 <= successes <= trials and 0 < trials < math.inf):
+        raise ValueError(f"successes must be from 0 to trials, and trials above 0, got {successes} of {trials}")
+    rate, pull = successes / trials, _Z_95**2 / trials
+    middle = (rate + pull / 2) / (1 + pull)
+    reach = math.sqrt(pull * rate * (1 - rate) + pull**2 / 4) / (1 + pull)
+    # At the ends the bounds are exact, whatever is rounded.
+    low = 0.0 if successes == 0 else max(middle - reach, 0.0)
+    return low, 1.0 if successes == trials else min(middle + reach, 1.0)
 
 
 def write_json(path: FilePath, content: Any) -> None:

@@ -14,6 +14,7 @@ from experiments.config import (
     MathRun,
     ObjectiveOptions,
     differences,
+    flatten,
     load_config,
     save_config,
 )
@@ -173,7 +174,7 @@ def test_there_and_back(tmp_path, name, run):
     assert load_config(path) == (name, run)
     content = json.loads(path.read_text())
     assert content["task_name"] == name
-    assert set(content) == {"task_name"} | {field.name for field in dataclasses.fields(run)}
+    assert set(content) == {"task_name", "number_of_fields"} | {field.name for field in dataclasses.fields(run)}
 
 
 @pytest.fixture
@@ -190,11 +191,99 @@ def saved(tmp_path):
     return path, edit
 
 
-def test_a_field_that_is_absent_has_its_default(saved):
+def test_a_field_of_a_later_version_gets_its_default_and_that_is_said(saved, capsys):
     path, edit = saved
-    edit(lambda content: content["trainer"].pop("learned_groups"))
-    _, run = load_config(path)
-    assert run == dataclasses.replace(OTHER_RUN, trainer=dataclasses.replace(OTHER_RUN.trainer, learned_groups=None))
+
+    def as_written_before(content):
+        del content["trainer"]["learned_groups"], content["number_of_fields"]
+
+    edit(as_written_before)
+    sentence = f"{path} was written before there were trainer.learned_groups: the run has their defaults\n"
+    for _ in range(2):
+        _, run = load_config(path)
+        changes = dataclasses.replace(OTHER_RUN.trainer, learned_groups=None)
+        assert run == dataclasses.replace(OTHER_RUN, trainer=changes)
+    assert capsys.readouterr().out == sentence  # once
+    # A file that has as many fields as were written has lost none.
+    edit(lambda content: content.update(number_of_fields=len(flatten(content)) - len(["task_name"])))
+    assert load_config(path)[1] == run
+
+
+@pytest.mark.parametrize("field", ["trainer.seed", "trainer.optimizer", "trainer", "objective.objective", "data_dir"])
+def test_a_field_that_was_lost_is_named(saved, field):
+    path, edit = saved
+    *outer, name = field.split(".")
+
+    def lose(content):
+        for key in outer:
+            content = content[key]
+        del content[name]
+
+    edit(lose)
+    with pytest.raises(ValueError, match=rf"{path} is damaged: {field} is missing$"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("trainer.seed", "3", 'trainer.seed is "3", not int'),
+        ("trainer.seed", True, "trainer.seed is true, not int"),
+        ("trainer.seed", None, "trainer.seed is null, not int"),
+        ("trainer.steps", 1.5, "trainer.steps is 1.5, not int"),
+        ("trainer.steps", [150], "trainer.steps is [150], not int"),
+        ("trainer.optimizer.learning_rate", "1e-3", 'trainer.optimizer.learning_rate is "1e-3", not float'),
+        ("trainer.decay_learning_rate", 1, "trainer.decay_learning_rate is 1, not bool"),
+        ("trainer.decay_learning_rate", "false", 'trainer.decay_learning_rate is "false", not bool'),
+        ("trainer.mesh.rules", "embed=fsdp", 'trainer.mesh.rules is "embed=fsdp", not tuple'),
+        ("trainer.mesh.rules", [1], "trainer.mesh.rules is [1], not tuple"),
+        ("trainer.optimizer", None, "trainer.optimizer is null, not an object with fields"),
+        ("trainer", [], "trainer is [], not an object with fields"),
+        ("model", "small", 'model is "small", not an object with fields'),
+        ("model.latent", 3, "model.latent is 3, not an object with fields"),
+        ("data_dir", 7, "data_dir is 7, not str | None"),
+        ("data_dir", {"a": 1}, 'data_dir is {"a": 1}, not str | None'),
+        ("objective.objective", "ppo", 'objective.objective is "ppo", not Literal['),
+        ("objective.clip_low", False, "objective.clip_low is false, not float | None"),
+        ("objective.routing", ["free"], 'objective.routing is ["free"], not Literal['),
+    ],
+    ids=str,
+)
+def test_a_field_of_a_wrong_type_is_named(saved, field, value, words):
+    path, edit = saved
+    *outer, name = field.split(".")
+
+    def change(content):
+        for key in outer:
+            content = content[key]
+        content[name] = value
+
+    edit(change)
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged: {words}")):
+        load_config(path)
+
+
+def test_all_mistakes_are_named_at_once(saved):
+    path, edit = saved
+
+    def change(content):
+        content["trainer"].update(seed="a", steps=None)
+        del content["trainer"]["prompts"]
+        content["speed"] = 1
+
+    edit(change)
+    with pytest.raises(ValueError) as refusal:
+        load_config(path)
+    assert str(refusal.value) == (
+        f'{path} is damaged: speed is an unknown field; trainer.steps is null, not int; trainer.seed is "a", not int; '
+        "trainer.prompts is missing"
+    )
+
+
+def test_an_integer_is_a_float(saved):
+    path, edit = saved
+    edit(lambda content: content["trainer"]["optimizer"].update(learning_rate=1))
+    assert load_config(path)[1].trainer.optimizer.learning_rate == 1
 
 
 def test_a_folder_that_is_no_run(tmp_path):
@@ -207,13 +296,14 @@ def test_a_folder_that_is_no_run(tmp_path):
     [
         (lambda content: content.pop("task_name"), "unknown task None; known: countdown"),
         (lambda content: content.update(task_name="chess"), "unknown task 'chess'; known: countdown"),
-        (lambda content: content.update(speed=1), "unknown field 'speed'"),
-        (lambda content: content["trainer"].update(speed=1), "config.json: trainer has the unknown field 'speed'"),
+        (lambda content: content.update(task_name=["countdown"]), r"unknown task \['countdown'\]"),
+        (lambda content: content.update(speed=1), "config.json is damaged: speed is an unknown field"),
         (
-            lambda content: content["trainer"]["optimizer"].update(momentum=1),
-            "trainer: optimizer has the unknown field 'momentum'",
+            lambda content: content["trainer"].update(speed=1),
+            "config.json is damaged: trainer.speed is an unknown field",
         ),
-        (lambda content: content["trainer"].update(steps=-1), "steps must be 0 or more, got -1"),
+        (lambda content: content["trainer"]["optimizer"].update(m=1), "trainer.optimizer.m is an unknown field"),
+        (lambda content: content["trainer"].update(steps=-1), "config.json holds an impossible run: steps must be 0"),
     ],
 )
 def test_contents_that_are_refused(saved, change, message):
@@ -223,10 +313,14 @@ def test_contents_that_are_refused(saved, change, message):
         load_config(path)
 
 
-@pytest.mark.parametrize("text", ["", '{"task_name": "countdown", "tra', "[1, 2]", "null", '"countdown"'])
+@pytest.mark.parametrize(
+    "text",
+    [b"", b'{"task_name": "countdown", "tra', b"[1, 2]", b"null", b'"countdown"', b"\xff\xfe{", b"[" * 100_000],
+    ids=lambda text: text[:8],
+)
 def test_a_file_that_holds_no_run_is_named(tmp_path, text):
     path = tmp_path / "config.json"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(ValueError, match=r"config\.json"):
         load_config(path)
 

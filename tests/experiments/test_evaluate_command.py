@@ -26,6 +26,7 @@ from rspo_jax.records.checkpoint import Checkpoints
 from rspo_jax.rollouts import SamplerConfig
 from rspo_jax.training import EvaluationConfig, TrainerConfig
 from rspo_jax.training.state import fresh_state
+from rspo_jax.types import Judgement
 
 RESPONSE = 6
 NAME_ONE = "name what to evaluate: either the folder of a run, or --model FOLDER and --task TASK"
@@ -147,9 +148,10 @@ def test_the_table_and_the_solutions(taught, capsys):
     code, captured = call(capsys, run_dir, "--temperature", 0, "--show", 3)
     assert (code, captured.err) == (0, "")
     assert "step 7: 4 test problems, greedy" in captured.out
-    assert cells(captured.out, "│ pass@1 = avg@1") == [100.0, 100.0, 100.0]
-    assert cells(captured.out, "│ cut off") == [0.0, 0.0, 0.0]
-    assert cells(captured.out, "│ reward") == [1.0, 1.0, 1.0]
+    # Wilson's interval of 4 of 4 begins at 4 / (4 + z²).
+    assert cells(captured.out, "│ pass@1 = avg@1") == [100.0, 51.0, 100.0]
+    assert cells(captured.out, "│ cut off") == [0.0, 0.0, 49.0]
+    assert cells(captured.out, "│ reward") == [1.0]  # and nothing is known of other rewards
     lengths = [len(problem.solution) + 1 for problem in problems]  # with the stop token
     assert cells(captured.out, "│ tokens of a response")[0] == pytest.approx(np.mean(lengths), abs=0.051)
     assert f"longest {max(lengths)}, mean of right ones" in captured.out
@@ -177,7 +179,7 @@ def test_what_is_kept(taught, evaluated):
     assert estimates["pass@2"]["value"] == right.any(axis=1).mean()
     assert estimates["response_tokens"]["value"] == np.mean([line["tokens"] for line in responses.values()])
     assert estimates["truncated"]["value"] == np.mean([line["truncated"] for line in responses.values()])
-    assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in estimates.values())
+    assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in estimates.values() if entry["high"])
     assert not any(name.startswith("maj") for name in estimates)
     assert (summary["problems"], summary["samples"]) == (4, 2)
     assert summary["settings"] == json.loads((evaluated / "settings.json").read_text())
@@ -261,6 +263,70 @@ def test_votes_where_the_task_has_answers(taught, tmp_path, capsys, monkeypatch)
     responses, summary = read(tmp_path / "votes")
     assert all(line["answer"] == (None if line["truncated"] else line["text"]) for line in responses.values())
     assert summary["estimates"]["answered"]["value"] == 1 - summary["estimates"]["truncated"]["value"]
+
+
+def test_another_checkpoint_under_the_same_number(taught, tmp_path, capsys):
+    """The first model knows all answers, the second ends every response at once."""
+    run_dir, output = tmp_path / "run", tmp_path / "output"
+    shutil.copytree(taught[0], run_dir, ignore=shutil.ignore_patterns("evaluations"))
+    arguments = (run_dir, "--temperature", 0, "--show", 0, "--output", output)
+    assert cells(call(capsys, *arguments)[1].out, "│ pass@1 = avg@1")[0] == 100.0
+    known = (output / "responses.jsonl").read_bytes()
+    run = make_run(taught[0].parent / "data")
+    state = fresh_state(functools.partial(models.init_params, run.model), run.trainer)
+    params = state.train.params | {"head": jnp.zeros_like(state.train.params["head"])}
+    shutil.rmtree(run_dir / "checkpoints")
+    with Checkpoints(run_dir / "checkpoints") as checkpoints:
+        state = state._replace(train=state.train._replace(params=params), step=jnp.int32(7))
+        checkpoints.save(7, state, {"elapsed_seconds": 1.0})
+    code, captured = call(capsys, *arguments)
+    assert code == 0
+    assert re.match(
+        rf"the responses in {output} were drawn with other contents \(contents.weights: \w{{8}}… -> \w{{8}}…\): "
+        rf"they were moved to {output}/earlier-1, and responses are drawn again\n",
+        captured.out,
+    )
+    assert "4 responses drawn and judged" in captured.out
+    assert cells(captured.out, "│ pass@1 = avg@1")[0] == 0.0
+    assert (output / "earlier-1" / "responses.jsonl").read_bytes() == known
+    assert json.loads((output / "earlier-1" / "summary.json").read_text())["estimates"]["pass@1"]["value"] == 1.0
+    # Without --output, responses of other weights lie in another folder.
+    (where,) = {
+        Path(re.search(r"summary: (.*)/summary.json", call(capsys, *arguments[:-2])[1].out)[1]) for _ in range(2)
+    }
+    shutil.rmtree(run_dir / "checkpoints")
+    shutil.copytree(taught[0] / "checkpoints", run_dir / "checkpoints")
+    code, captured = call(capsys, *arguments[:-2])
+    assert captured.out.startswith(f"the responses in {where} were drawn with other contents (contents.weights: ")
+    assert "it stays as it is, and responses are drawn again" in captured.out
+    assert cells(captured.out, "│ pass@1 = avg@1")[0] == 100.0
+
+
+def test_another_judge_judges_the_stored_responses(taught, evaluated, tmp_path, capsys, monkeypatch):
+    shutil.copytree(evaluated, tmp_path / "judged")
+    before = read(evaluated)[0]
+    monkeypatch.setattr(
+        CountdownTask, "judge", lambda self, problems, responses: [Judgement(0.5, True) for _ in responses]
+    )
+    monkeypatch.setattr("experiments.evaluate.draw_missing", lambda *arguments: None)  # nothing may be drawn
+    code, captured = call(capsys, taught[0], *BATCHES, "--output", tmp_path / "judged")
+    assert code == 0
+    assert captured.out.startswith(
+        "8 responses are judged again, because references or judge have changed (judge.source: "
+    )
+    after, summary = read(tmp_path / "judged")
+    assert {place: line["text"] for place, line in after.items()} == {
+        place: line["text"] for place, line in before.items()
+    }
+    assert all(line["correct"] == (line["reward"] == 0.5) == (not line["truncated"]) for line in after.values())
+    right_before, right = (sum(line["correct"] for line in lines.values()) for lines in (before, after))
+    changed = sum(after[place] != before[place] for place in before)
+    assert (
+        f"{changed} verdicts have changed: {right_before} responses were right before, {right} are now" in captured.out
+    )
+    assert summary["estimates"]["pass@1"]["value"] == right / 8
+    code, captured = call(capsys, taught[0], *BATCHES, "--output", tmp_path / "judged")
+    assert "judged again" not in captured.out and "there already" in captured.out
 
 
 def test_other_settings_than_those_of_the_folder(taught, evaluated, capsys):

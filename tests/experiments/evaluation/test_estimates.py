@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from experiments.evaluation.estimates import avg_at_k, bootstrap_intervals, majority_at_k, pass_at_k
+from experiments.evaluation.estimates import avg_at_k, majority_at_k, mean_interval, pass_at_k, rate_interval
 
 
 def random_table(seed, problems=6, samples=6):
@@ -99,35 +99,76 @@ def test_too_many_votes():
         majority_at_k([["a"] * 1001], np.zeros((1, 1001), bool), 2)
 
 
-def test_the_interval_holds_what_all_resamples_say():
+@pytest.mark.parametrize(
+    ("rates", "samples", "low", "high"),
+    [
+        # Wilson's upper bound at 0 of n is z² / (n + z²), z² = 3.8415.
+        ([0, 0], 1, 0.0, 0.6576),
+        ([1, 1], 1, 0.3424, 1.0),
+        ([0], 1, 0.0, 0.7935),
+        # Sixteen samples of two problems are no more than two trials, as all samples of a problem may be alike.
+        ([0, 0], 8, 0.0, 0.6576),
+        # Newcombe, "Two-sided confidence intervals for the single proportion", 1998, table I, method 3.
+        ([1] * 81 + [0] * 182, 1, 0.2553, 0.3662),
+        ([1] * 81 + [0] * 182, 4, 0.2553, 0.3662),
+        # Equal rates of all problems: 4 · 2 independent trials, half of them right: 1/2 ± 1/2 · √(z² / (n + z²)).
+        ([0.5] * 4, 2, 0.2152, 0.7848),
+        # r = 3/8, v = 11/64: 4 · (15/64) / (11/64) = 60/11 trials, z²/n = 0.7043, and (0.7271 ± 0.5376) / 1.7043.
+        ([0, 0, 1, 0.5], 2, 0.1112, 0.7421),
+        ([1e-12, 0], 1, 0.0, 0.6576),
+        ([1 + 1e-12, 1], 2, 0.3424, 1.0),
+    ],
+    ids=str,
+)
+def test_the_interval_of_a_rate(rates, samples, low, high):
+    np.testing.assert_allclose(rate_interval(np.array(rates), samples), (low, high), atol=6e-5)
+
+
+def test_the_interval_of_a_rate_covers_it_whether_samples_are_alike_or_not():
+    """Of intervals from problems whose own rates vary, about 95 % hold the mean rate."""
+    random = np.random.default_rng(0)
+    for concentration in (0.2, 2.0, 1000.0):  # from problems solved always or never to problems of one rate
+        held = 0
+        for _ in range(400):
+            rates = random.beta(0.3 * concentration, 0.7 * concentration, size=60)
+            low, high = rate_interval(random.binomial(8, rates) / 8, 8)
+            held += low <= 0.3 <= high
+        assert 0.92 * 400 <= held <= 0.985 * 400
+
+
+@pytest.mark.parametrize("rates", [[], [1.1], [-0.1, 0.5], [np.nan], [[0.5]]], ids=str)
+def test_what_is_no_rate(rates):
+    with pytest.raises(ValueError, match="rates must be"):
+        rate_interval(np.array(rates), 1)
+
+
+def test_the_interval_of_a_mean_holds_what_all_resamples_say():
     """The bounds are the exact quantiles of all 5^5 equally likely resamples, whose neighbours are well away."""
     values = np.array([0.0, 0.25, 0.5, 1.0, 1.0])
     means = np.sort([np.mean(values[list(rows)]) for rows in itertools.product(range(5), repeat=5)])
-    low, high = bootstrap_intervals(np.stack([values, 2 * values], axis=1), seed=1)
-    for level, bound in ((0.025, low), (0.975, high)):
-        below, at = np.mean(means < bound[0] - 1e-12), np.mean(means <= bound[0] + 1e-12)
+    interval = mean_interval(values, seed=1)
+    for level, bound in zip((0.025, 0.975), interval, strict=True):
+        below, at = np.mean(means < bound - 1e-12), np.mean(means <= bound + 1e-12)
         # The standard error of the quantile's level with 10,000 resamples is 0.0016.
         assert below < level + 0.008
         assert at > level - 0.008
-    np.testing.assert_allclose(low[1], 2 * low[0])
-    np.testing.assert_allclose(high[1], 2 * high[0])
+    np.testing.assert_allclose(mean_interval(2 * values, seed=1), [2 * bound for bound in interval])
 
 
-def test_the_interval_shrinks_as_theory_says_and_depends_on_the_seed_alone():
-    values = (np.arange(800) % 2).astype(np.float64)[:, None]
-    low, high = bootstrap_intervals(values, seed=4)
+def test_the_interval_of_a_mean_shrinks_as_theory_says_and_depends_on_the_seed_alone():
+    values = (np.arange(800) % 2).astype(np.float64)
+    interval = mean_interval(values, seed=4)
     # A coin of 800 throws: the normal interval is ±1.96 · 0.5 / √800.
-    np.testing.assert_allclose([low[0], high[0]], [0.5 - 0.03465, 0.5 + 0.03465], atol=0.002)
-    again = bootstrap_intervals(values, seed=4)
-    assert (again[0][0], again[1][0]) == (low[0], high[0])
-    assert bootstrap_intervals(values[:200] * 1.0, seed=5)[0] < low
+    np.testing.assert_allclose(interval, [0.5 - 0.03465, 0.5 + 0.03465], atol=0.002)
+    assert mean_interval(values, seed=4) == interval
+    assert mean_interval(values[:200], seed=5)[0] < interval[0]
 
 
-def test_values_without_spread_have_no_width():
-    low, high = bootstrap_intervals(np.ones((7, 1)))
-    assert (low[0], high[0]) == (1.0, 1.0)
+def test_values_without_spread_have_no_interval():
+    assert mean_interval(np.ones(7)) is None
+    assert mean_interval(np.array([3.5])) is None
 
 
 def test_nothing_to_resample():
     with pytest.raises(ValueError, match="at least 1 problem"):
-        bootstrap_intervals(np.ones((0, 2)))
+        mean_interval(np.ones(0))

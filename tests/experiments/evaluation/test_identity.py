@@ -10,7 +10,14 @@ import pytest
 from etils import epath
 
 from experiments.evaluation import identity
-from experiments.evaluation.identity import FileDigests, digest_of, judge_identity, list_files, prompts_digest, stamps_of
+from experiments.evaluation.identity import (
+    FileDigests,
+    digest_of,
+    judge_identity,
+    list_files,
+    prompts_digest,
+    stamps_of,
+)
 from experiments.tasks.countdown import CountdownConfig, CountdownReward
 from experiments.tasks.countdown.task import CountdownTask
 from experiments.tasks.mathematics.config import MathConfig
@@ -159,7 +166,9 @@ def test_files_that_are_gone_leave_the_cache(place):
     assert sorted(name.rsplit("/", 1)[1] for name in json.loads(place.cache.read_text())) == ["one", "three"]
 
 
-@pytest.mark.parametrize("plant", [in_place, link_of_the_folder, link_of_a_file, one_more], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "plant", [in_place, link_of_the_folder, link_of_a_file, one_more], ids=lambda one: one.__name__
+)
 def test_a_change_while_the_weights_are_loaded(place, plant):
     folder = epath.Path(place.root / "link")
     seen = stamps_of(list_files(folder))

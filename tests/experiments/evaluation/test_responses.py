@@ -107,7 +107,10 @@ def test_a_damaged_line_is_named_and_nothing_is_changed(path, line):
         (SETTINGS | {"seed": 1}, "(seed: 0 -> 1)"),
         (SETTINGS | {"sampler": {"top_k": 5}}, "(sampler.top_k: None -> 5)"),
         (SETTINGS | {"split": "test"}, "(split: None -> test)"),
-        (SETTINGS | {"a": 1, "b": 2, "sampler": {"top_k": 1}}, "(a: None -> 1; b: None -> 2; sampler.top_k: None -> 1)"),
+        (
+            SETTINGS | {"a": 1, "b": 2, "sampler": {"top_k": 1}},
+            "(a: None -> 1; b: None -> 2; sampler.top_k: None -> 1)",
+        ),
         (SETTINGS | {"a": 1, "b": 2, "c": 3, "seed": 4}, "(a: None -> 1; b: None -> 2; c: None -> 3; …)"),
     ],
     ids=["seed", "sampler", "split", "three", "four"],
@@ -134,7 +137,10 @@ def files_of(folder):
 @pytest.mark.parametrize(
     ("stored", "words"),
     [
-        (SETTINGS | {"contents": {"weights": NEW_WEIGHTS}}, "drawn with other contents (contents.model.rope_theta: None"),
+        (
+            SETTINGS | {"contents": {"weights": NEW_WEIGHTS}},
+            "drawn with other contents (contents.model.rope_theta: None",
+        ),
         (
             SETTINGS | {"contents": SETTINGS["contents"] | {"weights": NEW_WEIGHTS}},
             "drawn with other contents (contents.weights: fedcba98… -> 01234567…)",

@@ -52,7 +52,6 @@ def test_the_estimates():
     assert summary["lengths"] == pytest.approx(
         {"median": 4.5, "longest": 9.0, "mean_if_right": 11 / 5, "mean_if_wrong": 49 / 7}
     )
-    # The mean of 4 draws lies within the range of the problems' values, and not always at the same point.
     for estimate in summary["estimates"].values():
         assert estimate["low"] < estimate["value"] < estimate["high"]
     assert summarize_responses(responses(), 4, 3, votes=True) == summary
@@ -69,6 +68,20 @@ def test_responses_without_the_marker_are_counted():
     found[1, 0] = dataclasses.replace(found[1, 0], unmarked=True)
     estimates = summarize_responses(found, problems=4, samples=3, votes=False)["estimates"]
     assert estimates["unmarked"]["value"] == pytest.approx(1 / 12)
+
+
+def test_two_problems_that_are_not_solved_show_how_little_that_says():
+    wrong = {(problem, 0): Response(problem, 0, 0.0, False, False, 9, None, "") for problem in range(2)}
+    summary = summarize_responses(wrong, problems=2, samples=1, votes=False)
+    assert summary["estimates"]["pass@1"] == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.6576}, abs=5e-5)
+    assert summary["estimates"]["reward"] == {"value": 0.0, "low": None, "high": None}
+    console = printed()
+    console.print(make_table(summary))
+    rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    table = {name.strip(): (value.strip(), interval.strip()) for name, value, interval in rows}
+    assert table["pass@1 = avg@1"] == ("0.0 %", "0.0 to 65.8 %")
+    assert table["reward"] == ("0.000", "")
+    assert table["tokens of a response"] == ("9.0", "")
 
 
 def test_lengths_where_all_are_right():
