@@ -137,9 +137,9 @@ def rate_interval(of_problems: np.ndarray, samples: int) -> tuple[float, float]:
     """Return the 95 % interval of a rate: Wilson's, with as many trials as the spread over problems says.
 
     Samples of one problem are alike to a degree that differs between tasks. A rate r of P problems whose own rates have
-    the variance v is worth P · r(1 − r) / v independent trials: P if each problem is solved always or never, as with one
-    sample a problem, and at most all P·N samples, if they are independent. At r = 0 and r = 1 nothing is known of the
-    spread, and the trials are the problems. The interval has a width even there.
+    the variance v is worth P · r(1 − r) / v independent trials: P if each problem is solved always or never, as with
+    one sample a problem, and at most all P·N samples, if they are independent. At r = 0 and r = 1 nothing is known of
+    the spread, and the trials are the problems. The interval has a width even there.
 
     Source: Dean and Pagano, "Evaluating confidence interval methods for binomial proportions in clustered surveys",
     2015 (Wilson's interval with an effective sample size).

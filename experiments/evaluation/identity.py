@@ -34,7 +34,7 @@ _SHARED_SOURCES = (experiments.tasks.pool.__file__, rspo_jax.rollouts.rollout.__
 # Settings of tasks that show in prompts or problems, which have digests of their own, or that change no verdict.
 _NOT_OF_THE_JUDGE = {"train_path", "validation_path", "test_path", "data_dir", "prompt", "system", "workers"}
 _SETTLED_NS = 2 * 10**9  # more than the resolution of a file's times on any file system in use
-_READERS = 4
+_READERS, _PART = 4, 2**24
 _JUDGING = ("judge", "answers")
 
 
@@ -104,8 +104,11 @@ class FileDigests:
 
     def _digest(self, path: epath.Path, seen: Mapping[str, Stamp]) -> str:
         if is_bucket(path):
+            digest = hashlib.sha256()
             with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                while part := file.read(_PART):
+                    digest.update(part)
+            return digest.hexdigest()
         place, started = os.path.realpath(path), time.time_ns()
         try:
             stamp = _stamp(Path(place))
@@ -150,7 +153,7 @@ def judge_identity(task: Task, problems: Sequence[Any]) -> dict[str, Any]:
     settings = {
         name: {field: setting for field, setting in dataclasses.asdict(value).items() if field not in _NOT_OF_THE_JUDGE}
         for name, value in vars(task).items()
-        if dataclasses.is_dataclass(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
     }
     # A setting may name a file of code.
     texts = [value for fields in settings.values() for value in fields.values() if isinstance(value, str)]

@@ -3,9 +3,9 @@
 `settings.json` holds the settings, `responses.jsonl` one JSON object per response, `summary.json` the estimates. An
 interrupted evaluation loses only the responses that were still being drawn.
 
-The settings have three parts. "contents" identifies what draws responses: where it differs, the folder's files are moved
-aside and responses are drawn anew. "judge" identifies what judges them: where it differs, verdicts are made again from
-the stored texts. All others are flags: a folder with others is refused.
+The settings have three parts. "contents" identifies what draws responses: where it differs, the folder's files are
+moved aside and responses are drawn anew. "judge" identifies what judges them: where it differs, verdicts are made again
+from the stored texts. All others are flags: a folder with other flags is refused.
 """
 
 import contextlib

@@ -166,9 +166,7 @@ def test_files_that_are_gone_leave_the_cache(place):
     assert sorted(name.rsplit("/", 1)[1] for name in json.loads(place.cache.read_text())) == ["one", "three"]
 
 
-@pytest.mark.parametrize(
-    "plant", [in_place, link_of_the_folder, link_of_a_file, one_more], ids=lambda one: one.__name__
-)
+@pytest.mark.parametrize("plant", [in_place, link_of_the_folder, link_of_a_file, one_more], ids=lambda p: p.__name__)
 def test_a_change_while_the_weights_are_loaded(place, plant):
     folder = epath.Path(place.root / "link")
     seen = stamps_of(list_files(folder))
