@@ -318,7 +318,7 @@ RUNS: dict[str, type[Run]] = {"countdown": CountdownRun, "mathematics": MathRun,
 """Task name -> class of its runs. The commands' choices come from this table."""
 
 
-_COUNT = "number_of_fields"
+FIELD_COUNT = "number_of_fields"
 """Entry of `config.json` that tells a file that has lost a field from one of a version that did not have the field."""
 
 
@@ -327,7 +327,7 @@ def save_config(path: FilePath, name: str, run: Run) -> None:
     from rspo_jax.records import write_json
 
     values = dataclasses.asdict(run)
-    write_json(path, {"task_name": name, _COUNT: len(flatten(values))} | values)
+    write_json(path, {"task_name": name, FIELD_COUNT: len(flatten(values))} | values)
 
 
 def load_config(path: FilePath) -> tuple[str, Run]:
@@ -348,7 +348,7 @@ def load_config(path: FilePath) -> tuple[str, Run]:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds {_words(values)}, not an object with fields")
-    name, count = values.pop("task_name", None), values.pop(_COUNT, None)
+    name, count = values.pop("task_name", None), values.pop(FIELD_COUNT, None)
     if not isinstance(name, str) or name not in RUNS:
         raise ValueError(f"{path} is for the unknown task {name!r}; known: {', '.join(RUNS)}")
     mistakes: list[str] = []

@@ -18,7 +18,7 @@ from experiments.evaluation.responses import Response
 from experiments.evaluation.subject import Subject, Votes
 from rspo_jax.rollouts import SamplerConfig, encode_prompts, judge, judge_texts, sample_in_chunks, usable_problems
 from rspo_jax.sharding import parts_of
-from rspo_jax.types import Array, Samples, Task
+from rspo_jax.types import Array, Judgement, Samples, Task
 
 Pair = tuple[int, int]
 """Index of a problem, and index of a response to it."""
@@ -136,13 +136,13 @@ def judge_again(task: Task, problems: Sequence[Any], responses: Sequence[Respons
     asked = [problems[response.problem] for response in responses]
     texts = [response.text for response in responses]
     truncated = np.array([response.truncated for response in responses], bool)
-    ended, verdicts = np.flatnonzero(~truncated), np.zeros((len(responses), 3), np.float32)
+    ended, verdicts = np.flatnonzero(~truncated), np.zeros((len(responses), len(Judgement._fields)), np.float32)
     if ended.size:
         verdicts[ended] = judge_texts(task, [asked[row] for row in ended], [texts[row] for row in ended])
     answers = _answers(task, asked, texts, truncated)
     return [
         dataclasses.replace(response, reward=float(reward), correct=bool(correct), answer=answer)
-        for response, (reward, correct, _), answer in zip(responses, verdicts, answers, strict=True)
+        for response, (reward, correct, *_), answer in zip(responses, verdicts, answers, strict=True)
     ]
 
 

@@ -127,8 +127,8 @@ class FileDigests:
 
 
 def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a value that JSON can hold; tuples count as lists."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of a value; tuples count as lists, and what JSON does not have as its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def prompts_digest(task: Task, problems: Sequence[Any]) -> str:
@@ -145,7 +145,7 @@ def judge_identity(task: Task, problems: Sequence[Any]) -> dict[str, Any]:
 
     Args:
       task: the judge. Its settings are the dataclasses that it holds.
-      problems: all problems of the evaluation, of types that JSON has.
+      problems: all problems of the evaluation.
 
     Returns:
       A dict for JSON.

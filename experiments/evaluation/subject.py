@@ -200,5 +200,6 @@ def _tokenizer_files(folder: epath.Path) -> dict[str, epath.Path]:
 def _contents(weights: str, model: models.TransformerConfig, task: Task, tokenizer_files: str) -> dict[str, Any]:
     architecture = dataclasses.asdict(model)
     del architecture["remat"]  # which changes nothing but the backward pass
-    tokenizer = {"files": tokenizer_files, "stop_ids": list(task.tokenizer.stop_ids), "pad_id": task.tokenizer.pad_id}
+    ends = {name: list(getattr(task.tokenizer, name, ())) for name in ("stop_ids", "stop_strings")}
+    tokenizer = {"files": tokenizer_files, "pad_id": task.tokenizer.pad_id} | ends
     return {"weights": weights, "model": architecture, "tokenizer": tokenizer}

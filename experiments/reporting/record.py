@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from etils import epath
 
-from experiments.config import flatten
+from experiments.config import FIELD_COUNT, flatten
 from rspo_jax.records import (
     AlarmRule,
     CollapseRule,
@@ -113,6 +113,8 @@ def load_run(
     rows = read_metrics(path)
     rl = [row for row in rows if row["phase"] == "rl"]
     config = _read_json(path / "config.json")
+    if config is not None:
+        config.pop(FIELD_COUNT, None)  # no setting
     return RunRecord(
         path,
         None if config is None else flatten(config),

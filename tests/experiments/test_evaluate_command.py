@@ -15,6 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import hf_cases
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 import models
 from experiments import evaluate
@@ -327,6 +331,73 @@ def test_another_judge_judges_the_stored_responses(taught, evaluated, tmp_path, 
     assert summary["estimates"]["pass@1"]["value"] == right / 8
     code, captured = call(capsys, taught[0], *BATCHES, "--output", tmp_path / "judged")
     assert "judged again" not in captured.out and "there already" in captured.out
+
+
+def write_model(folder, seed):
+    """Write the folder of a tiny Qwen3 with random weights, and a tokenizer of single bytes with a chat template."""
+    config = dataclasses.replace(models.load_config_hf(hf_cases.GOLDEN / "qwen3"), vocab_size=257)
+    params = models.init_params(config, jax.random.key(seed))
+    models.save_hf(folder, config, params)
+    vocabulary = {token: index for index, token in enumerate(["<|end|>", *sorted(ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|end|>", "chat_template": "Q: {{ messages[-1].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_folder_whose_files_are_replaced(tmp_path, capsys, monkeypatch):
+    """Weights of the same size and time, then the template, then a reference: what depends on each is made again."""
+    monkeypatch.chdir(tmp_path)
+    folder, problems, output = write_model(tmp_path / "model", 0), tmp_path / "problems.jsonl", tmp_path / "output"
+    rows = [{"problem": f"{one}+1?", "answer": str(one + 1), "solution": "Add."} for one in range(2)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def evaluated_again():
+        flags = ("--samples", 2, "--max-new-tokens", 4, "--show", 0, "--output", output)
+        code, captured = call(capsys, "--model", folder, "--task", "math500", "--problems", problems, *flags)
+        assert (code, captured.err) == (0, "")
+        return captured.out
+
+    def plant(path, content):
+        before = path.stat()
+        assert len(content) == before.st_size
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert "4 responses drawn and judged" in evaluated_again()
+    first = read(output)
+    assert "all responses were there already" in evaluated_again()
+    assert read(output) == first
+
+    other = write_model(tmp_path / "other", 1)
+    plant(folder / "model.safetensors", (other / "model.safetensors").read_bytes())
+    said = evaluated_again()
+    assert "(contents.weights: " in said and "4 responses drawn and judged" in said
+    assert {line["text"] for line in read(output)[0].values()} != {line["text"] for line in first[0].values()}
+
+    template = folder / "tokenizer_config.json"
+    plant(template, template.read_bytes().replace(b"Q: ", b"P: "))
+    said = evaluated_again()
+    assert "(contents.prompts: " in said and "contents.tokenizer.files: " in said
+    assert "4 responses drawn and judged" in said
+    assert sorted(path.name for path in output.glob("earlier-*")) == ["earlier-1", "earlier-2"]
+
+    # All stored responses answer 7, which becomes right with the reference.
+    lines = [json.loads(line) | {"truncated": False, "text": "\\boxed{7}"} for line in lines_of(output)]
+    (output / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    problems.write_text(problems.read_text().replace('"answer": "2"', '"answer": "7"'))
+    said = evaluated_again()
+    assert "4 responses are judged again" in said and "(judge.references: " in said
+    assert "0 responses were right before, 2 are now" in said and "all responses were there already" in said
+    assert {place: line["correct"] for place, line in read(output)[0].items()} == {
+        (problem, sample): problem == 1 for problem in range(2) for sample in range(2)
+    }
+
+
+def lines_of(output):
+    return (output / "responses.jsonl").read_text().splitlines()
 
 
 def test_other_settings_than_those_of_the_folder(taught, evaluated, capsys):
