@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-import experiments.tasks.pool
+import experiments.tasks
 import rspo_jax.rollouts.rollout
 from rspo_jax.records import is_bucket, write_json
 from rspo_jax.types import Task
 
 LIBRARIES = ("latex2sympy2-extended", "math-verify", "sympy")
 """Packages that judges rest on. Their versions count, not their files."""
-_SHARED_SOURCES = (experiments.tasks.pool.__file__, rspo_jax.rollouts.rollout.__file__)
+_SHARED_SOURCES = [*Path(experiments.tasks.__path__[0]).glob("*.py"), Path(rspo_jax.rollouts.rollout.__file__)]
 # Settings of tasks that show in prompts or problems, which have digests of their own, or that change no verdict.
 _NOT_OF_THE_JUDGE = {"train_path", "validation_path", "test_path", "data_dir", "prompt", "system", "workers"}
 _SETTLED_NS = 2 * 10**9  # more than the resolution of a file's times on any file system in use
@@ -73,10 +73,10 @@ class FileDigests:
     """SHA-256 of files, kept in a small file beside their stamps, so that unchanged ones are not read again."""
 
     def __init__(self, cache: epath.Path) -> None:
-        """Read the cache; one that is missing or damaged is as good as empty."""
-        self._cache = cache
+        """Read the cache; one that is missing or damaged is as good as empty. There is none in a bucket."""
+        self._cache = None if is_bucket(cache) else cache
         try:
-            kept = json.loads(cache.read_text())
+            kept = {} if self._cache is None else json.loads(self._cache.read_text())
             self._kept = {place: (Stamp(*stamp), str(digest)) for place, (stamp, digest) in kept.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             self._kept: dict[str, tuple[Stamp, str]] = {}
@@ -95,7 +95,7 @@ class FileDigests:
         known = dict(self._kept)
         with ThreadPoolExecutor(_READERS) as pool:
             digests = list(pool.map(lambda path: self._digest(path, seen), files.values()))
-        if self._kept != known:
+        if self._cache is not None and self._kept != known:
             kept = {place: entry for place, entry in sorted(self._kept.items()) if os.path.exists(place)}
             with contextlib.suppress(OSError):  # without the cache, files are read again
                 self._cache.parent.mkdir(parents=True, exist_ok=True)
@@ -173,11 +173,12 @@ def judge_identity(task: Task, problems: Sequence[Any]) -> dict[str, Any]:
 
 def _sources(task_type: type[Task]) -> list[Path]:
     """Return the files of a task's code: those of its package, and those that define its methods."""
-    sources = [Path(name) for name in _SHARED_SOURCES]
+    sources = list(_SHARED_SOURCES)
     for kind in task_type.__mro__:
         module = sys.modules[kind.__module__]
-        if (name := getattr(module, "__file__", None)) is not None:
-            sources += Path(name).parent.glob("*.py") if module.__package__ else [Path(name)]
+        name = getattr(module, "__file__", None)
+        if name is not None and not getattr(kind, "_is_protocol", False):  # a protocol does nothing
+            sources += Path(name).parent.rglob("*.py") if module.__package__ else [Path(name)]
     return sources + [Path(code.co_filename) for code in _codes(task_type).values()]
 
 

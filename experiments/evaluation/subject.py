@@ -22,6 +22,7 @@ from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.problems import SETS
 from experiments.text import ChatConfig, HuggingFaceTokenizer
+from models.hugging_face.reading import list_tensors
 from rspo_jax.sharding import MeshConfig
 from rspo_jax.training import sampling_params
 from rspo_jax.training.restore import restore_params
@@ -165,13 +166,14 @@ def _open_run(run_dir: epath.Path, mesh: MeshConfig) -> Subject:
 def _open_folder(source: Source, mesh: MeshConfig) -> Subject:
     assert source.model is not None and source.task is not None
     folder = epath.Path(source.model)
-    weight_files = {path.name: path for path in sorted(folder.glob("*.safetensors*"))}
     tokenizer_files = _tokenizer_files(folder)
-    seen = stamps_of(weight_files) | stamps_of(tokenizer_files)
+    seen = stamps_of(tokenizer_files)
     tokenizer = HuggingFaceTokenizer(source.model, source.chat)
     task = FOLDER_TASKS[source.task](source.task, source, tokenizer)
     config = models.load_config_hf(source.model, source.dtype)
     tokenizer.check_model(config.vocab_size)
+    weight_files = {tensor.file.name: epath.Path(tensor.file) for tensor in list_tensors(folder).values()}
+    seen |= stamps_of(weight_files)
     config, params = models.load_hf(source.model, config.dtype, config.dtype, rules=mesh.sampling_rules)
     digests = FileDigests(epath.Path(HOME) / DIGESTS_FILE)
     weights = digests.of(weight_files, seen)
