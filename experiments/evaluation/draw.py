@@ -140,13 +140,13 @@ def judge_again(task: Task, problems: Sequence[Any], responses: Sequence[Respons
     if ended.size:
         verdicts[ended] = judge_texts(task, [asked[row] for row in ended], [texts[row] for row in ended])
     answers = _answers(task, asked, texts, truncated)
-    judgements = [Judgement(*verdict) for verdict in verdicts.tolist()]
+    judgements = [Judgement(reward, *map(bool, flags)) for reward, *flags in verdicts.tolist()]
     return [
         dataclasses.replace(
             response,
             reward=judgement.reward,
-            correct=bool(judgement.correct),
-            unmarked=bool(judgement.unmarked),
+            correct=judgement.correct,
+            unmarked=judgement.unmarked,
             answer=answer,
         )
         for response, judgement, answer in zip(responses, judgements, answers, strict=True)

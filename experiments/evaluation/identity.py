@@ -28,7 +28,7 @@ import rspo_jax.rollouts.rollout
 from rspo_jax.records import is_bucket, write_json
 from rspo_jax.types import Task
 
-LIBRARIES = ("latex2sympy2-extended", "math-verify", "sympy")
+LIBRARIES = ("mpmath",)
 """Packages that judges rest on. Their versions count, not their files."""
 _SHARED_SOURCES = [*Path(experiments.tasks.__path__[0]).glob("*.py"), Path(rspo_jax.rollouts.rollout.__file__)]
 # Settings of tasks that show in prompts or problems, which have digests of their own, or that change no verdict.
