@@ -67,12 +67,12 @@ class Objective(NamedTuple):
         Returns:
           A float32 scalar.
         """
-        learned = jnp.float32(0)
+        learned = []
         for sign in ("positive", "negative"):
             cut = statistics[f"clip_fraction_{sign}"]
             assert isinstance(cut, Mean)
-            learned += jnp.sum(cut.weight - cut.total if self.clip_cuts_gradient else cut.weight)
-        return learned
+            learned.append(jnp.sum(cut.weight - cut.total if self.clip_cuts_gradient else cut.weight))
+        return learned[0] + learned[1]
 
     def weight(self, mask: Array, config: ObjectiveConfig | None = None) -> Array:
         """Return the weight that `terms` will divide by: the number of responses that have tokens, or of tokens.

@@ -39,6 +39,7 @@ OTHER_RUN = CountdownRun(
         advantages="group_centred",
         dynamic_sampling=True,
         overlong_buffer=3,
+        mask_truncated=True,
         sampler=SamplerConfig(max_new_tokens=20, temperature=0.9, top_k=5, top_p=0.9),
         optimizer=OptimizerConfig(learning_rate=1e-4, decay_updates=100),
         warm_start=WarmStartConfig(steps=0),
