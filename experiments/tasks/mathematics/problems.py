@@ -161,7 +161,7 @@ def _in_last_box(value: Any) -> str:
     answer = last_box(_plain(value))
     if answer is None:
         raise ValueError("the solution has no \\boxed{} answer")
-    answer = re.sub(r"(\d)\.(?!\d)", r"\1", answer.replace("$", "").replace("np.", "\\"))
+    answer = re.sub(r"(\d)\.(?!\d|\\|\()", r"\1", answer.replace("$", "").replace("np.", "\\"))
     return re.sub(r"(?<![\w.\\])(\d+(?:\.\d+)?)e([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}", answer)
 
 
