@@ -19,12 +19,15 @@ from etils import epath
 
 import models
 from experiments.config import RUNS, Place, Run, differences, load_config, save_config
-from experiments.errors import STOPPED, UserError, complain
+from experiments.errors import INTERRUPTED, STOPPED, UserError, complain
 from experiments.reporting.training_curves import draw_curves
 from rspo_jax.hosts import Agreement, ClusterConfig, ClusterError, is_primary, joined, say
-from rspo_jax.records import as_path, read_metrics, write_json
+from rspo_jax.records import as_path, is_leftover, read_metrics, write_json
 from rspo_jax.records.checkpoint import CheckpointError
+from rspo_jax.records.lock import LOCK_FILE, LockHeld, LockLost, RunLock
 from rspo_jax.records.manifest import CheckpointMismatch
+from rspo_jax.records.rows import DamagedRows
+from rspo_jax.records.trouble import trouble_of
 from rspo_jax.rollouts import Problems, check_solutions, load_problems
 from rspo_jax.sharding import make_mesh
 from rspo_jax.training import check_mesh, state_on_mesh
@@ -32,6 +35,8 @@ from rspo_jax.training.trainer import Stopped, train
 
 RUNS_FOLDER = epath.Path("runs")
 CACHE_FOLDER = "compiled"
+MISTAKES = (UserError, CheckpointError, CheckpointMismatch, DamagedRows, LockHeld, LockLost)
+"""Errors whose text is all that a user needs."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,12 @@ class Folder:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit code: 0 after training, `STOPPED` after a stop that saved, `MISTAKE` for a mistake."""
+    """Run the command.
+
+    Returns:
+      The exit code: 0 after training, `STOPPED` after a stop that saved, `INTERRUPTED` after Ctrl-C before there was
+      anything to save, `TROUBLE` for trouble of the machine that may pass, `MISTAKE` for a mistake.
+    """
     try:
         name, run, folder = parse(sys.argv[1:] if arguments is None else arguments)
         with joined(folder.cluster, way_out="start all processes again with --resume") as membership:
@@ -62,9 +72,17 @@ def main(arguments: list[str] | None = None) -> int:
                 keep_compiled_programs(folder)
                 problems = check_data(run)
                 check_devices(run, problems.width)
-                return train_in(agree_on_folder(name, run, folder), run, problems, folder.resume)
-            except (UserError, CheckpointError, CheckpointMismatch) as error:
+                folder = agree_on_flags(name, run, folder)
+                assert folder.run_dir is not None
+                with RunLock(folder.run_dir):
+                    return train_in(agree_on_folder(name, run, folder), run, problems, folder.resume)
+            except (*MISTAKES, OSError) as error:
+                if trouble_of(error) is None and not isinstance(error, MISTAKES):
+                    raise
                 return membership.give_up(str(error), complain(error))
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                return membership.give_up("interrupted", INTERRUPTED)
     except (UserError, ClusterError) as error:
         return complain(error)
 
@@ -126,6 +144,8 @@ def _resumed_folder(arguments: list[str]) -> epath.Path | None:
                 )
             return candidates[-1].parent
         if not (run_dir / "config.json").exists():
+            if contents := _contents(run_dir):
+                raise ValueError(_why_not_new(run_dir, contents))
             raise ValueError(f"there is no run to resume in {run_dir}; leave --resume out to start one there")
         return run_dir
     if "--resume-or-start" in arguments:
@@ -180,28 +200,35 @@ def keep_compiled_programs(folder: Folder) -> None:
     jax.config.update("jax_compilation_cache_dir", os.fspath(place))
 
 
-def agree_on_folder(name: str, run: Run, folder: Folder) -> epath.Path:
-    """Let process 0 prepare the run's folder for all processes, and return its path.
+def agree_on_flags(name: str, run: Run, folder: Folder) -> Folder:
+    """Return the folder's flags with a folder chosen; all processes must have been started with the same flags.
 
     Raises:
-      UserError: in every process, if the folder cannot be used, or a process does not see it or was started with
-        other flags.
+      UserError: in every process, if one of them was started with other flags, or no folder is named for several.
     """
-    agreement = Agreement("folder")
     if jax.process_count() > 1 and folder.run_dir is None:
         raise UserError(
             "several processes need a folder that all of them see: name it with --run-dir, as gs://BUCKET/RUN"
         )
-    # All processes must have been started with the same flags.
     place = None if folder.run_dir is None else os.fspath(folder.run_dir)
-    given = agreement.gather((name, run, (place, folder.resume)))
+    given = Agreement("flags").gather((name, run, (place, folder.resume)))
     for process, other in given.items():
         if other != given[0]:
             (name, run, where), (other_name, other_run, other_where) = given[0], other
             changes = differences(run, other_run) if other_name == name else []
             what = changes[0] if changes else f"{name}, {where} -> {other_name}, {other_where}"
             raise UserError(f"process {process} has other flags than process 0 ({what}): give all the same flags")
-    # One of them makes the folder, and all check that they see it.
+    run_dir = folder.run_dir or RUNS_FOLDER / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return dataclasses.replace(folder, run_dir=run_dir)
+
+
+def agree_on_folder(name: str, run: Run, folder: Folder) -> epath.Path:
+    """Let process 0 prepare the run's folder for all processes, which hold its lock, and return its path.
+
+    Raises:
+      UserError: in every process, if the folder cannot be used, or a process does not see it.
+    """
+    agreement = Agreement("folder")
     run_dir = as_path(agreement.from_primary(lambda: os.fspath(prepare_folder(name, run, folder))))
     shared = (run_dir / "config.json").exists() and load_config(run_dir / "config.json") == (name, run)
     mistake = f"{run_dir} is not one folder for all hosts: choose a --run-dir as gs://BUCKET/RUN"
@@ -215,18 +242,37 @@ def prepare_folder(name: str, run: Run, folder: Folder) -> epath.Path:
     Raises:
       UserError: if the folder of a new run is not empty, or a resumed run would change the shape of a parameter.
     """
-    run_dir = folder.run_dir or RUNS_FOLDER / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    assert folder.run_dir is not None
+    run_dir = folder.run_dir
     if folder.resume:
         _, saved = load_config(run_dir / "config.json")
         _check_same_shapes(saved.architecture(), run.architecture())
         changes = differences(saved, run)
         if changes:
             print("changed since the run was started: " + "; ".join(changes))
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir} is not empty: add --resume to continue the run in it, or choose another --run-dir")
+    elif contents := _contents(run_dir):
+        raise UserError(_why_not_new(run_dir, contents))
     run_dir.mkdir(parents=True, exist_ok=True)
+    for path in [path for path in run_dir.iterdir() if is_leftover(path)]:
+        path.unlink()
     save_config(run_dir / "config.json", name, run)
     return run_dir
+
+
+def _contents(run_dir: epath.Path) -> list[str]:
+    """Return the names in a folder, if it exists, without what an interrupted start may have left."""
+    paths = run_dir.iterdir() if run_dir.exists() else []
+    return sorted(path.name for path in paths if path.name != LOCK_FILE and not is_leftover(path))
+
+
+def _why_not_new(run_dir: epath.Path, contents: list[str]) -> str:
+    """Return why no new run can start in a folder with something in it, and the way out."""
+    if "config.json" in contents:
+        return f"{run_dir} is not empty: add --resume to continue the run in it, or choose another --run-dir"
+    return (
+        f"{run_dir} is not empty, but holds no config.json, so there is no run to continue in it either: put the run's "
+        "config.json back, or choose another --run-dir"
+    )
 
 
 def _check_same_shapes(saved: models.TransformerConfig, given: models.TransformerConfig) -> None:
@@ -282,8 +328,18 @@ def train_in(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) ->
 
 
 def summarize(run_dir: epath.Path, run: Run, test_problems: int, seconds: float) -> dict[str, Any]:
-    """Return the contents of `summary.json`: solve rates on the test split before and after, with 95 % intervals."""
+    """Return the contents of `summary.json`: solve rates on the test split before and after, with 95 % intervals.
+
+    Raises:
+      UserError: if a row that it needs is lost.
+    """
     rows = [row for row in read_metrics(run_dir) if "test_sampled" in row]
+    if not rows or rows[0]["step"] != 0 or rows[-1]["step"] < run.trainer.steps:
+        lost = "the last step" if rows and rows[0]["step"] == 0 else "step 0"
+        raise UserError(
+            f"{run_dir / 'metrics.jsonl'} lacks the evaluation of {lost}, so there is no summary: put the lost row "
+            "back and resume the run, whose checkpoints are complete"
+        )
     first, last = rows[0], rows[-1]
     skipped = int(sum(row.get("skipped_updates", 0) for row in read_metrics(run_dir)))
     summary: dict[str, Any] = {"objective": run.objective.objective, "seed": run.trainer.seed, "steps": last["step"]}

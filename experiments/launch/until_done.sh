@@ -2,8 +2,8 @@
 # Run a command until it is done, and restart it when it fails: until_done.sh COMMAND [ARGUMENT...]
 #
 # Exit code 0 means done, and 2 a mistake that another try would only repeat; both end this script. So does SIGTERM or
-# SIGINT, which is passed on as SIGTERM, so that the command can save first. After any other code the command is
-# restarted after RESTART_SECONDS (15), at most MAX_RESTARTS times (1000).
+# SIGINT, which is passed on as SIGTERM, so that the command can save first. After any other code, such as 74 for a full
+# disk, the command is restarted after RESTART_SECONDS (15), at most MAX_RESTARTS times (1000).
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 (($#)) || complain "no command was given: until_done.sh COMMAND [ARGUMENT...]"

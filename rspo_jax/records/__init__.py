@@ -5,7 +5,7 @@ and which readers do not need.
 """
 
 from rspo_jax.records.alarm import Alarm, AlarmRecord, AlarmRule, CollapseRule, Warned, alarm_record, judge_alarm
-from rspo_jax.records.files import FilePath, GrowingFiles, as_path, is_bucket, replace_file
+from rspo_jax.records.files import FilePath, GrowingFiles, as_path, is_bucket, is_leftover, replace_file
 from rspo_jax.records.metrics import MetricsLog, read_diagnostics, read_metrics, wilson_interval, write_json
 from rspo_jax.records.progress import PhaseProgress
 from rspo_jax.records.rows import Phase
@@ -24,6 +24,7 @@ __all__ = [
     "alarm_record",
     "as_path",
     "is_bucket",
+    "is_leftover",
     "judge_alarm",
     "read_diagnostics",
     "read_metrics",

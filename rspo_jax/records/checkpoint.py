@@ -13,10 +13,12 @@ back, in all processes alike, to the checkpoint before.
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import operator
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -31,6 +33,7 @@ from etils import epath
 
 from rspo_jax.hosts import Agreement, is_primary
 from rspo_jax.records.files import FilePath, as_path, is_bucket, replace_file
+from rspo_jax.records.lock import LockLost
 from rspo_jax.records.manifest import (
     CheckpointMismatch,
     Damage,
@@ -46,6 +49,7 @@ from rspo_jax.records.manifest import (
     named_leaves,
     parse_manifest,
 )
+from rspo_jax.records.trouble import trouble_of
 from rspo_jax.types import Array
 
 __all__ = ["CheckpointError", "CheckpointMismatch", "Checkpoints", "Restored"]
@@ -56,17 +60,33 @@ COMPLETE = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 """Name of the file that is written last. In a bucket, which cannot rename, a checkpoint without it is unfinished."""
 SIGHT_SECONDS = 10
 """Time that a network may take to show one machine a folder that another has made."""
-# Signs of trouble with a machine or a network: they tell nothing about the files, and another attempt may succeed.
+# Signs of trouble with a machine or a network, beside `Trouble.is_of_machine`: they tell nothing about the files.
 NOT_DAMAGE = (MemoryError, PermissionError, ConnectionError, TimeoutError, jax.errors.JaxRuntimeError)
 NOT_DAMAGE_TO_TENSORSTORE = re.compile("^(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED):")
 
 _logger = logging.getLogger(__name__)
 
 
-# Orbax reports much at level INFO, through the logger that all users of absl share.
+# Orbax reports much at level INFO, through the logger that all users of absl share, and logs with its traceback each
+# error that it also raises.
 logging.getLogger("absl").addFilter(
-    lambda record: record.levelno >= logging.WARNING or not record.pathname.startswith(os.path.dirname(ocp.__file__))
+    lambda record: (
+        (record.levelno >= logging.WARNING and not record.exc_info)
+        or not record.pathname.startswith(os.path.dirname(ocp.__file__))
+    )
 )
+
+
+def _without_late_writes(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+    def quiet(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    return quiet
+
+
+# When one write of a checkpoint fails, all others would complain that they cannot tell Orbax of their ends any more.
+sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 
 class CheckpointError(RuntimeError):
@@ -96,12 +116,14 @@ class Checkpoints:
     and deletes for all, and its metadata is the one that is kept.
     """
 
-    def __init__(self, directory: FilePath, keep: int = 3) -> None:
+    def __init__(self, directory: FilePath, keep: int = 3, check: Callable[[], object] = lambda: None) -> None:
         """Open the folder, and create it if absent.
 
         Args:
           directory: a folder that all processes see, or an address that starts with gs://.
           keep: number of checkpoints to keep.
+          check: called in the first process before a checkpoint is begun, completed or moved; raises an error, such as
+            `LockLost`, if this run must not write.
 
         Raises:
           ValueError: if `keep` is not positive, or `directory` is an address that cannot be written to.
@@ -111,7 +133,7 @@ class Checkpoints:
         directory = as_path(directory)
         self._in_bucket = is_bucket(directory)
         self._directory = directory if self._in_bucket else directory.absolute()  # TensorStore takes no relative paths
-        self._keep = keep
+        self._keep, self._check = keep, check
         self._agreement = Agreement("checkpoints")
         self._agreement.from_primary(functools.partial(self._make_folder, self._directory))
         self._writing: tuple[int, Future[None]] | None = None
@@ -151,7 +173,7 @@ class Checkpoints:
             return
         self._agreement.from_primary(functools.partial(self._prepare, index))
         self._check_all_see(self._place(index))
-        manifest = make_manifest(leaves, found, metadata)
+        manifest = make_manifest(index, leaves, found, metadata)
         # Orbax takes no empty arrays. An array that each of several processes has for itself goes in as NumPy, which
         # Orbax writes in the first process only.
         alone = jax.process_count() == 1
@@ -178,8 +200,12 @@ class Checkpoints:
         self._writing = None
         if error is not None:
             self._newest = None
+            if isinstance(error, LockLost):
+                raise error
+            trouble = trouble_of(error)
+            reason = trouble.words if trouble else in_one_line(error)
             raise CheckpointError(
-                f"{self._directory / str(index)} could not be written ({in_one_line(error)}); "
+                f"{self._directory / str(index)} could not be written ({reason}); "
                 "the checkpoints before it are unchanged"
             ) from error
 
@@ -279,11 +305,11 @@ class Checkpoints:
         manifest: dict[str, Any] = {}
         arrays: dict[str, Array] = {}
         with self._passed_by_all():
-            manifest = _read_manifest(path / "manifest" / "metadata")
+            manifest = _read_manifest(path)
             check_fit(path, manifest, leaves)
         with (
             self._passed_by_all(),
-            _as_damage("arrays"),
+            _as_damage("arrays", path),
             contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler,
         ):
             # One after the other: when a read fails, those under way would complain to an event loop that is gone.
@@ -324,6 +350,7 @@ class Checkpoints:
         return complete, [str(index) for index in indices if index not in complete]
 
     def _prepare(self, index: int) -> None:
+        self._check()
         indices, _ = self._scan()
         newest = max([*indices, -1 if self._newest is None else self._newest[0]])
         if index < 0:
@@ -337,6 +364,7 @@ class Checkpoints:
         self._make_folder(self._place(index) / "state")
 
     def _complete(self, index: int, manifest: str) -> None:
+        self._check()
         place = self._place(index)
         with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             handler.finalize(place / "state")
@@ -368,19 +396,26 @@ class Checkpoints:
 
     def _move_aside(self, damaged: Sequence[int], sound: epath.Path, say: Callable[[str], object]) -> None:
         """Move damaged checkpoints aside, so that their indices are free."""
+        if not damaged:
+            return
+        self._check()
         folder = self._directory.parent / f"{self._directory.name}-damaged"
-        if damaged and self._in_bucket:  # where a folder exists once there is something in it
+        folder = _first_free(folder, lambda path: path.exists() and not path.is_dir())
+        if self._in_bucket:  # where a folder exists once there is something in it
             replace_file(folder / "README", b"Checkpoints that could not be read. No run needs them.\n")
-        elif damaged:
+        else:
             self._make_folder(folder)
         for index in damaged:
             path = self._directory / str(index)
-            target, others = folder / path.name, 1
-            while target.exists():
-                others += 1
-                target = folder / f"{path.name}-{others}"
+            target = _first_free(folder / path.name, lambda path: path.exists())
             path.rename(target)
             say(f"{path} was moved to {target}, and {sound} is used instead.")
+
+
+def _first_free(path: epath.Path, is_taken: Callable[[epath.Path], bool]) -> epath.Path:
+    """Return the first of `path`, `path-2`, `path-3`, … that is not taken."""
+    names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
+    return next(place for name in names if not is_taken(place := path.with_name(name)))
 
 
 def _severity(error: Exception) -> int:
@@ -396,29 +431,26 @@ def _start_to_write(path: epath.Path, item: dict[str, Any]) -> Sequence[Any]:
 
 
 @contextlib.contextmanager
-def _as_damage(part: str) -> Iterator[None]:
-    """Turn errors into `Damage`: Orbax and TensorStore raise all sorts of them over a broken file."""
+def _as_damage(part: str, place: epath.Path) -> Iterator[None]:
+    """Turn errors over a broken file into `Damage`: Orbax and TensorStore raise all sorts of them."""
     try:
         yield
     except (Damage, *NOT_DAMAGE):
         raise
     except Exception as error:
-        if NOT_DAMAGE_TO_TENSORSTORE.search(str(error)):
+        trouble = trouble_of(error)
+        # In a bucket, an error of the system other than a missing object is one of the connection.
+        connection = is_bucket(place) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if connection or (trouble and trouble.is_of_machine) or NOT_DAMAGE_TO_TENSORSTORE.search(str(error)):
             raise
         raise Damage(f"the {part} cannot be read ({in_one_line(error)})") from error
 
 
 def _read_manifest(path: epath.Path) -> dict[str, Any]:
-    # In a bucket, an error other than a missing object is an error of the connection.
-    missing = FileNotFoundError if is_bucket(path) else OSError
-    try:
-        content = path.read_bytes()
-    except NOT_DAMAGE:
-        raise
-    except missing as error:
-        raise Damage(f"the manifest cannot be read ({in_one_line(error)})") from error
-    with _as_damage("manifest"):
-        return parse_manifest(content.decode())
+    """Return the manifest of the checkpoint at a path, whose last part is its number."""
+    with _as_damage("manifest", path):
+        content = (path / "manifest" / "metadata").read_bytes()
+        return parse_manifest(content.decode(), int(path.name))
 
 
 def _read_array(handler: ocp.PyTreeCheckpointHandler, path: epath.Path, name: str, leaf: Any) -> Array:

@@ -3,6 +3,7 @@
 A bucket can neither rename nor append; it replaces a whole object at once.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Self
 
 import fsspec
@@ -70,6 +72,22 @@ def replace_file(path: FilePath, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def is_leftover(path: FilePath) -> bool:
+    """Return whether a path is named as `replace_file` names a file that it has not finished."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", as_path(path).name) is not None
+
+
+def sync_folder(path: FilePath) -> None:
+    """Wait until the names in a folder are on the disk, so that a loss of power cannot undo them, where it can be."""
+    with contextlib.suppress(OSError):  # some file systems do this by themselves, and refuse
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class GrowingFiles:
@@ -83,8 +101,14 @@ class GrowingFiles:
     _SHARE = 1 / 20
     _PAUSE_SECONDS = 1.0
 
-    def __init__(self, target: epath.Path) -> None:
-        self._target = target
+    def __init__(self, target: epath.Path, check: Callable[[], object] = lambda: None) -> None:
+        """Choose the folder to append in.
+
+        Args:
+          target: the folder or the address.
+          check: called before files are copied; raises an error if this process must not write to `target`.
+        """
+        self._target, self._check = target, check
         self._copied: dict[str, tuple[int, int]] = {}
         """Name of each file -> its size and its time of change when it was last copied."""
         self._not_before = 0.0
@@ -105,6 +129,7 @@ class GrowingFiles:
         """Copy the files that have changed, now."""
         if self._temporary is None:
             return
+        self._check()
         started = time.monotonic()
         for file in sorted(self.folder.rglob("*")):
             if not file.is_file():

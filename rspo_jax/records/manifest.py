@@ -105,10 +105,11 @@ def _mix(word: Array) -> Array:
     return word ^ (word >> jnp.uint32(16))
 
 
-def make_manifest(leaves: Mapping[str, Any], found: Mapping[str, int], metadata: Mapping[str, Any]) -> str:
+def make_manifest(index: int, leaves: Mapping[str, Any], found: Mapping[str, int], metadata: Mapping[str, Any]) -> str:
     """Return the manifest of arrays as text.
 
     Args:
+      index: the checkpoint's number.
       leaves: the arrays by name.
       found: the fingerprint of each.
       metadata: for JSON; kept beside the arrays.
@@ -117,7 +118,7 @@ def make_manifest(leaves: Mapping[str, Any], found: Mapping[str, int], metadata:
       TypeError: if JSON cannot hold `metadata`.
     """
     described = {name: {"array": _spec(leaf), "fingerprint": found[name]} for name, leaf in leaves.items()}
-    content = {"format": FORMAT, "metadata": dict(metadata), "leaves": described}
+    content = {"format": FORMAT, "index": index, "metadata": dict(metadata), "leaves": described}
     content = json.loads(json.dumps(content))  # as a reader will have it: tuples become lists
     return json.dumps(content | {"checksum": _checksum(content)})
 
@@ -130,15 +131,21 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
         raise TypeError(f"metadata must be a dict that JSON can hold: {error}") from error
 
 
-def parse_manifest(text: str) -> dict[str, Any]:
+def parse_manifest(text: str, index: int) -> dict[str, Any]:
     """Read the text of a manifest.
 
+    Args:
+      text: the text.
+      index: the number under which the checkpoint is kept. Manifests of earlier versions do not tell their own.
+
     Raises:
-      Damage: if it is not as `make_manifest` wrote it.
+      Damage: if it is not as `make_manifest` wrote it, or the checkpoint belongs under another number.
     """
     content = dict(json.loads(text))
     if content.pop("checksum", None) != _checksum(content):
         raise Damage("the manifest does not agree with its checksum")
+    if content.get("index", index) != index:
+        raise Damage(f"the manifest is of checkpoint {content['index']}, which is kept under a wrong number")
     return content
 
 
@@ -184,7 +191,11 @@ def check_fit(where: object, manifest: Mapping[str, Any], leaves: Mapping[str, A
 
 
 def check_specs(arrays: Mapping[str, Array], leaves: Mapping[str, Any]) -> None:
-    """Raise Damage if arrays that were read have shapes or dtypes other than those of `leaves`."""
+    """Raise Damage if what was read is not arrays with the shapes and dtypes of `leaves`."""
+    # Where a name is damaged, Orbax hands back the ShapeDtypeStruct that it was asked with.
+    missing = [name for name in leaves if not isinstance(arrays[name], jax.Array)]
+    if missing:
+        raise Damage(f"the arrays of {join(missing)} are not in it")
     _check_none([name for name, leaf in leaves.items() if _spec(arrays[name]) != _spec(leaf)])
 
 

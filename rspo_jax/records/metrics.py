@@ -11,17 +11,17 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self, SupportsFloat
 
 import numpy as np
-import tensorboardX
 from etils import epath
 from numpy.typing import ArrayLike
 
 from rspo_jax.hosts import Agreement, is_primary
+from rspo_jax.records.board import Board
 from rspo_jax.records.files import FilePath, GrowingFiles, as_path, replace_file
-from rspo_jax.records.rows import PHASES, POSITION_NAMES, Phase, RowFile, position, read_rows
+from rspo_jax.records.rows import PHASES, POSITION_NAMES, Phase, RowFile, missing_rows, position, read_rows
 
 _METRICS_FILE = "metrics.jsonl"
 _DIAGNOSTICS_FILE = "diagnostics.jsonl"
@@ -95,7 +95,7 @@ def read_metrics(run_dir: FilePath) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: if the folder holds no `metrics.jsonl`.
-      ValueError: if any other line is not a row.
+      DamagedRows: if any other line is not a row, or rows are doubled or in a wrong order.
     """
     path = as_path(run_dir) / _METRICS_FILE
     if not path.is_file():
@@ -114,7 +114,7 @@ def read_diagnostics(run_dir: FilePath) -> list[dict[str, Any]]:
       A dict for each row: "phase" (str), "step" (int) and float64 arrays, in which null has become NaN.
 
     Raises:
-      ValueError: if a line is not a row, except for a last line that was cut.
+      DamagedRows: if a line is not a row, except for a last line that was cut, or rows are doubled or in a wrong order.
     """
     path = as_path(run_dir) / _DIAGNOSTICS_FILE
     rows = read_rows(path, _as_arrays) if path.is_file() else []
@@ -123,6 +123,19 @@ def read_diagnostics(run_dir: FilePath) -> list[dict[str, Any]]:
         | _as_arrays({name: value for name, value in row.items() if name not in POSITION_NAMES})
         for _, row in rows
     ]
+
+
+def check_record(run_dir: FilePath) -> None:
+    """Check what can be checked of the files of rows before it is known where a run goes on.
+
+    Args:
+      run_dir: the run's folder, or its address in a bucket.
+
+    Raises:
+      DamagedRows: if a line is not a row, except for a last line that was cut, or rows are doubled or in a wrong order.
+    """
+    for name, check in ((_METRICS_FILE, _as_floats), (_DIAGNOSTICS_FILE, _as_arrays)):
+        RowFile(as_path(run_dir) / name, check).check_rows()
 
 
 class MetricsLog:
@@ -136,28 +149,40 @@ class MetricsLog:
     that a run that goes on from it finds all rows before it.
     """
 
-    def __init__(self, run_dir: FilePath, resume_after: tuple[Phase, int] | None) -> None:
+    def __init__(
+        self,
+        run_dir: FilePath,
+        resume_after: tuple[Phase, int] | None,
+        digests: Mapping[str, str] | None = None,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
         """Open the log; for a run that is resumed, roll it back first.
 
         Args:
           run_dir: the run's folder, which is made if it does not exist, or its address in a bucket, gs://.
           resume_after: phase and step of the last row to keep, from the checkpoint that the run goes on from. Later
             rows are removed from the file and hidden in TensorBoard. None for a new run.
+          digests: those of that checkpoint, from `flush`. Rows that have been lost or changed since then are told in
+            the log; without digests, only rows that `metrics.jsonl` has lost.
+          check: called in the first process before anything is written; raises an error, such as `LockLost`, if this
+            run must not write.
 
         Raises:
           FileExistsError: if `resume_after` is None and the folder holds rows already.
-          ValueError: if `resume_after` is not a phase and a step; if a line of a file is not a row, except for a last
-            line that was cut while it was written; or if `run_dir` is an address that cannot be written to.
+          DamagedRows: if a line of a file is not a row, except for a last line that was cut while it was written, or
+            rows are doubled or in a wrong order.
+          ValueError: if `resume_after` is not a phase and a step, or `run_dir` is an address that cannot be written to.
         """
         self._run_dir = as_path(run_dir)
         self._last = _BEFORE_ANY_STEP if resume_after is None else position(*resume_after)
+        self._check = check if is_primary() else lambda: None
         self._metrics = RowFile(self._run_dir / _METRICS_FILE, _as_floats)
         self._diagnostics = RowFile(self._run_dir / _DIAGNOSTICS_FILE, _as_arrays)
-        self._boards: dict[str, tensorboardX.SummaryWriter] = {}
+        self._boards: dict[str, Board] = {}
         self._open_files = contextlib.ExitStack()
         self._closed = False
         self._writes = is_primary()
-        Agreement("metrics").from_primary(functools.partial(self._open, resume_after))
+        Agreement("metrics").from_primary(functools.partial(self._open, resume_after, digests or {}))
 
     def __enter__(self) -> Self:
         return self
@@ -182,7 +207,7 @@ class MetricsLog:
 
         Raises:
           ValueError: if the row does not come after the last one, a metric is called "phase" or "step", or the log is
-            closed.
+            closed, or something else has written to a file.
           TypeError: if a metric is not a number, or an array does not hold numbers.
         """
         if self._closed:
@@ -194,6 +219,7 @@ class MetricsLog:
         values, lists = _as_floats(metrics), _as_lists(arrays or {})
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._writes:
+            self._check()
             self._metrics.append({"phase": phase, "step": step} | {name: finite.get(name) for name in values})
             if lists:
                 self._diagnostics.append({"phase": phase, "step": step} | lists)
@@ -201,35 +227,52 @@ class MetricsLog:
         if not self._writes:
             return
         board = self._boards.get(phase) or self._open_board(phase)
-        for name, value in finite.items():
-            board.add_scalar(f"{phase}/{name}", value, step)
+        board.add({f"{phase}/{name}": value for name, value in finite.items()}, step)
         self._files.copy_soon()
 
-    def flush(self) -> None:
-        """Bring all rows so far to `metrics.jsonl`, also in a bucket. TensorBoard may be seconds behind."""
-        if self._writes:
-            for board in self._boards.values():
-                board.flush()
-            self._files.copy()
+    def flush(self) -> dict[str, str]:
+        """Bring all rows so far to the disk, or to the bucket.
+
+        Returns:
+          Name of each file of rows -> the SHA-256 of its rows, for a checkpoint; empty in processes that do not write.
+        """
+        if not self._writes:
+            return {}
+        for file in (self._metrics, self._diagnostics):
+            file.sync()
+        for board in self._boards.values():
+            board.sync()
+        self._files.copy()
+        return {_METRICS_FILE: self._metrics.digest, _DIAGNOSTICS_FILE: self._diagnostics.digest}
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""
         self._closed = True
         self._open_files.close()
 
-    def _open(self, resume_after: tuple[str, int] | None) -> None:
-        files = (self._metrics, self._diagnostics)
-        if resume_after is None:
-            for file in files:
+    def _open(self, resume_after: tuple[str, int] | None, digests: Mapping[str, str]) -> None:
+        self._check()
+        files = {_METRICS_FILE: self._metrics, _DIAGNOSTICS_FILE: self._diagnostics}
+        for name, file in files.items():
+            if resume_after is None:
                 file.refuse_old_rows()
-        else:
-            remains, *_ = [file.roll_back(self._last) for file in files]
-            if resume_after[1] > 0 and remains != self._last:
-                path = self._run_dir / _METRICS_FILE
-                _logger.warning("%s has no row for %s step %d, after which the run goes on.", path, *resume_after)
-        self._files = self._open_files.enter_context(GrowingFiles(self._run_dir))
+                continue
+            remaining = file.roll_back(self._last)
+            first_steps = {"warm_start": 1, "rl": 0 if file is self._metrics else 1}
+            missing = missing_rows([*remaining, (self._last[0], self._last[1] + 1)], first_steps)
+            if name in digests and file.digest != digests[name]:
+                change = f"it lacks the rows of {missing}" if missing else "rows were removed or changed"
+            elif name in digests or file is self._diagnostics or not missing:
+                continue
+            else:
+                change = f"it lacks the rows of {missing}"
+            path = self._run_dir / name
+            _logger.warning(
+                "%s is not as it was at %s step %d, after which the run goes on: %s.", path, *resume_after, change
+            )
+        self._files = self._open_files.enter_context(GrowingFiles(self._run_dir, self._check))
         self._files.folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
+        for file in files.values():
             self._open_files.callback(file.close)
             file.open_in(self._files.folder, make=file is self._metrics)
         # TensorBoard hides the points after the last row.
@@ -241,15 +284,11 @@ class MetricsLog:
     def _event_files(self, phase: str) -> list[epath.Path]:
         return list((self._run_dir / "tensorboard" / phase).glob("events.out.tfevents.*"))
 
-    def _open_board(self, phase: str, purge_step: int | None = None) -> tensorboardX.SummaryWriter:
+    def _open_board(self, phase: str, purge_step: int | None = None) -> Board:
         # Each phase has a folder, as purging hides all points of a folder from a step on. File names hold the time in
-        # seconds; the suffix keeps a run that is resumed within a second from overwriting the last file.
-        board = self._boards[phase] = tensorboardX.SummaryWriter(
-            str(self._files.folder / "tensorboard" / phase),
-            purge_step=purge_step,
-            flush_secs=2,
-            filename_suffix=f".{len(self._event_files(phase)):04d}",
-        )
+        # seconds; the number keeps a run that is resumed within a second from overwriting the last file.
+        folder = self._files.folder / "tensorboard" / phase
+        board = self._boards[phase] = Board(folder, len(self._event_files(phase)), purge_step)
         self._open_files.callback(board.close)
         return board
 

@@ -1,18 +1,21 @@
 """Files of rows, one JSON object a line, each with the phase and the step of a run that it belongs to.
 
-A row is `{"phase": "rl", "step": 12, ...}`; phases come one after the other, and steps count from 1 in each. Such a
-file only grows, except when a run goes on from an earlier step: then it is rolled back to that step first.
+A row is `{"phase": "rl", "step": 12, ...}`; phases come one after the other, and steps count up in each. Such a file
+only grows, except when a run goes on from an earlier step: then it is rolled back to that step first.
 """
 
+import hashlib
+import itertools
 import json
 import logging
+import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Literal, get_args
 
 from etils import epath
 
-from rspo_jax.records.files import replace_file
+from rspo_jax.records.files import replace_file, sync_folder
 from rspo_jax.types import check_choice
 
 Phase = Literal["warm_start", "rl"]
@@ -20,6 +23,11 @@ PHASES = get_args(Phase)
 """The phases of a run, in the order in which they happen."""
 POSITION_NAMES = ("phase", "step")
 _logger = logging.getLogger(__name__)
+
+
+class DamagedRows(ValueError):
+    """A file of rows that a run cannot go on with; the message names the file, the line and the way out."""
+
 
 CheckValues = Callable[[Mapping[str, Any]], Any]
 """A function that raises ValueError or TypeError for values that a row cannot hold beside its position."""
@@ -45,7 +53,7 @@ def read_rows(path: epath.Path, check: CheckValues) -> list[tuple[bytes, dict[st
       check: checks the values of each row.
 
     Raises:
-      ValueError: if any other line is not a row.
+      DamagedRows: if any other line is not a row, or rows are doubled or in a wrong order.
     """
     *lines, last = path.read_bytes().split(b"\n")
     rows = [(line, _parse(path, number, line, check)) for number, line in enumerate(lines, 1)]
@@ -56,7 +64,38 @@ def read_rows(path: epath.Path, check: CheckValues) -> list[tuple[bytes, dict[st
             _logger.warning("%s: dropped the last line, which was cut while it was written.", path)
         else:
             rows.append((last, _parse(path, len(lines) + 1, last, check)))
+    places = [position(row["phase"], row["step"]) for _, row in rows]
+    for number, (before, after) in enumerate(itertools.pairwise(places), 2):
+        if after <= before:
+            what = "is there twice" if after in places[: number - 1] else f"comes after that of {_name(before)}"
+            raise DamagedRows(
+                f"{path}, line {number}: the row of {_name(after)} {what}; put the rows in order, or remove wrong ones"
+            )
     return rows
+
+
+def missing_rows(places: Sequence[tuple[int, int]], first_steps: Mapping[str, int]) -> str:
+    """Return the steps between rows, or before the first of a phase, that have no row, in words.
+
+    Args:
+      places: the positions of all rows, in their order.
+      first_steps: phase -> the step of its first row.
+
+    Returns:
+      As in "warm_start 3, rl 5 to 7"; empty if none is missing.
+    """
+    gaps = []
+    for index, phase in enumerate(PHASES):
+        steps = [first_steps[phase] - 1, *(step for at, step in places if at == index)]
+        for before, after in itertools.pairwise(steps):
+            if after > before + 1:
+                last = f" to {after - 1}" if after > before + 2 else ""
+                gaps.append(f"{phase} {before + 1}{last}")
+    return ", ".join(gaps)
+
+
+def _name(place: tuple[int, int]) -> str:
+    return f"{PHASES[place[0]]} step {place[1]}"
 
 
 def _parse(path: epath.Path, number: int, line: bytes, check: CheckValues) -> dict[str, Any]:
@@ -65,7 +104,7 @@ def _parse(path: epath.Path, number: int, line: bytes, check: CheckValues) -> di
         position(row["phase"], row["step"])
         check({name: value for name, value in row.items() if name not in POSITION_NAMES and value is not None})
     except (ValueError, TypeError, KeyError):
-        raise ValueError(
+        raise DamagedRows(
             f"{path}, line {number} is not a row of {path.stem}: repair or remove the line {line[:80]!r}"
         ) from None
     return row
@@ -85,6 +124,13 @@ class RowFile:
         self._content = b""
         self._local: pathlib.Path | None = None
         self._file: IO[bytes] | None = None
+        self._size = 0
+        self._digest = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all rows so far."""
+        return self._digest.hexdigest()
 
     def refuse_old_rows(self) -> None:
         """Check that a new run may use the file.
@@ -95,25 +141,31 @@ class RowFile:
         if self._path.exists() and self._path.read_bytes():
             raise FileExistsError(f"{self._path} already holds a run: resume that run, or choose another folder")
 
-    def roll_back(self, last: tuple[int, int]) -> tuple[int, int] | None:
+    def check_rows(self) -> None:
+        """Raise DamagedRows if a line is not a row, or rows are doubled or in a wrong order."""
+        if self._path.exists():
+            read_rows(self._path, self._check)
+
+    def roll_back(self, last: tuple[int, int]) -> list[tuple[int, int]]:
         """Remove the rows after a position from which a run goes on.
 
         Args:
           last: the position of the last row to keep.
 
         Returns:
-          The position of the last row that remains, or None if there is none.
+          The positions of the rows that remain.
 
         Raises:
-          ValueError: if a line is not a row.
+          DamagedRows: if a line is not a row, or rows are doubled or in a wrong order.
         """
         if not self._path.exists():
-            return None
+            return []
         rows = [(line, position(row["phase"], row["step"])) for line, row in read_rows(self._path, self._check)]
         kept = [(line, at) for line, at in rows if at <= last]
         self._content = b"".join(line + b"\n" for line, _ in kept)
+        self._digest.update(self._content)
         replace_file(self._path, self._content)
-        return kept[-1][1] if kept else None
+        return [at for _, at in kept]
 
     def open_in(self, folder: pathlib.Path, make: bool) -> None:
         """Choose the folder to write rows in.
@@ -125,16 +177,37 @@ class RowFile:
         self._local = folder / self._path.name
         if self._content and not self._local.exists():
             self._local.write_bytes(self._content)
-        if make:
-            self._file = open(self._local, "ab")  # noqa: SIM115, closed by close()
+        if make or self._content:
+            self._open()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write a row that JSON can hold."""
-        assert self._local is not None, f"{self._path} is closed"
-        if self._file is None:
-            self._file = open(self._local, "ab")  # noqa: SIM115, closed by close()
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        """Write a row that JSON can hold.
+
+        Raises:
+          DamagedRows: if the file has been moved, deleted or written to by something else; the row is not written.
+        """
+        file = self._file or self._open()
+        assert self._local is not None
+        try:
+            there, opened = os.stat(self._local), os.fstat(file.fileno())
+            untouched = os.path.samestat(there, opened) and there.st_size == self._size
+        except FileNotFoundError:
+            untouched = False
+        if not untouched:
+            raise DamagedRows(
+                f"{self._local} was deleted, replaced or changed by something else while the run wrote to it: put it "
+                "back as it was, and resume the run"
+            )
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        file.write(line)
+        file.flush()
+        self._size += len(line)
+        self._digest.update(line)
+
+    def sync(self) -> None:
+        """Wait until the rows are on the disk, so that a loss of power cannot undo them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -142,3 +215,10 @@ class RowFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _open(self) -> IO[bytes]:
+        assert self._local is not None, f"{self._path} is closed"
+        self._file = open(self._local, "ab")  # noqa: SIM115, closed by close()
+        self._size = self._file.tell()
+        sync_folder(self._local.parent)
+        return self._file

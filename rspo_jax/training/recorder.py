@@ -57,9 +57,9 @@ class Recorder:
 
     def save(self, state: RunState) -> None:
         """Save a checkpoint; the rows up to it are safe first, because they have to outlive a kill as it does."""
-        self.log.flush()
+        digests = self.log.flush()
         index = int(state.warm_start_step) + int(state.step)
-        self.checkpoints.save(index, state, {"elapsed_seconds": self.elapsed})
+        self.checkpoints.save(index, state, {"elapsed_seconds": self.elapsed, "digests": digests})
 
     def should_stop(self) -> str | None:
         """Return the name of a signal that asked any process of the run to stop; all processes must ask together."""

@@ -5,6 +5,7 @@ is a function of the run state, which holds all that a later process needs to go
 PRNG key, data cursor and step counts.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rspo_jax.hosts import Preemption, is_primary, say
+from rspo_jax.hosts import Agreement, Preemption, is_primary, say
 from rspo_jax.records.alarm import Alarm
 from rspo_jax.records.checkpoint import Checkpoints
 from rspo_jax.records.files import FilePath, as_path
-from rspo_jax.records.metrics import MetricsLog, read_metrics
+from rspo_jax.records.lock import RunLock
+from rspo_jax.records.metrics import MetricsLog, check_record, read_metrics
 from rspo_jax.rollouts import Packing, Problems, ResponseLengths, check_solutions, encode_solutions, pack, take
 from rspo_jax.sharding import make_mesh
 from rspo_jax.training.config import LearnerConfig, TrainerConfig, check_learner, check_mesh
@@ -72,6 +74,9 @@ def train(
 
     Raises:
       Stopped: after SIGTERM or SIGINT, once the state is saved.
+      LockHeld: if another run is going on in the folder.
+      LockLost: once another run has taken the folder over; nothing more is written then.
+      DamagedRows: if a file of rows cannot be relied on.
       ValueError: if configs do not fit together, or a checkpoint does not fit the model.
     """
     check_learner(config, learner)
@@ -87,20 +92,24 @@ def train(
     with (
         jax.set_mesh(mesh),
         Preemption() as preemption,
-        Checkpoints(as_path(run_dir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        RunLock(run_dir) as lock,
+        Checkpoints(as_path(run_dir) / "checkpoints", config.checkpoint.keep, lock.check) as checkpoints,
     ):
+        if resume:
+            Agreement("record").from_primary(functools.partial(check_record, run_dir))
         # The state: from the newest sound checkpoint, or from the beginning.
         template = state_on_mesh(policy, init_params, config, mesh, learner.regularizers.needs_reference)
         restored = checkpoints.restore_newest(template, say=say) if resume else None
         state = first_state(init_params, load_params(), config, template) if restored is None else restored.state
-        elapsed = 0.0 if restored is None else float(restored.metadata["elapsed_seconds"])
+        metadata: dict[str, Any] = {"elapsed_seconds": 0.0} if restored is None else restored.metadata
         if resume:
             say(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")
         last_row = ("rl", int(state.step)) if int(state.step) else ("warm_start", int(state.warm_start_step))
-        with MetricsLog(run_dir, resume_after=last_row if resume else None) as log:
+        with MetricsLog(run_dir, last_row if resume else None, metadata.get("digests"), lock.check) as log:
             rows = _earlier_rows(run_dir) if resume else []
             if change := rate_change(rows, config, state):
                 say(change)
+            elapsed = float(metadata["elapsed_seconds"])
             recorder = Recorder(log, checkpoints, preemption, _alarm_after(rows), elapsed)
             state = _warm_start(setup, state, recorder)
             state = _reinforce(setup, state, recorder)

@@ -3,6 +3,7 @@
 A checkpoint is a folder here, and the files in it are opaque.
 """
 
+import errno
 import json
 import logging
 import os
@@ -21,9 +22,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from support.processes import Member, finish
 
-from rspo_jax.records.checkpoint import CheckpointError, Checkpoints, Restored
+from rspo_jax.records import manifest
+from rspo_jax.records.checkpoint import UNFINISHED, CheckpointError, Checkpoints, Restored
+from rspo_jax.records.lock import LockLost
 from rspo_jax.records.manifest import CheckpointMismatch
 
 OPTIMIZER = optax.chain(
@@ -316,12 +320,56 @@ def test_a_flipped_bit_in_the_data_is_found_by_its_fingerprint(directory: Path) 
 
 
 def test_a_forged_manifest_is_found_by_its_checksum(directory: Path) -> None:
-    (manifest,) = (path for path in files_in(directory / "4") if b"checksum" in path.read_bytes())
-    content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**content, "metadata": {"index": 5}}))
+    (path,) = (path for path in files_in(directory / "4") if b"checksum" in path.read_bytes())
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "metadata": {"index": 5}}))
     restored, said = restore_sound(directory, make_state(0))
     assert restored.metadata == {"index": 3}
     assert "does not agree with its checksum" in said[0]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["uncommitted", "sharded"])
+@pytest.mark.parametrize("name", ["embedding", "key", "cursor"])
+def test_a_flipped_bit_in_a_name_is_found(small_pristine: Path, tmp_path: Path, name: str, sharded: bool) -> None:
+    """Orbax then hands back the template's own `ShapeDtypeStruct` for the leaf."""
+    directory = Path(shutil.copytree(small_pristine, tmp_path / "checkpoints"))
+    metadata = directory / "4" / "state" / "_METADATA"
+    damaged = name[:-1] + chr(ord(name[-1]) ^ 1)
+    metadata.write_text(metadata.read_text().replace(f"['{name}']", f"['{damaged}']"))
+    template = make_small_state(0)
+    if sharded:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template)
+    restored, said = restore_sound(directory, template)
+    assert restored.index == 3
+    assert_identical(restored.state, make_small_state(3))
+    assert "4 is damaged or incomplete: the arrays " in said[0] and "moved" in said[1]
+
+
+def test_a_sound_checkpoint_under_a_wrong_number_is_damage(directory: Path) -> None:
+    (directory / "4").rename(directory / "40")
+    restored, said = restore_sound(directory, make_state(0))
+    assert restored.index == 3
+    assert said[0].endswith("the manifest is of checkpoint 4, which is kept under a wrong number.")
+    assert (directory.with_name("checkpoints-damaged") / "40").is_dir()
+
+
+def test_a_checkpoint_of_an_earlier_version_does_not_tell_its_number(directory: Path) -> None:
+    path = directory / "4" / "manifest" / "metadata"
+    content = json.loads(path.read_text())
+    del content["index"], content["checksum"]
+    path.write_text(json.dumps({**content, "checksum": manifest._checksum(content)}))
+    assert restore_sound(directory, make_state(0))[0].index == 4
+
+
+def test_a_file_in_the_place_of_the_folder_for_damaged_ones_is_left_alone(directory: Path) -> None:
+    aside = directory.with_name("checkpoints-damaged")
+    aside.write_text("notes")
+    largest_file(directory / "4").unlink()
+    restored, _ = restore_sound(directory, make_state(0))
+    assert restored.index == 3
+    assert aside.read_text() == "notes"
+    assert (directory.with_name("checkpoints-damaged-2") / "4").is_dir()
 
 
 def test_damage_to_the_same_index_twice_keeps_both(directory: Path) -> None:
@@ -361,13 +409,32 @@ def test_what_was_saved_and_then_damaged_is_not_taken_for_saved(tmp_path: Path) 
             checkpoints.save(4, make_state(4), {})
 
 
-def test_a_fault_of_the_machine_is_not_damage(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("none left"),
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        ValueError("RESOURCE_EXHAUSTED: Failed to open [os_error_code='24']"),
+        ValueError("UNAVAILABLE: no route"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("part", ["manifest", "arrays"])
+def test_a_fault_of_the_machine_is_not_damage(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, part: str
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise MemoryError("none left")
+        raise error
 
-    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
-    with Checkpoints(directory) as checkpoints, pytest.raises(MemoryError, match="none left"):
+    if part == "manifest":
+        monkeypatch.setattr(type(epath.Path(directory)), "read_bytes", fail)
+    else:
+        monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
+    with Checkpoints(directory) as checkpoints, pytest.raises(type(error)) as raised:
         checkpoints.restore_newest(make_state(0))
+    assert raised.value is error
     assert not directory.with_name("checkpoints-damaged").exists()
 
 
@@ -628,22 +695,39 @@ def small_files_only() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_save_that_fails_is_named_and_can_be_repeated(tmp_path: Path, small_files_only: None) -> None:
+def test_a_save_that_fails_is_named_without_a_traceback_and_can_be_repeated(
+    tmp_path: Path, small_files_only: None, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     small = {"x": jnp.arange(20.0)}
-    large = {"x": np.random.default_rng(0).random(1_000_000, np.float32)}
+    large = {name: np.random.default_rng(0).random(1_000_000, np.float32) for name in "xyz"}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, small, {})
         for finish in (checkpoints.wait, lambda: checkpoints.save(3, small, {})):
             checkpoints.save(2, large, {})
             with pytest.raises(
-                CheckpointError, match=f"{tmp_path / '2'} could not be written .* before it are unchanged"
+                CheckpointError,
+                match=f"{tmp_path / '2'} could not be written .*with ulimit -f.* before it are unchanged",
             ):
                 finish()
+            assert "Traceback" not in "".join(capfd.readouterr()) and not caplog.records
         checkpoints.wait()
         checkpoints.save(2, {"x": small["x"] + 1}, {})
     restored, said = restore_sound(tmp_path, small)
     assert (restored.index, said) == (2, [])
     assert_identical(restored.state, {"x": small["x"] + 1})
+
+
+def test_a_run_that_must_not_write_leaves_the_folder_as_it_is(directory: Path) -> None:
+    calls = iter([None, LockLost("another run's")])
+
+    def check() -> None:
+        error = next(calls)
+        if error is not None:
+            raise error
+
+    with pytest.raises(LockLost, match="another run's"), Checkpoints(directory, keep=1, check=check) as checkpoints:
+        checkpoints.save(5, make_state(5), {})
+    assert {path.name for path in directory.iterdir()} == {"3", "4", f"5{UNFINISHED}"}
 
 
 # --- logging ---

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import statistics
 
 import numpy as np
@@ -14,12 +15,14 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from rspo_jax.records import metrics
+from rspo_jax.records.lock import LockLost
+from rspo_jax.records.rows import DamagedRows
 
-FULL_RUN = [("warm_start", step) for step in range(1, 5)] + [("rl", step) for step in range(1, 8)]
+FULL_RUN = [("warm_start", step) for step in range(1, 5)] + [("rl", step) for step in range(8)]
 
 
 def metrics_of(phase, step):
-    return {"loss": 1.0 / step, "reward": 0.125 * step if phase == "rl" else -1.0}
+    return {"loss": 1.0 / (step + 1), "reward": 0.125 * step if phase == "rl" else -1.0}
 
 
 def record(run_dir, positions, resume_after=None):
@@ -151,13 +154,13 @@ def test_closing_twice_is_fine_and_writing_afterwards_is_not(tmp_path):
 # Resuming
 
 
-ORDER = [("warm_start", 0), *FULL_RUN[:4], ("rl", 0), *FULL_RUN[4:]]
+ORDER = [("warm_start", 0), *FULL_RUN]
 
 
 @pytest.mark.parametrize(
     ("interrupted_after", "resume_after"),
     [(("rl", 5), resume) for resume in [*ORDER[:6:2], ("rl", 0), ("rl", 3), ("rl", 5)]]
-    + [(("warm_start", 4), resume) for resume in [("warm_start", 1), ("warm_start", 4), ("rl", 0)]],
+    + [(("warm_start", 4), resume) for resume in [("warm_start", 1), ("warm_start", 4)]],
     ids=lambda position: f"{position[0]}-{position[1]}",
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, interrupted_after, resume_after):
@@ -181,11 +184,11 @@ def test_rolled_back_points_are_hidden_before_new_ones_come(tmp_path):
 
 
 def test_a_run_can_be_resumed_many_times(tmp_path):
-    record(tmp_path, FULL_RUN[:6])
+    record(tmp_path, FULL_RUN[:7])
     for _ in range(3):
-        record(tmp_path, FULL_RUN[5:], ("rl", 1))
+        record(tmp_path, FULL_RUN[6:], ("rl", 1))
     assert positions_of(metrics.read_metrics(tmp_path)) == FULL_RUN
-    assert [step for step, _ in scalars(tmp_path, "rl", "loss")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, _ in scalars(tmp_path, "rl", "loss")] == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_rolling_back_is_atomic(tmp_path, monkeypatch):
@@ -267,26 +270,125 @@ def test_any_other_malformed_line_is_an_error(tmp_path, line, number):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("resume_after", [("rl", 9), ("warm_start", 3)])
-def test_a_record_that_ends_too_early_is_told(tmp_path, caplog, resume_after):
-    record(tmp_path, [("warm_start", 2), ("rl", 7)])
+WARM_START = [("warm_start", step) for step in range(1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "resume_after", "missing"),
+    [
+        ([], ("rl", 3), "rl 0 to 3"),
+        ([], ("warm_start", 1), "warm_start 1"),
+        ([*WARM_START, ("rl", 0), ("rl", 1)], ("rl", 3), "rl 2 to 3"),
+        ([("warm_start", 2), ("rl", 7)], ("rl", 9), "warm_start 1, rl 0 to 6, rl 8 to 9"),
+        ([*WARM_START, ("rl", 1), ("rl", 2)], ("rl", 2), "rl 0"),
+        ([*WARM_START, ("rl", 0), ("rl", 2), ("rl", 4)], ("rl", 4), "rl 1, rl 3"),
+        (WARM_START[1:], ("warm_start", 3), "warm_start 1"),
+        ([*WARM_START, ("rl", 0)], ("rl", 0), None),
+        ([*WARM_START, ("rl", 0)], ("warm_start", 3), None),
+        ([], ("warm_start", 0), None),
+    ],
+    ids=str,
+)
+def test_lost_rows_are_told(tmp_path, caplog, rows, resume_after, missing):
+    record(tmp_path, rows)
     with caplog.at_level(logging.WARNING):
         record(tmp_path, [], resume_after)
-    assert f"has no row for {resume_after[0]} step {resume_after[1]}" in caplog.text
+    if missing is None:
+        assert caplog.text == ""
+    else:
+        where = f"{tmp_path / 'metrics.jsonl'} is not as it was at {resume_after[0]} step {resume_after[1]}"
+        assert [line.message for line in caplog.records] == [
+            f"{where}, after which the run goes on: it lacks the rows of {missing}."
+        ]
 
 
-def test_resuming_without_a_record_is_told(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        record(tmp_path, [("rl", 4)], ("rl", 3))
-    assert "has no row for rl step 3" in caplog.text
-    assert positions_of(metrics.read_metrics(tmp_path)) == [("rl", 4)]
+def changed_line(lines):
+    return [lines[0], lines[1].replace(b"0.", b"1.", 1), *lines[2:]]
 
 
-@pytest.mark.parametrize("resume_after", [("rl", 0), ("warm_start", 3)])
-def test_a_complete_record_gives_no_warning(tmp_path, caplog, resume_after):
-    record(tmp_path, [("warm_start", 3), ("rl", 1)])
-    record(tmp_path, [("rl", 1)], resume_after)
+DAMAGES = {
+    "doubled": lambda lines: [lines[0], *lines],
+    "doubled later": lambda lines: [*lines, lines[1]],
+    "exchanged": lambda lines: [lines[1], lines[0], *lines[2:]],
+    "of another file": lambda lines: [*lines, *lines],
+    "lost": lambda lines: [lines[0], *lines[2:]],
+    "lost at the end": lambda lines: lines[:-1],
+    "lost at the start": lambda lines: lines[1:],
+    "all lost": lambda lines: [],
+    "changed": changed_line,
+}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "diagnostics.jsonl"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_rows_is_noticed_in_every_file(tmp_path, caplog, name, damage):
+    with metrics.MetricsLog(tmp_path, None) as log:
+        for phase, step in FULL_RUN:
+            log.write(phase, step, metrics_of(phase, step), {"load": np.ones(2) * 0.5} if step else None)
+        digests = log.flush()
+    path = tmp_path / name
+    whole = path.read_bytes()
+    lines = DAMAGES[damage](whole.splitlines(keepends=True))
+    path.write_bytes(b"".join(lines))
+    assert path.read_bytes() != whole
+    if damage in ("doubled", "doubled later", "exchanged", "of another file"):
+        for read in (lambda: metrics.check_record(tmp_path), lambda: metrics.MetricsLog(tmp_path, FULL_RUN[-1])):
+            with pytest.raises(DamagedRows, match=rf"{path}, line \d+: the row of \w+ step \d .*remove wrong ones"):
+                read()
+        return
+    metrics.check_record(tmp_path)
+    with caplog.at_level(logging.WARNING), metrics.MetricsLog(tmp_path, FULL_RUN[-1], digests):
+        pass
+    (told,) = caplog.messages
+    assert told.startswith(f"{path} is not as it was at rl step 7, after which the run goes on: ")
+    assert told.endswith("rows were removed or changed.") == (damage == "changed")
+
+
+def test_digests_are_of_the_rows_of_a_checkpoint_and_say_nothing_where_all_is_well(tmp_path, caplog):
+    with metrics.MetricsLog(tmp_path, None) as log:
+        for phase, step in FULL_RUN[:6]:
+            log.write(phase, step, metrics_of(phase, step), {"load": np.ones(2)} if phase == "rl" and step else None)
+        digests = log.flush()
+        for phase, step in FULL_RUN[6:]:
+            log.write(phase, step, metrics_of(phase, step), {"load": np.ones(2)})
+    with caplog.at_level(logging.WARNING), metrics.MetricsLog(tmp_path, FULL_RUN[5], digests) as log:
+        assert log.flush() == digests
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "diagnostics.jsonl"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pathlib.Path.unlink,
+        lambda path: path.rename(path.with_name("elsewhere")),
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: path.write_bytes(path.read_bytes() + b"x"),
+        lambda path: os.replace(shutil.copy(path, path.with_name("copy")), path),
+    ],
+    ids=["deleted", "moved", "cut", "grown", "replaced"],
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_file_that_is_changed_by_something_else_is_noticed_at_the_next_row(tmp_path, name, change, resumed):
+    if resumed:
+        record_arrays(tmp_path, FULL_RUN[:6])
+    with metrics.MetricsLog(tmp_path, FULL_RUN[5] if resumed else None) as log:
+        for step in (2, 3):
+            log.write("rl", step, {"reward": 1.0}, {"load": np.ones(2)})
+        change(tmp_path / name)
+        with pytest.raises(DamagedRows, match=rf"{name} was deleted, replaced or changed by something else"):
+            log.write("rl", 4, {"reward": 1.0}, {"load": np.ones(2)})
+
+
+def test_a_run_that_must_not_write_does_not(tmp_path):
+    def refuse():
+        raise LockLost("another run's")
+
+    record(tmp_path, FULL_RUN[:5])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(LockLost):
+        metrics.MetricsLog(tmp_path, FULL_RUN[2], check=refuse)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_resumed_run_goes_on_after_its_position(tmp_path):
