@@ -129,7 +129,8 @@ class RunLock:
     def _take(self) -> None:
         if not is_bucket(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        seen, since = b"", time.monotonic()
+        seen: bytes | None = None
+        since = 0.0
         while True:
             found = self._read()
             holder = _parse(found)
@@ -147,7 +148,7 @@ class RunLock:
                     break
                 continue
             if found != seen:
-                if holder and holder.get("token") == _parse(seen).get("token"):
+                if seen is not None and holder.get("token") == _parse(seen).get("token"):
                     raise LockHeld(self._describe(holder, "wait for its end, or choose another folder"), passes=True)
                 self._say(
                     f"{self._path} is of {_name(holder)}: waiting for up to {PATIENCE_SECONDS:.0f} s to see whether "

@@ -16,7 +16,7 @@ from support.processes import Member
 from rspo_jax.records import lock
 from rspo_jax.records.lock import LOCK_FILE, LockHeld, LockLost, RunLock
 
-BOUNDS = {"RENEW_SECONDS": 0.05, "PATIENCE_SECONDS": 0.5, "SETTLE_SECONDS": 0.01, "_LOOK_SECONDS": 0.0}
+BOUNDS = {"RENEW_SECONDS": 0.05, "PATIENCE_SECONDS": 0.4, "SETTLE_SECONDS": 0.01, "_LOOK_SECONDS": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_an_abandoned_lock_from_elsewhere_is_taken_over_after_a_time(tmp_path: P
     os.utime(tmp_path / LOCK_FILE, (2e9, 2e9))
     said: list[str] = []
     started = time.monotonic()
-    touching = threading.Timer(0.2, os.utime, (tmp_path / LOCK_FILE, (1, 1)))
+    touching = threading.Timer(0.1, os.utime, (tmp_path / LOCK_FILE, (1, 1)))
     touching.start()
     with RunLock(tmp_path, said.append) as held:
         assert time.monotonic() - started >= lock.PATIENCE_SECONDS
@@ -128,7 +128,7 @@ def test_an_abandoned_lock_from_elsewhere_is_taken_over_after_a_time(tmp_path: P
 
 def test_a_lock_that_is_renewed_elsewhere_is_refused_and_may_pass(tmp_path: Path) -> None:
     put(tmp_path, held_by(7, host="another", renewals=3))
-    renewal = threading.Timer(0.2, put, (tmp_path, held_by(7, host="another", renewals=4)))
+    renewal = threading.Timer(0.1, put, (tmp_path, held_by(7, host="another", renewals=4)))
     renewal.start()
     with pytest.raises(LockHeld, match="by process 7 on another: wait for its end") as error:
         RunLock(tmp_path, lambda _: None).__enter__()
