@@ -32,8 +32,8 @@ from support.processes import SECONDS
 import models
 from experiments import train
 from experiments.config import CountdownRun, load_config, save_config
-from experiments.errors import STOPPED
-from rspo_jax.records import read_metrics
+from experiments.errors import MISTAKE, STOPPED
+from rspo_jax.records import lock, read_metrics
 from rspo_jax.training.restore import restore_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -464,7 +464,77 @@ def test_resuming_without_a_folder_takes_the_newest(tmp_path, monkeypatch, small
 def test_a_new_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = CountdownRun()
-    run_dir = train.prepare_folder("countdown", run, train.Folder())
+    run_dir = train.prepare_folder("countdown", run, train.agree_on_flags("countdown", run, train.Folder()))
     assert run_dir.parent == Path("runs")
     assert run_dir.name.startswith("countdown-2")
     assert load_config(run_dir / "config.json") == ("countdown", run)
+
+
+@pytest.mark.parametrize(
+    "left", [[], [".config.json.7.tmp"], [".config.json.7.tmp", ".summary.json.123456.tmp"]], ids=str
+)
+def test_what_an_interrupted_start_left_does_not_count(tmp_path, small_run, left):
+    for name in left:
+        (tmp_path / name).write_text("{")
+    error = sentence("countdown", "--run-dir", tmp_path, "--resume")
+    assert "there is no run to resume" in error and "leave --resume out to start one there" in error
+    _, _, folder = train.parse(["countdown", "--run-dir", str(tmp_path), "--resume-or-start"])
+    assert not folder.resume
+    train.prepare_folder("countdown", small_run, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--resume-or-start", None])
+def test_a_run_without_its_config_is_not_told_to_go_in_a_circle(shared, tmp_path, flag):
+    (tmp_path / "checkpoints").mkdir()
+    given = [] if flag is None else [flag]
+    error = sentence("countdown", "--run-dir", tmp_path, *given, "--data-dir", shared / "data", *flags(FLAGS))
+    assert "holds no config.json, so there is no run to continue in it either: put the run's config.json back" in error
+
+
+def lost(name, *numbers):
+    def change(run_dir):
+        lines = (run_dir / name).read_bytes().splitlines(keepends=True)
+        (run_dir / name).write_bytes(b"".join(line for number, line in enumerate(lines) if number not in numbers))
+
+    return change
+
+
+def doubled(name, number):
+    def change(run_dir):
+        lines = (run_dir / name).read_bytes().splitlines(keepends=True)
+        (run_dir / name).write_bytes(b"".join([*lines, lines[number]]))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lost("metrics.jsonl", WARM_START_STEPS),
+            "metrics.jsonl lacks the evaluation of step 0, so there is no summary",
+        ),
+        (
+            lost("metrics.jsonl", WARM_START_STEPS + STEPS),
+            "lacks the evaluation of the last step, so there is no summary",
+        ),
+        (doubled("metrics.jsonl", 8), "metrics.jsonl, line 16: the row of rl step 2 is there twice"),
+        (doubled("diagnostics.jsonl", 1), "diagnostics.jsonl, line 9: the row of rl step 2 is there twice"),
+        (lambda run_dir: (run_dir / "run.lock").write_bytes(another_process()), "a run is going on in"),
+    ],
+    ids=["step 0 lost", "last step lost", "doubled", "doubled arrays", "held"],
+)
+def test_a_run_that_is_not_as_it_was_is_refused(finished, tmp_path, change, words):
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    change(run_dir)
+    said = run_training("--run-dir", run_dir, "--resume")
+    assert said.code == MISTAKE and "Traceback" not in said.err, said
+    assert words in said.err.splitlines()[-1]
+
+
+def another_process():
+    """The lock of a process that lives: this one's parent."""
+    content = json.loads(lock._content(0))
+    process = os.getppid()
+    return json.dumps(content | {"token": "other", "process": process, "started": lock._start_of(process)}).encode()
