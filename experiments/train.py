@@ -77,13 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
                 with RunLock(folder.run_dir):
                     return train_in(agree_on_folder(name, run, folder), run, problems, folder.resume)
             except (*MISTAKES, OSError) as error:
-                if trouble_of(error) is None and not isinstance(error, MISTAKES):
+                if isinstance(error, OSError) and trouble_of(error) is None:
                     raise
                 return membership.give_up(str(error), complain(error))
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 return membership.give_up("interrupted", INTERRUPTED)
-    except (UserError, ClusterError) as error:
+    except (UserError, ClusterError, OSError) as error:
+        if isinstance(error, OSError) and trouble_of(error) is None:
+            raise
         return complain(error)
 
 
