@@ -1,4 +1,4 @@
-"""What a chat template does with its variables, read from its syntax tree: which ones it has, and which are flags."""
+"""The variables of a chat template, read from its syntax tree: their names, and those that are flags."""
 
 import re
 from collections.abc import Iterator

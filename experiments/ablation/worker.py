@@ -58,7 +58,7 @@ def locked(folder: str, wait: bool = True) -> Iterator[bool]:
       wait: if true, wait until no other process holds the lock.
 
     Yields:
-      Whether this process holds the lock; always true after waiting, and on systems without locks.
+      True if this process holds the lock, as it always does after waiting, and on systems without locks.
     """
     try:
         import fcntl
@@ -66,12 +66,12 @@ def locked(folder: str, wait: bool = True) -> Iterator[bool]:
         yield True
         return
     with open(os.path.join(folder, LOCK_FILE), "ab") as file:
+        held = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
-            return
-        yield True
+            held = False
+        yield held  # outside of the handler, or an error of the caller would count as the system's
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class ResponseFolder:
                 say(_move_aside(path, changes))
                 stored = None
         self.changes_of_judge = [] if stored is None else _changes(stored, settings, "judge")
-        """What has changed since the responses in the folder were judged; their verdicts must be made again."""
+        """Names of what has changed since the stored responses were judged: their verdicts must be made again."""
         self.throughput: dict[str, Any] | None = self.read_summary().get("throughput")
         """The speed at which the responses in the folder were drawn, if an evaluation was finished."""
         self.responses: dict[tuple[int, int], Response] = {}

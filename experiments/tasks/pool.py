@@ -50,7 +50,7 @@ _LONGEST_REPLY = 2**20
 _ALARM_SECONDS = 1.0
 """Seconds after its time limit at which the kernel ends a worker that nobody else has ended."""
 _OUT_OF_TIME = "signal SIGPROF"
-"""How a worker ends that reached its limit of CPU time."""
+"""The end, in words, of a worker that reached its limit of CPU time."""
 _OUT_OF_MEMORY = 99
 """Exit status of a worker that reached its memory limit."""
 _CHUNK = 2**16

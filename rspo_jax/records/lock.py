@@ -75,7 +75,7 @@ class RunLock:
         self._path, self._say = as_path(run_dir) / LOCK_FILE, say
         self._agreement = Agreement("lock")
         self._holds = False
-        """Whether this object has taken the lock, and has to renew and to release it."""
+        """True once this object has taken the lock, and has to renew and to release it."""
         self._lost = False
         self._confirmed = 0.0
         self._finished = threading.Event()

@@ -44,12 +44,12 @@ class Trouble(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Whether the same command may succeed later, although nobody corrects it."""
+        """True if the same command may succeed later, although nobody corrects it."""
         return self.number not in _STAYS
 
     @property
     def is_of_machine(self) -> bool:
-        """Whether the trouble tells nothing about the file in which it was met."""
+        """True if the trouble tells nothing about the file in which it was met."""
         return self.number not in _OF_ONE_FILE
 
 
