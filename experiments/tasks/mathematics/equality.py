@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from experiments.tasks.mathematics.grammar import Node
-from experiments.tasks.mathematics.identity import are_equal, ratio_is_constant
+from experiments.tasks.mathematics.identity import are_equal, names_of, ratio_is_constant
 from experiments.tasks.mathematics.numbers import is_marked, same_number
 from experiments.tasks.mathematics.readings import (
     Bag,
@@ -50,11 +50,10 @@ def _simplest(reading: Reading) -> Reading:
 def _same_named(reference: Reading, given: Reading) -> bool:
     if isinstance(reference, Named) and isinstance(given, Named):
         if reference.name == given.name and len(reference.arguments) == len(given.arguments):
-            value = given.value
-            if reference.arguments != given.arguments:  # f(x) = 2x and f(n) = 2n
-                value = _renamed(value, dict(zip(given.arguments, reference.arguments, strict=True)))
-            return same(reference.value, value)
-        return False
+            value = _with_arguments(given, reference.arguments)
+            return value is not None and same(reference.value, value)
+        first, second = difference_of(reference), difference_of(given)  # y = 2x and x = y/2
+        return first is not None and second is not None and _same_relations(first, second)
     for named, other, swap in ((reference, given, False), (given, reference, True)):
         if not isinstance(named, Named):
             continue
@@ -67,13 +66,24 @@ def _same_named(reference: Reading, given: Reading) -> bool:
     return False
 
 
-def _renamed(reading: Reading, names: dict[str, str]) -> Reading:
+def _with_arguments(function: Named, arguments: tuple[str, ...]) -> Reading | None:
+    """Return the value of f(n) = 2n with x for n; None if another x is in it, or no n, as in E(N) = 2."""
+    if function.arguments == arguments:
+        return function.value
+    if not isinstance(function.value, Scalar):
+        return None
+    letters = names_of(function.value.node)
+    names = dict(zip(function.arguments, arguments, strict=True))
+    changed = {old for old, new in names.items() if old != new}
+    if not changed <= letters or (letters - names.keys()) & set(arguments):
+        return None
+
     def rename(node: Node) -> Node:
         if node.op == "name":
             return Node("name", (names.get(node.args[0], node.args[0]),))
         return Node(node.op, tuple(rename(arg) if isinstance(arg, Node) else arg for arg in node.args))
 
-    return Scalar(rename(reading.node), reading.unit) if isinstance(reading, Scalar) else reading
+    return Scalar(rename(function.value.node), function.value.unit)
 
 
 def _same_scalars(reference: Scalar, given: Scalar) -> bool:

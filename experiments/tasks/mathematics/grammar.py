@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from experiments.tasks.mathematics.notation import FUNCTIONS
-from experiments.tasks.mathematics.tokens import Token, Unreadable
+from experiments.tasks.mathematics.tokens import DEEPEST, Token, Unreadable
 
 
 class Node(NamedTuple):
@@ -30,9 +30,6 @@ class Node(NamedTuple):
     op: str
     args: tuple[Any, ...] = ()
 
-
-DEEPEST = 40
-"""Largest number of brackets inside each other."""
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 _DECORATIONS = {

@@ -64,7 +64,7 @@ def ratio_is_constant(left: Node, right: Node, positive: bool) -> bool:
         if len(values) < 2 or any(not is_real(value) for value in values):
             continue
         numbers = [value if isinstance(value, Fraction) else Fraction(float(value.mid)) for value in values]
-        if not all(numbers):
+        if not all(numbers) or any(not isinstance(value, Fraction) and 0 in value for value in values):
             return False
         factor = (numbers[0] / numbers[1]).limit_denominator(10**6)
         if factor == 0 or (positive and factor < 0):
@@ -75,10 +75,9 @@ def ratio_is_constant(left: Node, right: Node, positive: bool) -> bool:
 
 
 def names_of(node: Node) -> set[str]:
-    """Return the names of the letters in an expression."""
-    if node.op == "name":
-        return {node.args[0]}
-    return {name for argument in node.args if isinstance(argument, Node) for name in names_of(argument)}
+    """Return the names of the letters and of the unknown functions in an expression."""
+    own = {node.args[0]} if node.op in ("name", "apply") else set()
+    return own.union(*(names_of(argument) for argument in node.args if isinstance(argument, Node)))
 
 
 def name_points(letters: Sequence[str]) -> list[Mapping[str, Fraction]]:

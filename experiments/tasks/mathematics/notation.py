@@ -84,6 +84,9 @@ REWRITES: list[tuple[str, str | Callable[[Match[str]], str]]] = [
     (r"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathtt|mathnormal|pmb|bold)(?![A-Za-z])", " "),
     (r"\b([aApP])\.\s?([mM])\.", r"\1\2"),
     (r"(?<=\d)\s*\^\s*\{?\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?", ""),
+    (r"(?<=\d) +\(([A-Za-z]{3,}(?:[ -][A-Za-z]+)*)\)(?=[\s.]*$)", r" \\text{\1}"),  # 9 (apples)
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     # Repeating decimals become 0.1(6).
     (r"(?<=\d)(\.\d*)\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\1(\2\3\4)"),
     (r"(\.\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", lambda m: f"{m[1]}({m[2] or m[3]})"),
@@ -96,7 +99,6 @@ SAME = {
     **{name: "*" for name in (r"\cdot", r"\times", r"\ast")},
     **{name: r"\ldots" for name in (r"\dots", r"\cdots", r"\dotsc", "...")},
     **{name: "|" for name in (r"\lvert", r"\rvert", r"\vert")},
-    **{name: "and" for name in (r"\land", r"\wedge")},
     **{name: "or" for name in (r"\lor", r"\vee")},
     **{r"\neq": r"\ne", r"\lt": "<", r"\gt": ">", r"\div": "/", r"\infin": r"\infty", r"\varnothing": r"\emptyset"},
     **{r"\lbrace": r"\{", r"\rbrace": r"\}", r"\langle": "(", r"\rangle": ")", r"\colon": ":", r"\newline": r"\\"},

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 from experiments.tasks.mathematics import relations
+from experiments.tasks.mathematics.equality import same
 from experiments.tasks.mathematics.readings import Bag, Named, Pieces, Reading, Row, Scalar, Word
 from experiments.tasks.mathematics.terms import read_term, split, top_level, unwrapped
 from experiments.tasks.mathematics.tokens import Token, Unreadable, normal_text, tokens_of
@@ -18,7 +19,9 @@ MOST_ITEMS = 100
 """Largest number of answers in a list."""
 _MOST_SIGNS = 3
 """Largest number of ± in one answer, which stands for two answers each."""
-_INTRODUCTION = re.compile(r"(?i)\b(?:is|are|be|equals?|equal to|answer|answers|therefore|so|thus|hence)$")
+_INTRODUCTION = re.compile(
+    r"(?i)\b(?:is|are|be|equals?|equal to|answer|answers|therefore|so|thus|hence|about|approximately)$"
+)
 _NEGATION = re.compile(r"(?i)\b(?:not|never|no|isn't|aren't|n't|if|when|least|most)\b")
 _PLACED = ("(", "[", r"\{")
 
@@ -37,7 +40,7 @@ def read(text: str) -> list[Reading]:
             if tokens not in seen:
                 seen.append(tokens)
                 found.append(_read_all(tokens))
-        except Unreadable:
+        except (Unreadable, RecursionError):  # the latter in what is nested deeper than any answer
             continue
     # The commas between brackets separate entries: (1,234) is no number.
     bracketed = any(isinstance(reading, Row) or (isinstance(reading, Bag) and reading.is_set) for reading in found)
@@ -45,17 +48,25 @@ def read(text: str) -> list[Reading]:
 
 
 def _without_introduction(tokens: list[Token]) -> list[Token]:
-    """Leave out words before an answer that end with "is" and the like, or with a colon."""
-    if len(tokens) < 2 or tokens[0].kind != "text" or _NEGATION.search(tokens[0].text):
-        return tokens
-    if tokens[1].text == ":":
-        return tokens[2:]
-    words = tokens[0].text.rstrip()
-    return tokens[1:] if _INTRODUCTION.search(words) and tokens[1].text != "=" else tokens
+    """Leave out words before an answer that end with "is" and the like, or with a colon; and then ≈."""
+    if len(tokens) > 1 and tokens[0].kind == "text" and not _NEGATION.search(tokens[0].text):
+        if tokens[1].text == ":":
+            tokens = tokens[2:]
+        elif _INTRODUCTION.search(tokens[0].text.rstrip()) and tokens[1].text != "=":
+            tokens = tokens[1:]
+    return tokens[1:] if tokens and tokens[0].text == r"\approx" else tokens
 
 
 def _read_all(tokens: Sequence[Token]) -> Reading:
     tokens = unwrapped(tokens)
+    notations = split(tokens, ":")  # x < 2 : (-∞, 2)
+    if len(notations) == 2 and notations[1] and notations[1][0].text in ("(", "["):
+        condition, interval = notations
+        if any(token.text in relations.SIGNS for token in condition):
+            readings = _read_all(condition), _read_all(interval)
+            if not same(*readings):
+                raise Unreadable("an inequality and another interval")
+            return readings[0]
     alternatives = split(tokens, "or")
     if len(alternatives) > 1:
         return _together([_read_list(part) for part in alternatives if part], either=True)
@@ -164,12 +175,14 @@ def _read_value(tokens: Sequence[Token]) -> Reading:
     return read_term(tokens)
 
 
-def _read_row(tokens: Sequence[Token]) -> Row | None:
-    """Read a tuple or an interval; None without a comma between the brackets."""
+def _read_row(tokens: Sequence[Token]) -> Reading | None:
+    """Read a tuple, an interval, or equations in brackets; None without a comma between the brackets."""
     parts = split(tokens[1:-1], ",")
     opening, closing = tokens[0].text, tokens[-1].text
     if len(parts) < 2:
         return None
+    if all("=" in [token.text for _, token in top_level(part)] for part in parts):
+        return _read_list(tokens[1:-1])
     if closing not in (")", "]") or (len(parts) > 2 and (opening, closing) not in (("(", ")"), ("[", "]"))):
         raise Unreadable("brackets that do not fit")
     if len(parts) > MOST_ITEMS:

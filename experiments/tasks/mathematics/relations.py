@@ -97,6 +97,12 @@ def _is_constant(reading: Reading) -> bool:
     return isinstance(reading, Scalar) and not names_of(reading.node)
 
 
+def _is_same_expression(left: Reading, right: Reading) -> bool:
+    if not (isinstance(left, Scalar) and isinstance(right, Scalar)):
+        return False
+    return left.unit == right.unit and are_equal(left.node, right.node)
+
+
 def _equation(sides: Sequence[Side]) -> Reading:
     """Return the reading of sides that are all equal."""
     readings = [side.reading for side in sides]
@@ -104,6 +110,8 @@ def _equation(sides: Sequence[Side]) -> Reading:
     if not named:
         if all(map(_is_constant, readings)):
             _check_chain(readings)
+            return readings[-1]
+        if all(map(_is_same_expression, readings, readings[1:])):  # (x + 1)² = x² + 2x + 1
             return readings[-1]
         if sides[-1].name and len(sides) == 2:
             return _equation(sides[::-1])

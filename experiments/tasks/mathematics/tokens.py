@@ -41,6 +41,8 @@ class Token(NamedTuple):
 LONGEST_NUMBER = 1_000
 """Largest number of digits of a number."""
 MOST_TOKENS = 1_000
+DEEPEST = 40
+"""Largest number of brackets inside each other."""
 
 _COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 _TEXT = r"\\(?:text|mbox|hbox|textrm|textbf|textit|textsf|texttt|textnormal|emph|mathrm|operatorname\*?|mathop|rm)"
@@ -54,6 +56,7 @@ _NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII)
 _REPEATING = re.compile(r"[0-9]*\.[0-9]*\([0-9]+\)")
 _GROUPED = re.compile(r"[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+(?![0-9])(?!,[0-9])|(?: [0-9]{3})+(?![0-9]))(?:\.[0-9]+)?")
 _EXPONENT = re.compile(r"[eE][+-]?[0-9]+(?![0-9A-Za-z.])")
+_OPENING, _CLOSING = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'./-]*(?:\s+[A-Za-z][A-Za-z'./-]*)*")
 
 
@@ -109,7 +112,7 @@ def tokens_of(text: str, grouped: bool = True, scientific: bool = True, in_text:
             if words is not None and words.group() in ("and", "or"):
                 place = words.end()
                 tokens.append(Token("sign", words.group(), True))
-            elif words is not None and len(words.group()) > 1:
+            elif words is not None and re.search("[A-Za-z]{2}", words.group()):  # not the p- of 13p-30
                 place = words.end()
                 tokens.append(Token("text", words.group(), spaced))
             else:
@@ -151,9 +154,9 @@ def _text_tokens(content: str, spaced: bool, before: list[Token]) -> list[Token]
     words = content.strip()
     if words in ("and", "or"):
         return [Token("sign", words, True)]
-    if words in FUNCTIONS:
-        return [Token("command", f"\\{words}", spaced)]
     measured = bool(before) and (before[0].kind == "number" or before[0].text in ("}", ")", r"\pi"))
+    if words in FUNCTIONS and not (measured and words in UNITS):  # 5 min
+        return [Token("command", f"\\{words}", spaced)]
     if _WORDS.fullmatch(words) and (len(words) > 1 or (measured and words in UNIT_LETTERS)):
         return [Token("text", words.strip(" ."), spaced or content[:1] == " ")]
     tokens = tokens_of(content, in_text=True)
@@ -165,23 +168,29 @@ def _run_tokens(run: str, spaced: bool, following: str, before: list[Token]) -> 
     apart = (spaced or not before) and (not following or following.isspace() or following in ",.")
     if run in ("and", "or") and apart:
         return [Token("sign", run, True)]
-    if run in SPELLED:
+    after_number = bool(before) and before[0].kind == "number"
+    if run in SPELLED and not (after_number and run in UNITS and (not following or following in " .,")):
         letter = run in LETTERS
         return [Token("letter" if letter else "command", f"\\{run}", spaced)]
     if run.lower() in ("inf", "infinity"):
         return [Token("command", r"\infty", spaced)]
-    after_number = bool(before) and before[0].kind == "number"
     if len(run) >= 5 or (apart and run.lower() in PROSE) or (after_number and len(run) > 2 and run in UNITS):
         return [Token("text", run, spaced)]
     if after_number and run.lower() in ("am", "pm", "cm"):
+        return [Token("text", run, spaced)]
+    if before and before[0].kind == "text" and (run == "per" or (len(run) > 1 and run in UNITS)):  # miles per hour
         return [Token("text", run, spaced)]
     return [Token("letter", letter, spaced and index == 0) for index, letter in enumerate(run)]
 
 
 def _joined(tokens: list[Token]) -> list[Token]:
-    """Join neighbouring words."""
+    """Join neighbouring words, and refuse brackets that are nested deeper than in any answer."""
     joined: list[Token] = []
+    depth = 0
     for token in tokens:
+        depth += (token.text in _OPENING) - (token.text in _CLOSING)
+        if depth > DEEPEST:
+            raise Unreadable("too many brackets")
         if token.kind == "text" and joined and joined[-1].kind == "text":
             joined[-1] = joined[-1]._replace(text=f"{joined[-1].text} {token.text}")
         else:

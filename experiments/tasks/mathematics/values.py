@@ -108,7 +108,8 @@ class Evaluator:
         if node.op == "call":
             return self._call(node.args[0], [self._value(argument) for argument in node.args[1:]])
         if node.op == "apply":
-            return _unknown(node.args[0], [self._value(argument) for argument in node.args[1:]])
+            function = (node.args[0], self.point[node.args[0]])  # another function at every point
+            return _unknown(function, [self._value(argument) for argument in node.args[1:]])
         operation = getattr(self, f"_{node.op}", None)
         if operation is None:
             raise Undefined(f"{node.op} has no value")
@@ -360,11 +361,11 @@ def _of_rationals(name: str, arguments: list[Value]) -> Fraction:
     return Fraction((math.gcd if name == "gcd" else math.lcm)(*map(int, arguments)))
 
 
-def _unknown(name: str, arguments: list[Value]) -> Fraction:
-    """Return a value for an unknown function, which depends on nothing but its name and its arguments."""
+def _unknown(function: tuple[str, Fraction], arguments: list[Value]) -> Fraction:
+    """Return a value for an unknown function, which depends on nothing but the function and its arguments."""
     if not all(isinstance(argument, Fraction) for argument in arguments):
-        raise Undefined(f"{name} of what is not rational")
-    digest = sha256(repr((name, arguments)).encode()).digest()
+        raise Undefined(f"{function[0]} of what is not rational")
+    digest = sha256(repr((function, arguments)).encode()).digest()
     return Fraction(1 + int.from_bytes(digest[:2], "big"), 2**14)
 
 

@@ -54,9 +54,12 @@ def is_same_text(answer: str, given: str) -> bool:
 def is_same_answer(answer: str, given: str) -> bool:
     """Return whether two texts can be read and mean the same."""
     given_readings = read(given)
-    return bool(given_readings) and any(
-        same(reference, other) for reference in read(answer) for other in given_readings
-    )
+    try:
+        return bool(given_readings) and any(
+            same(reference, other) for reference in read(answer) for other in given_readings
+        )
+    except RecursionError:  # products of more factors than any answer has
+        return False
 
 
 def is_readable(answer: str) -> bool:
@@ -69,13 +72,16 @@ def _text_key(text: str) -> Any:
     normal = normal_text(text)
     try:
         return [(token.kind, token.text) for token in tokens_of(normal)]
-    except Unreadable:
+    except (Unreadable, RecursionError):
         return re.sub(r"\s+", " ", normal)
 
 
 def _name(given: str) -> str:
     readings = read(given)
-    return name_of(readings[0]) if readings else normal_text(given)
+    try:
+        return name_of(readings[0]) if readings else normal_text(given)
+    except RecursionError:
+        return normal_text(given)
 
 
 def _last_answer(tail: str) -> str:

@@ -67,6 +67,9 @@ RIGHT = {
         I_0 <- I_{0}
         \ln x^2 <- 2\ln x
         1.25P <- \frac{5P}{4}
+        13p-30 <- \text{13p-30}
+        \frac{x+1}{2} <- {x+1 \over 2}
+        \binom{10}{3} <- {10 \choose 3}
     """,
     "equations and names": r"""
         \frac{5!}{2!}=60 <- 60
@@ -87,6 +90,12 @@ RIGHT = {
         p \equiv 1 \pmod 4 <- p\equiv1 \ (\text{mod } 4)
         SRMC=LRMC <- LRMC=SRMC
         f(2)=5 <- 5
+        y=2x+3 <- x=\frac{y-3}{2}
+        (x+1)^2=x^2+2x+1 <- x^2+2x+1
+        f(x,y)=x-y <- f(s,t)=s-t
+        f(1)<f(2) <- f(2)>f(1)
+        [x=1, y=2, z=-5] <- (1,2,-5)
+        (x=1,y=2) <- x=1,y=2
         \min\{a,b\} <- \min(b,a)
     """,
     "intervals and sets": r"""
@@ -104,6 +113,8 @@ RIGHT = {
         \{1,2,3\} <- \{3,2,1\}
         1,2,\ldots,m <- 1, 2, \dots, m
         2x+y \le 4 <- 8 \ge 4x+2y
+        x < -7:(-\infty,-7) <- (-\infty,-7)
+        n<1 \text{ or } n>2:(-\infty,1)\cup(2,\infty) <- n>2 \text{ or } n<1
     """,
     "vectors and matrices": r"""
         \begin{pmatrix}1\\2\end{pmatrix} <- (1,2)
@@ -136,6 +147,13 @@ RIGHT = {
         52_8 <- 52_{8}
         5 \text{ million} <- 5000000
         18^\text{th} <- 18
+        12\mathrm{~min} <- 12
+        \frac12 \text{ min} <- 30 \text{ seconds}
+        120 min <- 2 hours
+        9 (apples) <- 9
+        9 (cats) <- 9 \text{ cats}
+        \approx 17.10 \mathrm{~ft} <- 17.10
+        About 30.12 miles per hour <- 30.12
     """,
     "words": r"""
         No solution. <- No solution.
@@ -213,6 +231,17 @@ WRONG = {
         a=3,b=5 <- 5,3
         a=3,b=5 <- a=5,b=3
         2x+y \le 4 <- 2x+y \ge 4
+        f(2)<f(1)<f(4) <- f(3)<f(1)<f(4)
+        f(2)<f(1) <- g(2)<g(1)
+        f(1)+1=0 <- f(2)+1=0
+        f(t)=1-e^{-t} <- f(T)=1-e^{-t}
+        f(x)=ax <- f(a)=ax
+        E(X)=2, E(Y)=3 <- E(X)=3, E(Y)=2
+        (x+1)^2=x^2+2x+1 <- 0=0
+        \frac{-1}{\sin\arctan t}+C=-\frac{\sqrt{1+t^2}}{t}+C <- \
+            \frac x2-\frac{\sin 2x}4+C=\frac x2-\frac{\sin x\cos x}2+C
+        y=2x+3 <- x=\frac{y+3}{2}
+        x < -7:(-\infty,7) <- (-\infty,-7)
     """,
     "letters": r"""
         (\gamma-1)mc^2 <- (\gamma-2)mc^2
@@ -265,6 +294,9 @@ WRONG = {
         5 <- 5 \text{ million}
         5 <- 5 \text{ squared}
         3 <- 3 \text{ to } x
+        12 <- 3\times4 \text{ matrix}
+        p \land q <- p \lor q
+        12 \text{ min} <- 12 \text{ seconds}
         f(2)=5 <- f(3)=5
     """,
 }
@@ -303,6 +335,11 @@ def test_references_of_right_answers_are_readable():
     [
         "9^{9^{9^{9}}}",
         "9^{" * 60 + "9" + "}" * 60,
+        r"\{" * 300 + "1" + r"\}" * 300,
+        r"\text{" * 300 + "1" + "}" * 300,
+        r"\sin" * 400 + "1",
+        "2" + " x" * 900,
+        "2" + "*2" * 490,
         "(" * 900 + "1" + ")" * 900,
         "9" * 1_999,
         "((9!)!)!",
