@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from experiments.tasks.mathematics.grammar import Node
+from experiments.tasks.mathematics.grammar import Node, whole
 from experiments.tasks.mathematics.identity import are_equal, names_of, ratio_is_constant
 from experiments.tasks.mathematics.numbers import is_marked, same_number
 from experiments.tasks.mathematics.readings import (
@@ -237,6 +237,13 @@ def _same_times(reference: Clock, given: Clock) -> bool:
     return reference.minutes == given.minutes and (reference.half == given.half or not (reference.half and given.half))
 
 
+def _based_and_plain(reference: Based, given: Scalar) -> bool:
+    """Compare the digits of a number in a base with a number whose base is missing."""
+    digits = int(reference.digits)
+    expected = Node("neg", (whole(-digits),)) if digits < 0 else whole(digits)
+    return not given.unit and given.node.op == expected.op and are_equal(given.node, expected)
+
+
 _PAIRS: dict[tuple[type, type], Callable[..., bool]] = {
     (Scalar, Scalar): _same_scalars,
     (Scalar, Word): lambda reference, given: (
@@ -258,9 +265,7 @@ _PAIRS: dict[tuple[type, type], Callable[..., bool]] = {
     (Scalar, Ratio): lambda reference, given: _ratio_and_quotient(given, reference),
     (Clock, Clock): _same_times,
     (Based, Based): lambda reference, given: reference == given,
-    (Based, Scalar): lambda reference, given: (
-        given.node.op == "number" and not given.unit and given.node.args[0] == int(reference.digits)
-    ),
+    (Based, Scalar): _based_and_plain,
     (Dots, Dots): lambda reference, given: True,
 }
 """Kinds of reference and response -> their comparison. Kinds that are missing are never the same."""

@@ -94,6 +94,9 @@ def _clock(tokens: Sequence[Token]) -> Clock | None:
 
 
 def _based(tokens: Sequence[Token]) -> Based | None:
+    if tokens[0].text == "-" and len(tokens) > 1:
+        positive = _based(tokens[1:])
+        return positive and Based(f"-{positive.digits}", positive.base)
     if len(tokens) < 3 or tokens[0].kind != "number":
         return None
     base = unwrapped(tokens[2:])

@@ -155,6 +155,8 @@ def _text_tokens(content: str, spaced: bool, before: list[Token]) -> list[Token]
     if words in ("and", "or"):
         return [Token("sign", words, True)]
     measured = bool(before) and (before[0].kind == "number" or before[0].text in ("}", ")", r"\pi"))
+    after_unit = bool(before) and (before[0].text == "/" or before[0].text in UNIT_LETTERS)  # L/min, J K
+    measured = measured or (after_unit and (before[0].kind == "text" or len(words) > 1))
     if words in FUNCTIONS and not (measured and words in UNITS):  # 5 min
         return [Token("command", f"\\{words}", spaced)]
     if _WORDS.fullmatch(words) and (len(words) > 1 or (measured and words in UNIT_LETTERS)):

@@ -28,8 +28,8 @@ UNITS: dict[str, tuple[str, Fraction]] = {
 
 _NOT_UNITS = re.compile(
     r"\b(?:if|when|where|with|for|such|that|not|n't|never|no|or|and|more|less|least|most|otherwise|than|except|mod|"
-    r"base|is|are|was|only|even|odd|other|while|then|but|of|to|times|plus|minus|over|divided|squared|cubed|factorial|"
-    r"modulo|half|root|matrix|matrices|grid|board|table)\b"
+    r"base|is|are|was|only|even|odd|other|while|then|but|to|times|plus|minus|over|divided|squared|cubed|factorial|"
+    r"modulo|half|root|matrix|matrices|grid|board|table)\b|^of\b|\bof$"
 )
 _MOST_WORDS = 5
 MULTIPLES = {

@@ -152,6 +152,11 @@ RIGHT = {
         120 min <- 2 hours
         9 (apples) <- 9
         9 (cats) <- 9 \text{ cats}
+        12 <- 12 \text{ pieces of candy}
+        6.6 \mathrm{~L}/\mathrm{min} <- 6.6
+        22 \mathrm{~J} \mathrm{~K}^{-1} \mathrm{~mol}^{-1} <- 22
+        -37_8 <- -37_{8}
+        -37_8 <- -37
         \approx 17.10 \mathrm{~ft} <- 17.10
         About 30.12 miles per hour <- 30.12
     """,
@@ -297,6 +302,11 @@ WRONG = {
         12 <- 3\times4 \text{ matrix}
         p \land q <- p \lor q
         12 \text{ min} <- 12 \text{ seconds}
+        -37_8 <- 37_8
+        -37_8 <- -37_9
+        22 \mathrm{~J} \mathrm{~K}^{-1} <- 22 \mathrm{~J} \mathrm{~s}^{-1}
+        6.6 \mathrm{~L}/\mathrm{min} <- 6.6 \mathrm{~L}/\mathrm{s}
+        5 <- 5 \text{ of } x
         f(2)=5 <- f(3)=5
     """,
 }
