@@ -205,19 +205,17 @@ class Parser:
         return tree
 
     def factor(self) -> Node:
-        value = self.base()
+        value, previous = self.base(), ""
         while True:
             text = self.peek()
+            if text in ("^", "!") and text == previous:
+                raise Unreadable("two exponents or a double factorial")
+            previous = text
             if text == "^":
                 self.take()
-                exponent = self._exponent()
-                if value.op == "pow":
-                    raise Unreadable("two exponents")
-                value = Node("pow", (value, exponent))
+                value = Node("pow", (value, self._exponent()))
             elif text == "!":
                 self.take()
-                if value.op == "factorial":
-                    raise Unreadable("a double factorial")
                 value = Node("factorial", (value,))
             elif text in (r"\%", r"\degree"):
                 self.take()

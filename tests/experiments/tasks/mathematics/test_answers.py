@@ -54,6 +54,10 @@ RIGHT = {
     """,
     "expressions with letters": r"""
         x^{2}-1 <- (x-1)(x+1)
+        x^6 <- (x^2)^3
+        e^{2x} <- (e^x)^2
+        2^{200} <- (2^{100})^2
+        720 <- (3!)!
         \sqrt{3/n} <- \frac{\sqrt3}{\sqrt n}
         \sin 2x <- 2\sin x\cos x
         \cos^2 x <- 1-\sin^2 x
@@ -183,6 +187,12 @@ WRONG = {
         \Delta-\delta <- 0
         F(x)=2x <- f(x)=2x
         \mathcal{L}-L <- 0
+    """,
+    "powers": r"""
+        x^5 <- (x^2)^3
+        2^{201} <- (2^{100})^2
+        x^9 <- x^2^3
+        720 <- 3!!
     """,
     "parts of formulas": r"""
         \{x \mid x>2\} <- 2
