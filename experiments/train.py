@@ -87,6 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, OSError) and trouble_of(error) is None:
             raise
         return complain(error)
+    except KeyboardInterrupt:  # before there were others to tell
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def parse(arguments: list[str]) -> tuple[str, Run, Folder]:

@@ -32,7 +32,7 @@ from support.processes import SECONDS
 import models
 from experiments import train
 from experiments.config import CountdownRun, load_config, save_config
-from experiments.errors import MISTAKE, STOPPED
+from experiments.errors import INTERRUPTED, MISTAKE, STOPPED
 from rspo_jax.records import lock, read_metrics
 from rspo_jax.training.restore import restore_params
 
@@ -448,6 +448,17 @@ def test_a_resumed_run_keeps_its_configuration_but_for_the_flags_given(run_dir, 
     assert train.prepare_folder("countdown", run, folder) == run_dir
     assert f"changed since the run was started: trainer.steps: {STEPS} -> 20\n" == capsys.readouterr().out
     assert load_config(run_dir / "config.json") == ("countdown", run)
+
+
+@pytest.mark.parametrize("moment", ["parse", "joined", "check_data"])
+def test_ctrl_c_before_the_loop_is_one_word(moment, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, moment, interrupted)
+    said = run_training("--run-dir", tmp_path / "run")
+    assert said == (INTERRUPTED, "", "interrupted\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_without_a_folder_takes_the_newest(tmp_path, monkeypatch, small_run):

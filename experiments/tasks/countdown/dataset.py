@@ -6,7 +6,9 @@ Data is written as ArrayRecord and read by random access, for which TensorFlow D
 import contextlib
 import dataclasses
 import io
+import itertools
 import logging
+import os
 import random
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -20,6 +22,9 @@ from experiments.tasks.countdown.problems import (
     Problem,
     generate_problems,
 )
+
+_COMPARED = 8
+"""Number of problems of a split that are drawn again, to notice files that were exchanged."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,7 +120,8 @@ def load_problems(
 
     Raises:
         ValueError: if the config or the split is wrong, if fewer problems are found than asked for, or if the files on
-            disk cannot be read.
+            disk cannot be read or hold other problems.
+        OSError: if problems cannot be written.
     """
     config.check()
     if split not in SPLITS:
@@ -130,11 +136,8 @@ def load_problems(
             source = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
             examples = source.__getitems__(range(wanted))
         except Exception as error:  # damaged files make the reader raise errors of any type
-            raise ValueError(
-                f"The problems in {builder.data_dir} cannot be read ({error}); if they are damaged, delete that "
-                "folder, and they are generated again."
-            ) from error
-    return [
+            raise _damaged(builder.data_dir, f"cannot be read ({error})") from error
+    problems = [
         Problem(
             numbers=tuple(int(number) for number in example["numbers"]),
             target=int(example["target"]),
@@ -142,13 +145,29 @@ def load_problems(
         )
         for example in examples
     ]
+    # Checksums do not notice that a sound file has the name of another.
+    expected = list(itertools.islice(generate_problems(config, split), _COMPARED))
+    if problems[:_COMPARED] != expected:
+        raise _damaged(builder.data_dir, f"are not those of the split {split!r}")
+    return problems
+
+
+def _damaged(folder: object, what: str) -> ValueError:
+    return ValueError(
+        f"The problems in {folder} {what}; if they are damaged, delete that folder, and they are generated again."
+    )
 
 
 def _prepared_builder(config: CountdownConfig, data_dir: str | None) -> Countdown:
     # The builder accepts its own default config only as None: another of the same name is an error.
     is_default = config == CountdownConfig()
     builder_config = None if is_default else CountdownBuilderConfig(problems=config)
-    builder = Countdown(data_dir=data_dir, config=builder_config)
+    try:
+        builder = Countdown(data_dir=data_dir, config=builder_config)
+    except Exception as error:  # a damaged dataset_info.json raises errors of any type, here and not when it is read
+        root, name = data_dir or tfds.core.constants.DATA_DIR, CountdownBuilderConfig(problems=config).name
+        folder = os.path.join(root, Countdown.name, name, str(Countdown.VERSION))
+        raise _damaged(folder, f"cannot be read ({error})") from error
     if builder.is_prepared():
         return builder
     try:

@@ -1,6 +1,7 @@
 """The Countdown data set on disk: round trips, interrupted and concurrent builds."""
 
 import dataclasses
+import itertools
 import os
 import random
 import shutil
@@ -87,10 +88,11 @@ def test_files_are_array_records(built):
 
 
 def test_problems_are_made_once(built, monkeypatch):
-    def must_not_be_called(*arguments):
+    def only_a_few(config, split):
+        yield from itertools.islice(generate_problems(config, split), 10)
         raise AssertionError("the problems are on disk")
 
-    monkeypatch.setattr(dataset, "generate_problems", must_not_be_called)
+    monkeypatch.setattr(dataset, "generate_problems", only_a_few)
     assert len(load_problems(SMALL, "train", str(built))) == 120
 
 
@@ -177,7 +179,7 @@ def test_a_build_that_another_process_overtakes_uses_the_data_of_the_other(tmp_p
     monkeypatch.setattr(dataset, "generate_problems", overtaken)
     problems = load_problems(SMALL, "train", str(tmp_path))
     assert problems == list(original(SMALL, "train"))
-    assert sorted(calls) == sorted(SPLITS * 2)
+    assert sorted(calls) == sorted([*SPLITS, *SPLITS, "train", "train"])  # two builds; two looks at what was read
     assert [path.name for path in version_folder(tmp_path).parent.iterdir()] == ["1.0.0"]
 
 
@@ -225,9 +227,18 @@ def test_a_failed_write_is_not_taken_for_an_overtaken_one(tmp_path, monkeypatch)
         lambda folder: (folder / "countdown-train.array_record-00000-of-00001").unlink(),
         lambda folder: os.truncate(folder / "countdown-train.array_record-00000-of-00001", 40_000),
         lambda folder: os.truncate(folder / "countdown-train.array_record-00000-of-00001", 66_000),
+        lambda folder: (folder / "countdown-train.array_record-00000-of-00001").write_bytes(bytes(70_000)),
         lambda folder: (folder / "dataset_info.json").unlink(),
+        lambda folder: (folder / "dataset_info.json").write_text("garbage"),
+        lambda folder: (folder / "dataset_info.json").write_text("{}"),
+        lambda folder: (folder / "dataset_info.json").write_bytes(b"\x80\x81"),
+        lambda folder: os.truncate(folder / "dataset_info.json", 200),
+        lambda folder: ((folder / "dataset_info.json").unlink(), (folder / "dataset_info.json").mkdir()),
     ],
-    ids=["no file", "short file", "cut file", "no description"],
+    ids=[
+        *("no file", "short file", "cut file", "file of zeros"),
+        *("no description", "garbage", "empty description", "no text", "cut description", "folder"),
+    ],
 )
 def test_damaged_data_is_reported_and_made_again_without_its_folder(built, tmp_path, damage):
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
@@ -238,6 +249,20 @@ def test_damaged_data_is_reported_and_made_again_without_its_folder(built, tmp_p
     assert str(folder) in str(error.value)
     shutil.rmtree(folder)
     assert load_problems(SMALL, "train", str(tmp_path)) == list(generate_problems(SMALL, "train"))
+
+
+@pytest.mark.parametrize("other", [{}, {"seed": 1}, {"numbers_max": 3}])
+def test_a_sound_file_in_the_place_of_another_is_noticed(built, tmp_path, other):
+    shutil.copytree(built, tmp_path / "here")
+    load_problems(dataclasses.replace(SMALL, **other), "train", str(tmp_path / "other"))
+    split = "train" if other else "validation"
+    theirs = version_folder(tmp_path / "other") / f"countdown-{split}.array_record-00000-of-00001"
+    folder = version_folder(tmp_path / "here")
+    shutil.copy(theirs, folder / "countdown-test.array_record-00000-of-00001")
+    with pytest.raises(ValueError, match=r"are not those of the split 'test'|cannot be read") as error:
+        load_problems(SMALL, "test", str(tmp_path / "here"))
+    assert "delete that folder" in str(error.value) and str(folder) in str(error.value)
+    assert load_problems(SMALL, "train", str(tmp_path / "here")) == list(generate_problems(SMALL, "train"))
 
 
 def test_a_config_with_too_few_problems_is_reported_and_leaves_no_data(tmp_path):
