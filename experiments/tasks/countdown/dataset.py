@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
 
 from experiments.tasks.countdown.problems import (
     SPLITS,
@@ -165,7 +166,7 @@ def _prepared_builder(config: CountdownConfig, data_dir: str | None) -> Countdow
     try:
         builder = Countdown(data_dir=data_dir, config=builder_config)
     except Exception as error:  # a damaged dataset_info.json raises errors of any type, here and not when it is read
-        root, name = data_dir or tfds.core.constants.DATA_DIR, CountdownBuilderConfig(problems=config).name
+        root, name = data_dir or constants.DATA_DIR, CountdownBuilderConfig(problems=config).name
         folder = os.path.join(root, Countdown.name, name, str(Countdown.VERSION))
         raise _damaged(folder, f"cannot be read ({error})") from error
     if builder.is_prepared():
