@@ -1,6 +1,9 @@
 """Commands, configs, tasks and studies built on top of `rspo_jax` and `models`."""
 
 import importlib.util
+import signal
+import sys
+import threading
 from pathlib import Path
 
 
@@ -20,5 +23,11 @@ def _check_models() -> None:
             "folder that holds it off Python's path (the current folder is on the path, and so are those of PYTHONPATH)"
         )
 
+
+# A command imports for seconds, and Ctrl-C then ends it at once. Python's own handler raises, and the exception is lost
+# where it meets JAX's callback of the garbage collector. Commands that have something to save catch the signal.
+_is_command = sys.argv[:1] == ["-m"] and threading.current_thread() is threading.main_thread()
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 _check_models()

@@ -7,6 +7,7 @@ after an interruption.
 
 import contextlib
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
             _renew_verdicts(subject, usable.problems, folder)
         except (ValueError, OSError, CheckpointError) as error:
             return complain(error)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while the command was imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             evaluate(options, subject, usable.problems[: options.limit], folder)
         except KeyboardInterrupt:

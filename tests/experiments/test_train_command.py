@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -459,6 +460,18 @@ def test_ctrl_c_before_the_loop_is_one_word(moment, tmp_path, monkeypatch):
     said = run_training("--run-dir", tmp_path / "run")
     assert said == (INTERRUPTED, "", "interrupted\n")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5])
+def test_ctrl_c_while_the_command_is_imported_ends_it(seconds, tmp_path):
+    command = [sys.executable, "-m", "experiments.train", "countdown", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and b"Error" not in said, said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_resuming_without_a_folder_takes_the_newest(tmp_path, monkeypatch, small_run):
