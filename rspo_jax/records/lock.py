@@ -45,7 +45,7 @@ class LockHeld(RuntimeError):
 
         Args:
           message: names the other process and the way out.
-          passes: whether the same command may succeed later, although nobody corrects it.
+          passes: True if the same command may succeed later, although nobody corrects it.
         """
         super().__init__(message, passes)
         self.passes = passes
@@ -132,7 +132,8 @@ class RunLock:
         seen: bytes | None = None
         since = 0.0
         while True:
-            found = self._read()
+            with _alone_on_this_machine(self._path.parent):  # not while another start is writing it
+                found = self._read()
             holder = _parse(found)
             if holder.get("token") == _TOKEN and holder.get("process") == os.getpid():
                 return

@@ -126,9 +126,13 @@ def test_an_abandoned_lock_from_elsewhere_is_taken_over_after_a_time(tmp_path: P
     assert len(said) == 2 and "waiting for up to" in said[0] and said[1].endswith("is taken over.")
 
 
-def test_a_lock_that_is_renewed_elsewhere_is_refused_and_may_pass(tmp_path: Path) -> None:
+def test_a_lock_that_is_renewed_elsewhere_is_refused_and_may_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 60.0)  # the renewal comes before, however busy the machine is
     put(tmp_path, held_by(7, host="another", renewals=3))
-    renewal = threading.Timer(0.1, put, (tmp_path, held_by(7, host="another", renewals=4)))
+    renewed = _written(tmp_path / "new", held_by(7, host="another", renewals=4))
+    renewal = threading.Timer(0.1, os.replace, (renewed, tmp_path / LOCK_FILE))
     renewal.start()
     with pytest.raises(LockHeld, match="by process 7 on another: wait for its end") as error:
         RunLock(tmp_path, lambda _: None).__enter__()
