@@ -17,7 +17,7 @@ import jax
 import tyro
 
 from experiments.config import Place
-from experiments.errors import complain
+from experiments.errors import INTERRUPTED, complain
 from experiments.evaluation.draw import Drawing, draw_missing, judge_again, wanted_pairs
 from experiments.evaluation.identity import digest_of, judge_identity, prompts_digest
 from experiments.evaluation.progress import EvaluationProgress, describe_throughput, make_console, print_plain
@@ -85,7 +85,7 @@ class EvaluateOptions:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code: 0, `MISTAKE`, or 130 after Ctrl-C."""
+    """Run the command; return its exit code: 0, `MISTAKE`, or `INTERRUPTED` after Ctrl-C."""
     with contextlib.ExitStack() as stack:
         try:
             options = tyro.cli(EvaluateOptions, args=arguments, prog="python -m experiments.evaluate")
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
             evaluate(options, subject, usable.problems[: options.limit], folder)
         except KeyboardInterrupt:
             print(f"stopped: {len(folder.responses)} responses are in {folder.path}; the same command continues")
-            return 130
+            return INTERRUPTED
     return 0
 
 

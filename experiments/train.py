@@ -77,19 +77,22 @@ def main(arguments: list[str] | None = None) -> int:
                 with RunLock(folder.run_dir):
                     return train_in(agree_on_folder(name, run, folder), run, problems, folder.resume)
             except (*MISTAKES, OSError) as error:
-                if isinstance(error, OSError) and trouble_of(error) is None:
-                    raise
-                return membership.give_up(str(error), complain(error))
+                return membership.give_up(str(error), _complain_or_raise(error))
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr)
                 return membership.give_up("interrupted", INTERRUPTED)
     except (UserError, ClusterError, OSError) as error:
-        if isinstance(error, OSError) and trouble_of(error) is None:
-            raise
-        return complain(error)
+        return _complain_or_raise(error)
     except KeyboardInterrupt:  # before there were others to tell
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _complain_or_raise(error: Exception) -> int:
+    """Complain of an error and return the exit code; raise an OSError that is no trouble with files."""
+    if isinstance(error, OSError) and trouble_of(error) is None:
+        raise error
+    return complain(error)
 
 
 def parse(arguments: list[str]) -> tuple[str, Run, Folder]:

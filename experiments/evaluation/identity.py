@@ -28,8 +28,6 @@ import rspo_jax.rollouts.rollout
 from rspo_jax.records import is_bucket, write_json
 from rspo_jax.types import Task
 
-LIBRARIES = ("mpmath",)
-"""Packages that judges rest on. Their versions count, not their files."""
 _SHARED_SOURCES = [*Path(experiments.tasks.__path__[0]).glob("*.py"), Path(rspo_jax.rollouts.rollout.__file__)]
 # Settings of tasks that show in prompts or problems, which have digests of their own, or that change no verdict.
 _NOT_OF_THE_JUDGE = {"train_path", "validation_path", "test_path", "data_dir", "prompt", "system", "workers"}
@@ -167,7 +165,8 @@ def judge_identity(task: Task, problems: Sequence[Any]) -> dict[str, Any]:
         "references": digest_of(problems),
         "source": digest_of([contents, _methods(type(task))]),
         "settings": settings,
-        "libraries": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+        # Their versions count, not their files.
+        "libraries": {"python": platform.python_version(), "mpmath": importlib.metadata.version("mpmath")},
     }
 
 
@@ -190,10 +189,3 @@ def _methods(task_type: type[Task]) -> dict[str, str]:
 def _codes(task_type: type[Task]) -> dict[str, types.CodeType]:
     functions = {name: inspect.unwrap(getattr(task_type, name)) for name in _JUDGING if hasattr(task_type, name)}
     return {name: function.__code__ for name, function in functions.items() if inspect.isfunction(function)}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

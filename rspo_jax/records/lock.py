@@ -135,7 +135,7 @@ class RunLock:
             with _alone_on_this_machine(self._path.parent):  # not while another start is writing it
                 found = self._read()
             holder = _parse(found)
-            if holder.get("token") == _TOKEN and holder.get("process") == os.getpid():
+            if _is_of_this_process(holder):
                 return
             if found is None or _has_died(holder):
                 if self._replace(found, settle=is_bucket(self._path)):
@@ -196,8 +196,7 @@ class RunLock:
                 self._confirmed = time.monotonic()
 
     def _is_mine(self) -> bool:
-        holder = _parse(self._read())
-        return holder.get("token") == _TOKEN and holder.get("process") == os.getpid()
+        return _is_of_this_process(_parse(self._read()))
 
     def _read(self) -> bytes | None:
         try:
@@ -239,6 +238,10 @@ def _machine() -> dict[str, str | None]:
     except OSError:
         boot = namespace = None
     return {"host": socket.gethostname(), "boot": boot, "namespace": namespace}
+
+
+def _is_of_this_process(holder: dict[str, Any]) -> bool:
+    return holder.get("token") == _TOKEN and holder.get("process") == os.getpid()  # a fork has the token too
 
 
 def _is_of_this_machine(holder: dict[str, Any]) -> bool:

@@ -261,6 +261,6 @@ def test_the_judge_of_a_package_is_all_of_its_source(tmp_path, monkeypatch):
     found.append(judge_identity(Task(), []))
     monkeypatch.setattr(Task, "answers", lambda self, problems, responses: None, raising=False)
     found.append(judge_identity(Task(), []))
-    monkeypatch.setattr(identity, "_version", lambda name: "another")
+    monkeypatch.setattr(identity.importlib.metadata, "version", lambda name: "another")
     found.append(judge_identity(Task(), []))
     assert len({digest_of(one) for one in found}) == len(found)
