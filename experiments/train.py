@@ -31,7 +31,7 @@ from rspo_jax.records.trouble import trouble_of
 from rspo_jax.rollouts import Problems, check_solutions, load_problems
 from rspo_jax.sharding import make_mesh
 from rspo_jax.training import check_mesh, state_on_mesh
-from rspo_jax.training.trainer import Stopped, train
+from rspo_jax.training.trainer import Setup, Stopped, train
 
 RUNS_FOLDER = epath.Path("runs")
 CACHE_FOLDER = "compiled"
@@ -305,16 +305,9 @@ def train_in(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) ->
     say(f"run folder: {run_dir}")
     model = run.architecture()
     try:
-        _, seconds = train(
-            models.Transformer(model),
-            functools.partial(models.init_params, model),
-            problems,
-            run.learner(),
-            run.trainer,
-            run_dir,
-            resume,
-            run.load_params,
-        )
+        init_params = functools.partial(models.init_params, model)
+        setup = Setup(models.Transformer(model), init_params, problems, run.learner(), run.trainer, run.load_params)
+        _, seconds = train(setup, run_dir, resume)
     except Stopped as stop:
         others = "" if jax.process_count() == 1 else "    # on every host, as before"
         command = f"{sys.executable} -m experiments.train {name} --run-dir {run_dir} --resume"

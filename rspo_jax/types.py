@@ -6,7 +6,7 @@ N counts the rows that responses are packed into.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 
@@ -281,6 +281,12 @@ class Judgement(NamedTuple):
     """True if the judge gave up, for example at a limit of time or memory. Such responses are counted."""
     unmarked: bool = False
     """True if the response lacks the text after which responses are judged. Such responses are counted."""
+    left_out: bool = False
+    """True if no reward applies to the response. It then counts for nothing, neither in the loss nor in the advantages
+    of its group, whatever its `reward`. Such responses are counted."""
+    parts: tuple[float, ...] = ()
+    """The rewards that `reward` is the weighted sum of, in the order of the task's `reward_names`; NaN for one that
+    does not apply. Empty for a task that does not name its rewards."""
 
 
 class Task(Protocol):
@@ -301,16 +307,48 @@ class Task(Protocol):
         """Return a worked response, for the warm start."""
         ...
 
-    def judge(self, problems: Sequence[Any], responses: Sequence[str]) -> list[Judgement]:
+    def judge(self, problems: Sequence[Any], responses: Sequence[Any]) -> list[Judgement]:
         """Judge many responses at once, so that a task may spread the work over processes.
 
         Responses are whatever a model drew: none of them may raise an error or take for ever.
 
         Args:
           problems: one for each response.
-          responses: the text of each, without special tokens.
+          responses: the text of each, without special tokens; for a `ConversationTask`, the texts of its turns.
 
         Returns:
           One judgement a response.
+        """
+        ...
+
+
+@runtime_checkable
+class RewardsTask(Task, Protocol):
+    """A task that names the rewards of a response; each is then a metric of its own."""
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """Names of `Judgement.parts`."""
+        ...
+
+    @property
+    def tells_correct(self) -> bool:
+        """True if judgements say which responses are correct; otherwise runs report mean rewards, not solve rates."""
+        ...
+
+
+Conversation = Sequence[str]
+"""The texts of a conversation in turns, after the prompt: the model's, the environment's, the model's, and so on. The
+first and the last are the model's."""
+
+
+@runtime_checkable
+class ConversationTask(Task, Protocol):
+    """A task of several turns: its environment answers what the model says."""
+
+    def respond(self, problem: Any, conversation: Conversation) -> str | None:
+        """Return what the environment says after the model's last turn, chat markup included; None if it has ended.
+
+        It must be a function of its arguments alone, so that a resumed run goes on bit for bit.
         """
         ...

@@ -218,7 +218,7 @@ def judge_texts(task: Task, problems: Sequence[Any], responses: Sequence[str]) -
       responses: B texts.
 
     Returns:
-      float32 [B, 4]: the fields of `Judgement`.
+      float32 [B, 4]: the first fields of `Judgement`.
 
     Raises:
       ValueError: if the task gives a reward that is not finite, or not one judgement a response.
@@ -231,7 +231,7 @@ def judge_texts(task: Task, problems: Sequence[Any], responses: Sequence[str]) -
             f"{', '.join(types) or 'none'}: return one Judgement for each response"
         )
     with np.errstate(over="ignore"):
-        checked = np.array([tuple(one) for one in judgements], np.float32)
+        checked = np.array([one[:4] for one in judgements], np.float32)
     wrong = np.flatnonzero(~np.isfinite(checked[:, 0]))
     if wrong.size:
         raise ValueError(

@@ -6,6 +6,7 @@ this order.
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from rspo_jax.statistics import Maximum, Statistic, reduce
 from rspo_jax.training.config import LearnerConfig, TrainerConfig
 from rspo_jax.training.state import RunState, sampling_params
 from rspo_jax.training.update import route_to_host, score, split_parts
-from rspo_jax.types import PackedBatch, Policy, RolloutBatch, ScoredBatch
+from rspo_jax.types import Array, PackedBatch, Params, Policy, RolloutBatch, ScoredBatch
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,17 @@ class Setup:
     """Everything that stays the same over a run."""
 
     policy: Policy
+    init_params: Callable[[Array], Params]
+    """Makes the model's parameters from a PRNG key."""
     problems: Problems
+    """The task and its problems, from `rspo_jax.rollouts.load_problems(task, config.max_prompt_tokens)`."""
     learner: LearnerConfig
+    """Objective, penalties and routing."""
     config: TrainerConfig
+    """Everything else."""
+    load_params: Callable[[], Params | None] = lambda: None
+    """Returns the parameters to begin with, of the shapes of `init_params`, on the mesh in use; None for fresh ones. A
+    run that goes on does not call it."""
 
 
 class Drawing(NamedTuple):

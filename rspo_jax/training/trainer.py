@@ -7,7 +7,6 @@ PRNG key, data cursor and step counts.
 
 import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,9 +19,9 @@ from rspo_jax.records.checkpoint import Checkpoints
 from rspo_jax.records.files import FilePath, as_path
 from rspo_jax.records.lock import RunLock
 from rspo_jax.records.metrics import MetricsLog, check_record, read_metrics
-from rspo_jax.rollouts import Packing, Problems, ResponseLengths, check_solutions, encode_solutions, pack, take
+from rspo_jax.rollouts import Packing, ResponseLengths, check_solutions, encode_solutions, pack, take
 from rspo_jax.sharding import make_mesh
-from rspo_jax.training.config import LearnerConfig, TrainerConfig, check_learner, check_mesh
+from rspo_jax.training.config import check_learner, check_mesh
 from rspo_jax.training.evaluation import evaluate
 from rspo_jax.training.metrics import StepMetrics, rate_change, read_statistics, rollout_metrics, speed
 from rspo_jax.training.probe import probe_gradients
@@ -40,34 +39,19 @@ from rspo_jax.training.stages import (
 )
 from rspo_jax.training.state import RunState, copy_params, first_state, init_train_state, state_on_mesh
 from rspo_jax.training.update import route_to_device, supervised_update, update
-from rspo_jax.types import Array, Params, Policy
+from rspo_jax.types import Params
 
-__all__ = ["Stopped", "train"]
+__all__ = ["Setup", "Stopped", "train"]
 
 
-def train(
-    policy: Policy,
-    init_params: Callable[[Array], Params],
-    problems: Problems,
-    learner: LearnerConfig,
-    config: TrainerConfig,
-    run_dir: FilePath,
-    resume: bool = False,
-    load_params: Callable[[], Params | None] = lambda: None,
-) -> tuple[Params, float]:
+def train(setup: Setup, run_dir: FilePath, resume: bool = False) -> tuple[Params, float]:
     """Run both phases to their end.
 
     Args:
-      policy: the model.
-      init_params: makes its parameters from a PRNG key.
-      problems: the task and its problems, from `rspo_jax.rollouts.load_problems(task, config.max_prompt_tokens)`.
-      learner: objective, penalties and routing.
-      config: everything else.
+      setup: the model, the problems and all settings.
       run_dir: a folder, or an address of `rspo_jax.records.files.as_path`; gets `metrics.jsonl`, `tensorboard/` and
         `checkpoints/`.
       resume: if True, go on from the newest checkpoint in `run_dir`, or start if there is none.
-      load_params: returns the parameters to begin with, of the shapes of `init_params`, on the mesh in use; None for
-        fresh ones. A run that goes on does not call it.
 
     Returns:
       The final parameters, and the seconds that the run took.
@@ -79,8 +63,8 @@ def train(
       DamagedRows: if a file of rows cannot be relied on.
       ValueError: if configs do not fit together, or a checkpoint does not fit the model.
     """
+    problems, learner, config = setup.problems, setup.learner, setup.config
     check_learner(config, learner)
-    setup = Setup(policy, problems, learner, config)
     for name, split in problems.splits.items():
         if split.dropped:
             say(
@@ -98,9 +82,13 @@ def train(
         if resume:
             Agreement("record").from_primary(functools.partial(check_record, run_dir))
         # The state: from the newest sound checkpoint, or from the beginning.
-        template = state_on_mesh(policy, init_params, config, mesh, learner.regularizers.needs_reference)
+        template = state_on_mesh(setup.policy, setup.init_params, config, mesh, learner.regularizers.needs_reference)
         restored = checkpoints.restore_newest(template, say=say) if resume else None
-        state = first_state(init_params, load_params(), config, template) if restored is None else restored.state
+        state = (
+            first_state(setup.init_params, setup.load_params(), config, template)
+            if restored is None
+            else restored.state
+        )
         metadata: dict[str, Any] = {"elapsed_seconds": 0.0} if restored is None else restored.metadata
         if resume:
             say(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")

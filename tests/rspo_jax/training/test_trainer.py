@@ -34,7 +34,7 @@ from rspo_jax.training import (
 from rspo_jax.training.metrics import rate_change
 from rspo_jax.training.restore import restore_params
 from rspo_jax.training.state import fresh_state
-from rspo_jax.training.trainer import Stopped, train
+from rspo_jax.training.trainer import Setup, Stopped, train
 from rspo_jax.types import Judgement, ModelOutput, RouterReading
 
 TIMINGS = {"step_seconds", "tokens_per_second"}
@@ -162,7 +162,7 @@ def promotion_as_optax_needs_it():
 def run(run_dir, config=CONFIG, task=None, learner=LEARNER, resume=False, init=init_params):
     """The final parameters on the host, and the rows without timings."""
     problems = load_problems(task or TranslationTask(), config.max_prompt_tokens)
-    params, seconds = train(POLICY, init, problems, learner, config, run_dir, resume)
+    params, seconds = train(Setup(POLICY, init, problems, learner, config), run_dir, resume)
     assert seconds > 0
     return bits(params), rows_of(run_dir)
 
@@ -420,7 +420,7 @@ def test_responses_that_are_cut_off_may_be_left_out_of_the_loss(tmp_path, start)
             return output._replace(logits=output.logits.at[..., Characters.eos_id].add(-1e9))
 
     problems = load_problems(Stopped())
-    train(Endless(), copies_of(start), problems, learner, masked, tmp_path / "endless")
+    train(Setup(Endless(), copies_of(start), problems, learner, masked), tmp_path / "endless")
     row = read_metrics(tmp_path / "endless")[-1]
     assert (row["masked_truncated"], row["learned_updates"], row["skipped_updates"]) == (32, 0, 0)
 
@@ -764,7 +764,7 @@ def test_the_time_of_a_stopped_process_counts(tmp_path):
     stopped_run(tmp_path, *STOPS["in the last step but one"])
     before = sum(row["step_seconds"] for row in read_metrics(tmp_path) if "step_seconds" in row)
     problems = load_problems(TranslationTask())
-    _, seconds = train(POLICY, init_params, problems, LEARNER, CONFIG, tmp_path, resume=True)
+    _, seconds = train(Setup(POLICY, init_params, problems, LEARNER, CONFIG), tmp_path, resume=True)
     assert seconds > before
 
 
