@@ -136,11 +136,11 @@ def judge_again(task: Task, problems: Sequence[Any], responses: Sequence[Respons
     asked = [problems[response.problem] for response in responses]
     texts = [response.text for response in responses]
     truncated = np.array([response.truncated for response in responses], bool)
-    ended, verdicts = np.flatnonzero(~truncated), np.zeros((len(responses), len(Judgement._fields)), np.float32)
+    ended, verdicts = np.flatnonzero(~truncated), np.zeros((len(responses), 4), np.float32)
     if ended.size:
         verdicts[ended] = judge_texts(task, [asked[row] for row in ended], [texts[row] for row in ended])
     answers = _answers(task, asked, texts, truncated)
-    judgements = [Judgement(reward, *map(bool, flags)) for reward, *flags in verdicts.tolist()]
+    judgements = [Judgement(row[0], bool(row[1]), bool(row[2]), bool(row[3])) for row in verdicts.tolist()]
     return [
         dataclasses.replace(
             response,
