@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from rspo_jax.types import Tokenizer
 
@@ -33,17 +33,34 @@ class ChatTokenizer(Tokenizer, Protocol):
         ...
 
 
-def ask(tokenizer: ChatTokenizer, template: str, problem: str, system: str = "") -> str:
-    """Return the text of a prompt: the system message, unless it is empty, and the user's question.
+class Message(NamedTuple):
+    """One message of a chat."""
+
+    role: str
+    """ "system", "user" or "assistant"."""
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+"""What a problem asks: a text, or the messages of a chat. A chat that ends with an assistant's message is one in which
+the model goes on with this message."""
+
+
+def ask(tokenizer: ChatTokenizer, template: str, problem: Prompt, system: str = "") -> str:
+    """Return the text of a prompt, up to where the model goes on.
 
     Args:
       tokenizer: writes the conversation.
-      template: the user's question, with {problem} in place of the problem.
-      problem: the problem's text.
-      system: the system message.
+      template: the user's question, with {problem} in place of the problem. Of a chat it is the user's last message.
+      problem: the problem.
+      system: the system message, unless it is empty; for a problem that brings none of its own.
     """
-    before = [{"role": "system", "content": system}] if system else []
-    return tokenizer.chat([*before, {"role": "user", "content": template.replace("{problem}", problem)}])
+    messages = [Message("user", problem)] if isinstance(problem, str) else list(problem)
+    begun = messages.pop().content if messages[-1].role == "assistant" else ""
+    messages[-1] = Message("user", template.replace("{problem}", messages[-1].content))
+    if system:
+        messages.insert(0, Message("system", system))
+    return tokenizer.chat([message._asdict() for message in messages]) + begun
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Tasks and a tokenizer for tests that need some problems and a judge."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rspo_jax.types import Judgement
 
@@ -22,6 +22,21 @@ class Characters:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.alphabet[token - 2] for token in ids if 2 <= token < self.vocabulary_size)
+
+
+class ChatCharacters:
+    """A tokenizer of one id for each character there is, which marks the messages of a chat by their roles."""
+
+    pad_id, eos_id, stop_ids, vocabulary_size = 0, 1, (1,), 2 + 0x110000
+
+    def encode(self, text: str) -> list[int]:
+        return [2 + ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(token - 2) for token in ids if token > 1)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
 
 
 class ExactTask:
