@@ -58,7 +58,7 @@ types: setup ## check types with pyright
 
 lock: setup ## write requirements*.txt anew from pyproject.toml (ARGS=--upgrade takes newer versions)
 	$(LOCK) $(ARGS) --extra dev --output-file requirements-dev.txt pyproject.toml
-	$(LOCK) --constraints requirements-dev.txt --output-file requirements.txt pyproject.toml
+	$(LOCK) --constraints requirements-dev.txt --extra train --output-file requirements.txt pyproject.toml
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

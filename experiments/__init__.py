@@ -1,10 +1,14 @@
 """Commands, configs, tasks and studies built on top of `rspo_jax` and `models`."""
 
+import contextlib
 import importlib.util
 import signal
 import sys
 import threading
 from pathlib import Path
+from types import TracebackType
+
+from experiments.errors import complain
 
 
 def _check_models() -> None:
@@ -24,10 +28,33 @@ def _check_models() -> None:
         )
 
 
+def _say_which_extra(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say which extra to install, in place of the traceback of a package that is missing.
+
+    Raises:
+      SystemExit: with the exit code of a mistake.
+    """
+    sentence = None
+    if isinstance(error, ImportError):
+        with contextlib.suppress(ImportError):  # without JAX, Python's own words have to do
+            from rspo_jax.extras import MissingExtra, what_to_install
+
+            if isinstance(error, MissingExtra):
+                sentence = str(error)
+            elif isinstance(error, ModuleNotFoundError):
+                sentence = what_to_install(error, "this command")
+    if sentence is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        sys.exit(complain(sentence))
+
+
 # A command imports for seconds, and Ctrl-C then ends it at once. Python's own handler raises, and the exception is lost
 # where it meets JAX's callback of the garbage collector. Commands that have something to save catch the signal.
 _is_command = sys.argv[:1] == ["-m"] and threading.current_thread() is threading.main_thread()
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+if _is_command:
+    sys.excepthook = _say_which_extra
 
 _check_models()

@@ -1,5 +1,6 @@
 """Exit codes of the commands, and mistakes that a user can correct."""
 
+import contextlib
 import sys
 
 MISTAKE = 2
@@ -28,9 +29,10 @@ def complain(error: object) -> int:
     """
     sentence, passes = error, getattr(error, "passes", False)
     if isinstance(error, Exception):
-        from rspo_jax.records.trouble import trouble_of  # brings JAX along, which takes seconds
+        with contextlib.suppress(ImportError):  # a command that needs no packages can run where there are none
+            from rspo_jax.records.trouble import trouble_of  # brings JAX along, which takes seconds
 
-        if trouble := trouble_of(error):
-            sentence, passes = trouble.words if isinstance(error, OSError) else error, trouble.passes
+            if trouble := trouble_of(error):
+                sentence, passes = trouble.words if isinstance(error, OSError) else error, trouble.passes
     print(f"error: {sentence}", file=sys.stderr)
     return TROUBLE if passes else MISTAKE

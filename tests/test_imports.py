@@ -19,16 +19,17 @@ PACKAGES = ("rspo_jax", "models", "experiments")
 
 GROUND = ("types", "sharding", "statistics")
 ARROWS = {
+    "extras": (),
     "types": (),
     "sharding": ("types",),
     "statistics": ("types",),
     "hosts": (),
-    "records": ("hosts", "types"),
+    "records": ("hosts", "types", "extras"),
     "objectives": GROUND,
     "routing": GROUND,
     "log_probs": GROUND,
     "rollouts": ("routing", *GROUND),
-    "training": ("rollouts", "log_probs", "routing", "objectives", "records", "hosts", *GROUND),
+    "training": ("rollouts", "log_probs", "routing", "objectives", "records", "hosts", "extras", *GROUND),
     "tunix": ("rollouts", "log_probs", "routing", "objectives", "training", *GROUND),
 }
 """Room of rspo_jax -> the rooms that it may use. None of them imports the package as a whole."""
@@ -47,7 +48,7 @@ FORBIDDEN_ANYWHERE = (
     "jax.experimental.pjit",
     "jax.experimental.shard_map",
 )
-MODELS_MAY_KNOW = ("rspo_jax.types", "rspo_jax.sharding")
+MODELS_MAY_KNOW = ("rspo_jax.types", "rspo_jax.sharding", "rspo_jax.extras")
 
 
 def module_name(path: str) -> str:
@@ -252,5 +253,15 @@ def test_importing_the_library_is_light() -> None:
     assert result.returncode == 0, result.stderr
     loaded = set(json.loads(result.stdout))
     assert {"jax", "rspo_jax"} <= loaded
-    heavy = {"flax", "matplotlib", "orbax", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
+    heavy = {
+        "flax",
+        "matplotlib",
+        "optax",
+        "orbax",
+        "rich",
+        "tensorflow",
+        "tensorflow_datasets",
+        "torch",
+        "transformers",
+    }
     assert not loaded & heavy

@@ -16,8 +16,20 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME_LOCK, DEV_LOCK = "requirements.txt", "requirements-dev.txt"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-RUNTIME = PYPROJECT["dependencies"]
-DEV = PYPROJECT["optional-dependencies"]["dev"]
+CORE, EXTRAS = PYPROJECT["dependencies"], PYPROJECT["optional-dependencies"]
+
+
+def unfold(extra: str) -> list[str]:
+    """Return the requirements of an extra, with those of the extras of this project that it names."""
+    found: list[str] = []
+    for text in EXTRAS[extra]:
+        requirement = Requirement(text)
+        inner = requirement.extras if requirement.name == PYPROJECT["name"] else ()
+        found += [line for name in sorted(inner) for line in unfold(name)] if inner else [text]
+    return found
+
+
+RUNTIME, DEV = CORE + unfold("train"), unfold("dev")
 
 
 def read_pins(lock: str) -> dict[str, Requirement]:
@@ -51,9 +63,17 @@ def test_declared_dependency_is_pinned_within_its_bounds(lock: str, declared: st
     assert version in requirement.specifier, f"{lock} pins {name} {version}: run `make lock`"
 
 
-@pytest.mark.parametrize("declared", [*RUNTIME, *DEV])
+@pytest.mark.parametrize("declared", sorted({*CORE, *(line for extra in EXTRAS for line in unfold(extra))}))
 def test_declared_dependency_has_a_lower_bound(declared: str) -> None:
     assert any(part.operator == ">=" for part in Requirement(declared).specifier)
+
+
+def test_the_core_is_what_the_losses_need() -> None:
+    assert {Requirement(text).name for text in CORE} == {"chex", "jax", "numpy"}
+
+
+def test_the_lock_for_development_covers_training() -> None:
+    assert set(unfold("train")) <= set(DEV)
 
 
 def test_runtime_lock_is_part_of_the_dev_lock() -> None:

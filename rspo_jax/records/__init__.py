@@ -4,11 +4,14 @@ Checkpoints are imported by path, `rspo_jax.records.checkpoint`: they bring Orba
 and which readers do not need.
 """
 
-from rspo_jax.records.alarm import Alarm, AlarmRecord, AlarmRule, CollapseRule, Warned, alarm_record, judge_alarm
-from rspo_jax.records.files import FilePath, GrowingFiles, as_path, is_bucket, is_leftover, replace_file
-from rspo_jax.records.metrics import MetricsLog, read_diagnostics, read_metrics, wilson_interval, write_json
-from rspo_jax.records.progress import PhaseProgress
-from rspo_jax.records.rows import Phase
+from rspo_jax.extras import naming_the_extra
+
+with naming_the_extra("rspo_jax.records"):
+    from rspo_jax.records.alarm import Alarm, AlarmRecord, AlarmRule, CollapseRule, Warned, alarm_record, judge_alarm
+    from rspo_jax.records.files import FilePath, GrowingFiles, as_path, is_bucket, is_leftover, replace_file
+    from rspo_jax.records.metrics import MetricsLog, read_diagnostics, read_metrics, wilson_interval, write_json
+    from rspo_jax.records.progress import PhaseProgress
+    from rspo_jax.records.rows import Phase
 
 __all__ = [
     "Alarm",

@@ -4,19 +4,28 @@ The loop itself, `rspo_jax.training.trainer`, and `rspo_jax.training.restore` ar
 Orbax along, which takes seconds to import and which configs and losses do not need.
 """
 
-from rspo_jax.training.config import (
-    CheckpointConfig,
-    EvaluationConfig,
-    LearnerConfig,
-    OptimizerConfig,
-    TrainerConfig,
-    WarmStartConfig,
-    check_learner,
-    check_mesh,
-)
-from rspo_jax.training.loss import score_rows
-from rspo_jax.training.state import TrainState, init_train_state, sampling_params, state_on_mesh, train_state_shardings
-from rspo_jax.training.update import score, update
+from rspo_jax.extras import naming_the_extra
+
+with naming_the_extra("rspo_jax.training"):
+    from rspo_jax.training.config import (
+        CheckpointConfig,
+        EvaluationConfig,
+        LearnerConfig,
+        OptimizerConfig,
+        TrainerConfig,
+        WarmStartConfig,
+        check_learner,
+        check_mesh,
+    )
+    from rspo_jax.training.loss import score_rows
+    from rspo_jax.training.state import (
+        TrainState,
+        init_train_state,
+        sampling_params,
+        state_on_mesh,
+        train_state_shardings,
+    )
+    from rspo_jax.training.update import score, update
 
 __all__ = [
     "CheckpointConfig",
