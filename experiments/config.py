@@ -61,6 +61,7 @@ class ObjectiveOptions:
     """The objective, and changes to its defaults. An option that the objective does not have is refused."""
 
     objective: ObjectiveName = "rspo"
+    """The loss; docs/objectives.md compares them."""
     gamma_min: float | None = None
     """Floor of the router-shift ratio; switches the router shift on in objectives that leave it out by default."""
     gamma_use: GammaUse | None = None

@@ -20,6 +20,7 @@ from etils import epath
 import models
 from experiments.config import RUNS, Place, Run, differences, load_config, save_config
 from experiments.errors import INTERRUPTED, STOPPED, UserError, complain
+from experiments.flags import answer_help, naming_mistyped_flags
 from experiments.reporting.training_curves import draw_curves
 from rspo_jax.hosts import Agreement, ClusterConfig, ClusterError, is_primary, joined, say
 from rspo_jax.records import as_path, is_leftover, read_metrics, write_json
@@ -33,6 +34,7 @@ from rspo_jax.sharding import make_mesh
 from rspo_jax.training import check_mesh, state_on_mesh
 from rspo_jax.training.trainer import Setup, Stopped, train
 
+PROG = "python -m experiments.train"
 RUNS_FOLDER = epath.Path("runs")
 CACHE_FOLDER = "compiled"
 MISTAKES = (UserError, CheckpointError, CheckpointMismatch, DamagedRows, LockHeld, LockLost)
@@ -112,12 +114,15 @@ def parse(arguments: list[str]) -> tuple[str, Run, Folder]:
             if name != arguments[0]:
                 raise ValueError(f"{resumed} is a run of {name}, not of {arguments[0]}")
         commands = {name: _command(name, default) for name, default in defaults.items()}
-        name, run, folder = tyro.extras.subcommand_cli_from_dict(
-            commands,
-            args=arguments,
-            prog="python -m experiments.train",
-            description="Train with reinforcement learning.",
-        )
+        if arguments[0] in commands:
+            answer_help(f"{PROG} {arguments[0]}", commands[arguments[0]], arguments[1:])
+        with naming_mistyped_flags(commands, arguments):
+            name, run, folder = tyro.extras.subcommand_cli_from_dict(
+                commands,
+                args=arguments,
+                prog=PROG,
+                description="Train with reinforcement learning. TASK --help shows the flags of a task.",
+            )
         run.check()
     except ValueError as error:
         raise UserError(str(error)) from error

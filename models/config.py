@@ -66,9 +66,12 @@ class TransformerConfig:
 
     vocab_size: int = 32
     hidden_size: int = 96
+    """Size of the vector that a token has between layers."""
     num_layers: int = 2
     num_heads: int = 4
+    """Heads of the queries."""
     num_kv_heads: int = 2
+    """Heads of keys and values, which groups of query heads share."""
     head_dim: int = 24
     """Head size of queries and keys."""
     num_experts: int = 8

@@ -24,6 +24,7 @@ class SamplerConfig:
     """Settings of the sampler."""
 
     max_new_tokens: int = 16
+    """Tokens of a response at most."""
     temperature: float = 1.0
     """0 is greedy: it takes the likeliest token and reports its log-probability at temperature 1."""
     top_k: int | None = None

@@ -21,13 +21,19 @@ class OptimizerConfig:
     """AdamW with gradient clipping, under a linear warmup to a constant learning rate or to a cosine decay to 0."""
 
     learning_rate: float = 3e-4
+    """The highest learning rate: that after the warmup."""
     warmup_updates: int = 10
+    """Updates over which the learning rate grows from 0."""
     decay_updates: int | None = None
     """Updates, warmup included, after which a cosine decay reaches 0; constant when absent."""
     weight_decay: float = 0.0
+    """Decoupled weight decay, in units of the learning rate."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
     max_gradient_norm: float = 1.0
+    """Norm that longer gradients are scaled down to."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:

@@ -348,7 +348,10 @@ def test_mistakes_that_only_the_data_show(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["chess"], "chess"),
+        (["chess"], "there is no task 'chess'; the tasks are countdown, "),
+        (["countdwn", "--steps", "3"], "there is no task 'countdwn' (did you mean countdown?)"),
+        (["countdown", "--learing-rate", "3"], "no flag --learing-rate (did you mean --optimizer.learning-rate?)"),
+        (["countdown", "--help", "chess"], "no group and no flag is called 'chess'; the groups are "),
         (["countdown", "--speed", "3"], "--speed"),
         (["countdown", "--steps", "many"], "many"),
         (["countdown", "--steps"], "--steps"),
@@ -364,11 +367,7 @@ def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as exit:
         train.main(arguments)
     assert exit.value.code == 0
-    output = capsys.readouterr().out
-    assert "countdown" in output
-    if "countdown" in arguments:
-        for flag in ("--steps", "--objective", "--run-dir", "--resume", "--model.hidden-size", "--gamma-min"):
-            assert flag in output
+    assert "countdown" in capsys.readouterr().out
 
 
 # --- folders ---
