@@ -144,7 +144,7 @@ def _renew_verdicts(subject: Subject, problems: Sequence[Any], folder: ResponseF
     print(f"{len(before)} responses are judged again, because references or judge have changed ({changes})")
     after = judge_again(subject.task, problems, before)
     changed = sum(old != new for old, new in zip(before, after, strict=True))
-    right_before, right = (sum(response.correct for response in responses) for responses in (before, after))
+    right_before, right = (sum(bool(response.correct) for response in responses) for responses in (before, after))
     folder.replace_verdicts(after)
     print(f"{changed} verdicts have changed: {right_before} responses were right before, {right} are now")
 

@@ -6,6 +6,7 @@ It joins a task, a model and the trainer; the training itself is in `rspo_jax.tr
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import sys
 import time
@@ -336,10 +337,12 @@ def train_in(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) ->
 def summarize(run_dir: epath.Path, run: Run, test_problems: int, seconds: float) -> dict[str, Any]:
     """Return the contents of `summary.json`: solve rates on the test split before and after, with 95 % intervals.
 
+    For a task that names its rewards there are mean rewards, beside the rates or alone.
+
     Raises:
       UserError: if a row that it needs is lost.
     """
-    rows = [row for row in read_metrics(run_dir) if "test_sampled" in row]
+    rows = [row for row in read_metrics(run_dir) if "test_sampled" in row or "test_sampled_reward" in row]
     if not rows or rows[0]["step"] != 0 or rows[-1]["step"] < run.trainer.steps:
         lost = "the last step" if rows and rows[0]["step"] == 0 else "step 0"
         raise UserError(
@@ -352,9 +355,13 @@ def summarize(run_dir: epath.Path, run: Run, test_problems: int, seconds: float)
     summary["test_problems"] = test_problems
     for mode, suffix in (("sampled", ""), ("greedy", "_greedy")):
         for name, row in (("warm_start", first), ("final", last)):
-            summary[f"{name}_solve_rate{suffix}"] = row[f"test_{mode}"]
-            summary[f"{name}_interval{suffix}"] = [row[f"test_{mode}_low"], row[f"test_{mode}_high"]]
-        summary[f"improvement_points{suffix}"] = 100 * (last[f"test_{mode}"] - first[f"test_{mode}"])
+            for kind, metric in (("solve_rate", f"test_{mode}"), ("reward", f"test_{mode}_reward")):
+                if metric in row:
+                    interval = "interval" if kind == "solve_rate" else "reward_interval"
+                    summary[f"{name}_{kind}{suffix}"] = row[metric]
+                    summary[f"{name}_{interval}{suffix}"] = [row[f"{metric}_low"], row[f"{metric}_high"]]
+        if f"test_{mode}" in last:
+            summary[f"improvement_points{suffix}"] = 100 * (last[f"test_{mode}"] - first[f"test_{mode}"])
     return summary | {"skipped_updates": skipped, "wall_seconds": seconds}
 
 
@@ -362,12 +369,20 @@ def report(summary: dict[str, Any]) -> str:
     """Return the summary in a few lines of text."""
     lines = [f"{summary['objective']}, seed {summary['seed']}, {summary['test_problems']} held-out problems:"]
     for mode, suffix in (("sampled", ""), ("greedy", "_greedy")):
-        before, after = (
-            f"{100 * summary[f'{name}_solve_rate{suffix}']:.1f} % "
-            f"[{100 * summary[f'{name}_interval{suffix}'][0]:.1f}, {100 * summary[f'{name}_interval{suffix}'][1]:.1f}]"
-            for name in ("warm_start", "final")
-        )
-        lines.append(f"  {mode:8} {before}  ->  {after}  ({summary[f'improvement_points{suffix}']:+.1f} points)")
+        for kind, interval, words, scale, digits, unit in (
+            ("solve_rate", "interval", "", 100, ".1f", " %"),
+            ("reward", "reward_interval", ", reward", 1, ".3f", ""),
+        ):
+            if f"final_{kind}{suffix}" not in summary:
+                continue
+            values = []
+            for name in ("warm_start", "final"):
+                low, high = summary[f"{name}_{interval}{suffix}"]
+                bounds = f" [{scale * low:{digits}}, {scale * high:{digits}}]" if math.isfinite(low + high) else ""
+                values.append(f"{scale * summary[f'{name}_{kind}{suffix}']:{digits}}{unit}{bounds}")
+            gain = scale * (summary[f"final_{kind}{suffix}"] - summary[f"warm_start_{kind}{suffix}"])
+            points = f"({gain:+{digits}} points)" if scale == 100 else f"({gain:+{digits}})"
+            lines.append(f"  {mode + words:8} {values[0]}  ->  {values[1]}  {points}")
     lines.append(f"  {summary['wall_seconds']:.0f} s of training, {summary['skipped_updates']} updates skipped")
     return "\n".join(lines)
 

@@ -276,7 +276,7 @@ class Judgement(NamedTuple):
     reward: float
     """Reward of the response; finite."""
     correct: bool
-    """True if the response counts as solved in solve rates."""
+    """True if the response counts as solved in solve rates. Ignored for a `RewardsTask` that does not tell."""
     unjudged: bool = False
     """True if the judge gave up, for example at a limit of time or memory. Such responses are counted."""
     unmarked: bool = False
@@ -334,6 +334,16 @@ class RewardsTask(Task, Protocol):
     @property
     def tells_correct(self) -> bool:
         """True if judgements say which responses are correct; otherwise runs report mean rewards, not solve rates."""
+        ...
+
+
+@runtime_checkable
+class TruncatedTask(Task, Protocol):
+    """A task that may judge responses that were cut off at their limit; in other tasks they earn 0, unseen."""
+
+    @property
+    def judges_truncated(self) -> bool:
+        """True if responses that were cut off are judged like all others."""
         ...
 
 

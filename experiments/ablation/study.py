@@ -21,6 +21,8 @@ METRICS = (
     "solve_rate",
     "eval_sampled",
     "eval_greedy",
+    "eval_sampled_reward",
+    "eval_greedy_reward",
     "entropy",
     "response_length",
     "gamma_mean",

@@ -123,7 +123,7 @@ def finished_rows(study: Study, planned: PlannedRun, run_dir: epath.Path) -> tup
     stride = -(-len(rows) // MOST_STEPS)
     steps = []
     for step in rows:
-        if step["step"] % stride == 0 or "eval_sampled" in step:
+        if step["step"] % stride == 0 or "eval_sampled" in step or "eval_sampled_reward" in step:
             kept = {name: _rounded(step[name]) for name in study.metrics if name in step}
             base = {"run": planned.name, **planned.factors, "seed": planned.seed, "step": step["step"]}
             steps.append(base | kept)

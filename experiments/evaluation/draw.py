@@ -16,9 +16,17 @@ import numpy as np
 
 from experiments.evaluation.responses import Response
 from experiments.evaluation.subject import Subject, Votes
-from rspo_jax.rollouts import SamplerConfig, encode_prompts, judge, judge_texts, sample_in_chunks, usable_problems
+from rspo_jax.rollouts import (
+    SamplerConfig,
+    encode_prompts,
+    judge,
+    judge_texts,
+    sample_in_chunks,
+    tells_correct,
+    usable_problems,
+)
 from rspo_jax.sharding import parts_of
-from rspo_jax.types import Array, Judgement, Samples, Task
+from rspo_jax.types import Array, Judgement, Samples, Task, TruncatedTask
 
 Pair = tuple[int, int]
 """Index of a problem, and index of a response to it."""
@@ -108,10 +116,11 @@ def _judge_batch(subject: Subject, problems: Sequence[Any], batch: _Batch, prese
             problem=problem,
             sample=sample,
             reward=float(judged.rewards[row]),
-            correct=bool(judged.correct[row]),
+            correct=None if judged.correct is None else bool(judged.correct[row]),
             truncated=bool(judged.truncated[row]),
             tokens=int(judged.lengths[row]),
             unmarked=bool(judged.unmarked[row]),
+            left_out=bool(judged.left_out[row]),
             answer=answers[row],
             text=judged.texts[row],
         )
@@ -136,17 +145,21 @@ def judge_again(task: Task, problems: Sequence[Any], responses: Sequence[Respons
     asked = [problems[response.problem] for response in responses]
     texts = [response.text for response in responses]
     truncated = np.array([response.truncated for response in responses], bool)
-    ended, verdicts = np.flatnonzero(~truncated), np.zeros((len(responses), 4), np.float32)
-    if ended.size:
-        verdicts[ended] = judge_texts(task, [asked[row] for row in ended], [texts[row] for row in ended])
-    answers = _answers(task, asked, texts, truncated)
-    judgements = [Judgement(row[0], bool(row[1]), bool(row[2]), bool(row[3])) for row in verdicts.tolist()]
+    judged = np.flatnonzero(~truncated | (isinstance(task, TruncatedTask) and task.judges_truncated))
+    verdicts = np.zeros((len(responses), 5), np.float32)
+    if judged.size:
+        verdicts[judged] = judge_texts(task, [asked[row] for row in judged], [texts[row] for row in judged])[:, :5]
+    answers, told = _answers(task, asked, texts, truncated), tells_correct(task)
+    judgements = [
+        Judgement(row[0], bool(row[1]), bool(row[2]), bool(row[3]), bool(row[4])) for row in verdicts.tolist()
+    ]
     return [
         dataclasses.replace(
             response,
             reward=judgement.reward,
-            correct=judgement.correct,
+            correct=judgement.correct if told else None,
             unmarked=judgement.unmarked,
+            left_out=judgement.left_out,
             answer=answer,
         )
         for response, judgement, answer in zip(responses, judgements, answers, strict=True)

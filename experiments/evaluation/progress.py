@@ -51,7 +51,8 @@ class EvaluationProgress:
           clock: returns the time in seconds, from any origin.
         """
         self._total, self._clock = total, clock
-        self._done, self._right = len(present), sum(response.correct for response in present)
+        self._done, self._right, self._reward, self._told = 0, 0, 0.0, True
+        self._count(present)
         self._marks: list[_Mark] = []
         """The start, and the end of each batch."""
         self._console = console or make_console()
@@ -76,12 +77,17 @@ class EvaluationProgress:
         last, before = self._marks[-1], self._done
         tokens = sum(response.tokens for response in responses)
         self._marks.append(_Mark(self._clock(), last.responses + len(responses), last.tokens + tokens))
-        self._done += len(responses)
-        self._right += sum(response.correct for response in responses)
+        self._count(responses)
         if self._live:
             self._live.refresh()
         elif len(self._marks) == 2 or before * _REPORTS // self._total < self._done * _REPORTS // self._total:
             self._console.print(self._render(), soft_wrap=True)
+
+    def _count(self, responses: Sequence[Response]) -> None:
+        self._done += len(responses)
+        self._right += sum(bool(response.correct) for response in responses)
+        self._reward += sum(response.reward for response in responses)
+        self._told &= all(response.correct is not None for response in responses)
 
     @property
     def throughput(self) -> Throughput | None:
@@ -96,7 +102,8 @@ class EvaluationProgress:
     def _render(self) -> rich.text.Text:
         parts = [f"{self._done:,}/{self._total:,} responses"]
         if self._done:
-            parts.append(f"{self._right / self._done:.1%} right")
+            found = f"{self._right / self._done:.1%} right" if self._told else f"reward {self._reward / self._done:.3f}"
+            parts.append(found)
         if throughput := self.throughput:
             parts += _rates(throughput)
             if throughput.compilation_included:  # too slow to estimate the time left

@@ -41,9 +41,11 @@ class Response:
     sample: int
     """Index of the response among those to the problem."""
     reward: float
-    correct: bool
+    correct: bool | None
+    """None for a task that does not tell."""
     truncated: bool
-    """True if the response was cut off before its stop token; it then counts as wrong, whatever it says."""
+    """True if the response was cut off before its stop token; it then counts as wrong, whatever it says, unless the
+    task judges such responses (`rspo_jax.types.TruncatedTask`)."""
     tokens: int
     """Number of tokens, including the stop token."""
     answer: str | None
@@ -51,6 +53,8 @@ class Response:
     text: str
     unmarked: bool = False
     """True if the response lacks the text after which responses are judged."""
+    left_out: bool = False
+    """True if no reward applies to the response."""
 
 
 class ResponseFolder:
@@ -250,19 +254,20 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "problem": (int,),
     "sample": (int,),
     "reward": (float, int),
-    "correct": (bool,),
+    "correct": (bool, type(None)),
     "truncated": (bool,),
     "tokens": (int,),
     "answer": (str, type(None)),
     "text": (str,),
     "unmarked": (bool,),
+    "left_out": (bool,),
 }
 
 
 def _parse(line: bytes, where: str) -> Response:
     """Read a line; `where` names it in error messages."""
     try:
-        values = {"unmarked": False} | json.loads(line)  # lines of earlier versions lack it
+        values = {"unmarked": False, "left_out": False} | json.loads(line)  # lines of earlier versions lack them
     except (ValueError, TypeError):
         values = None
     if (

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import rich.table
 
-from experiments.evaluation.estimates import avg_at_k, majority_at_k, mean_interval, pass_at_k, rate_interval
+from experiments.evaluation.estimates import avg_at_k, majority_at_k, pass_at_k, rate_interval
 from experiments.evaluation.responses import Response
+from rspo_jax.records import mean_interval
 
 _LONGEST_SHOWN = 400  # characters of a prompt, and of a response
 
@@ -17,7 +18,9 @@ def summarize_responses(
 ) -> dict[str, Any]:
     """Return estimates with their 95 % intervals over problems, and lengths of responses.
 
-    Rates have the interval of `rate_interval`, means of rewards and lengths that of `mean_interval`.
+    Rates have the interval of `rate_interval`, means of rewards and lengths that of `mean_interval`. There are no rates
+    of right responses where the task does not tell which ones are. Responses that no reward applies to are not in the
+    mean reward.
 
     Args:
       responses: responses by problem and sample, at least `samples` to each problem.
@@ -30,20 +33,30 @@ def summarize_responses(
       the same value.
     """
     table = [[responses[problem, sample] for sample in range(samples)] for problem in range(problems)]
-    correct = np.array([[response.correct for response in row] for row in table])
+    told = all(response.correct is not None for row in table for response in row)
+    correct = np.array([[bool(response.correct) for response in row] for row in table])
     tokens = np.array([[response.tokens for response in row] for row in table], np.float64)
-    values = {"pass@1": avg_at_k(correct), f"avg@{samples}": avg_at_k(correct)}
+    values: dict[str, np.ndarray] = {}
     # Estimates of k samples are made for the powers of two up to their number, and for that number.
     counts = sorted({2**power for power in range(1, samples.bit_length())} | ({samples} - {1}))
-    values |= {f"pass@{k}": pass_at_k(correct, k) for k in counts}
+    if told:
+        values |= {"pass@1": avg_at_k(correct), f"avg@{samples}": avg_at_k(correct)}
+        values |= {f"pass@{k}": pass_at_k(correct, k) for k in counts}
     if votes:
         answers = [[response.answer for response in row] for row in table]
         values |= {f"maj@{k}": majority_at_k(answers, correct, k) for k in counts}
         values["answered"] = _mean(table, lambda response: response.answer is not None)
     if any(response.unmarked for row in table for response in row):
         values["unmarked"] = _mean(table, lambda response: response.unmarked)
+    if any(response.left_out for row in table for response in row):
+        values["left_out"] = _mean(table, lambda response: response.left_out)
     values["truncated"] = _mean(table, lambda response: response.truncated)
-    means = {"reward": _mean(table, lambda response: response.reward), "response_tokens": tokens.mean(axis=1)}
+    rewards = [[response.reward for response in row if not response.left_out] for row in table]
+    means = {
+        "reward": np.array([np.mean(of_problem) for of_problem in rewards if of_problem], np.float64),
+        "response_tokens": tokens.mean(axis=1),
+    }
+    means = {name: of_problems for name, of_problems in means.items() if of_problems.size}
     intervals = {name: rate_interval(of_problems, samples) for name, of_problems in values.items()}
     intervals |= {name: mean_interval(of_problems) or (None, None) for name, of_problems in means.items()}
     estimates = {
@@ -58,7 +71,7 @@ def summarize_responses(
             "median": float(np.median(tokens)),
             "longest": float(tokens.max()),
             "mean_if_right": float(tokens[correct].mean()) if correct.any() else None,
-            "mean_if_wrong": float(tokens[~correct].mean()) if not correct.all() else None,
+            "mean_if_wrong": float(tokens[~correct].mean()) if told and not correct.all() else None,
         },
     }
 
@@ -75,8 +88,9 @@ def make_table(summary: Mapping[str, Any]) -> rich.table.Table:
         table.add_column(column, justify="left" if column == "" else "right")
     shown = dict(summary["estimates"])
     avg = f"avg@{summary['samples']}"
-    shown[f"pass@1 = {avg}"] = shown.pop("pass@1")
-    del shown[avg]
+    if "pass@1" in shown:
+        shown[f"pass@1 = {avg}"] = shown.pop("pass@1")
+        del shown[avg]
     for name in sorted(shown, key=lambda name: name != f"pass@1 = {avg}"):
         value, low, high = (shown[name][entry] for entry in ("value", "low", "high"))
         if name in ("reward", "response_tokens"):
@@ -84,7 +98,7 @@ def make_table(summary: Mapping[str, Any]) -> rich.table.Table:
             interval = "" if low is None else f"{low:{digits}} to {high:{digits}}"
             table.add_row(words, f"{value:{digits}}", interval)
         else:
-            words = {"truncated": "cut off", "unmarked": "without marker"}.get(name, name)
+            words = {"truncated": "cut off", "unmarked": "without marker", "left_out": "left out"}.get(name, name)
             table.add_row(words, f"{100 * value:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %")
     return table
 
@@ -103,5 +117,10 @@ def show_response(prompt: str, response: Response) -> str:
     begin = prompt if len(prompt) <= _LONGEST_SHOWN else f"{prompt[:_LONGEST_SHOWN]} [...]"
     text = response.text or "(nothing)"
     end = text if len(text) <= _LONGEST_SHOWN else f"[...] {text[-_LONGEST_SHOWN:]}"
-    verdict = "cut off" if response.truncated else "right" if response.correct else "wrong"
+    if response.left_out or response.truncated:
+        verdict = "left out" if response.left_out else "cut off"
+    elif response.correct is None:
+        verdict = f"reward {response.reward:.3g}"
+    else:
+        verdict = "right" if response.correct else "wrong"
     return f"{begin} {end}   {verdict}"

@@ -28,7 +28,7 @@ from experiments.reporting.curves import (
     use_log_scale,
 )
 from experiments.reporting.record import Mode, RunRecord
-from experiments.reporting.words import percent
+from experiments.reporting.words import describe_bounds, describe_value
 
 _RUN_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, INK)
 _DASHES = ((), (6, 3), (2, 2), (8, 2, 2, 2))
@@ -94,9 +94,10 @@ def make_comparison(records: Sequence[RunRecord]) -> str:
     body += ["<h2>At the end</h2>", page.table(_COLUMNS, [final_row(run) for run in runs])]
     body += ['<p class="quiet">Rates are those of the last held-out evaluation, with 95 % intervals over problems.</p>']
     drawn = [
-        _rate_figure(runs, mode)
+        _held_out_figure(runs, mode, suffix)
+        for suffix in ("", "_reward")
         for mode in ("sampled", "greedy")
-        if any(run.record.recorded(f"eval_{mode}") for run in runs)
+        if any(run.record.recorded(f"eval_{mode}{suffix}") for run in runs)
     ]
     left_out = []
     for metric in METRICS:
@@ -132,33 +133,36 @@ def final_row(run: NamedRun) -> tuple[str, ...]:
         run.name,
         str((record.config or {}).get("objective.objective", "–")),
         str(record.steps),
-        *(_rate_cell(record, mode, last=True) for mode in ("sampled", "greedy")),
-        _rate_cell(record, "sampled", last=False),
+        *(_held_out_cell(record, mode, last=True) for mode in ("sampled", "greedy")),
+        _held_out_cell(record, "sampled", last=False),
         *("–" if value is None else str(value) for value in (warned.alarm, warned.collapse, warned.lead)),
         f"{skipped:.0f}",
     )
 
 
-def _rate_cell(record: RunRecord, mode: Mode, last: bool) -> str:
-    rate = record.rate(mode, last)
-    if rate is None:
+def _held_out_cell(record: RunRecord, mode: Mode, last: bool) -> str:
+    found = record.held_out(mode, last)
+    if found is None:
         return "–"
-    split = "" if rate.split == "test" else f" ({rate.split})"
-    return f"{percent(rate.value)} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]{split}"
+    split, bounds = "" if found.split == "test" else f" ({found.split})", describe_bounds(found, ", ")
+    return f"{describe_value(found)}{f' [{bounds}]' if bounds else ''}{split}"
 
 
-def _rate_figure(runs: Sequence[NamedRun], mode: Mode) -> str:
+def _held_out_figure(runs: Sequence[NamedRun], mode: Mode, suffix: str) -> str:
+    """Return the figure of solve rates, or of mean rewards for the suffix "_reward"."""
+
     def draw(axes: Axes) -> None:
         for run in runs:
-            rows = [row for row in run.record.rl if math.isfinite(row.get(f"eval_{mode}", math.nan))]
-            rate, low, high = (column(rows, f"eval_{mode}{bound}") for bound in ("", "_low", "_high"))
-            plot(axes, steps_of(rows), rate, run.colour, run.name, 1.6, linestyle=run.line)
+            rows = [row for row in run.record.rl if math.isfinite(row.get(f"eval_{mode}{suffix}", math.nan))]
+            value, low, high = (column(rows, f"eval_{mode}{suffix}{bound}") for bound in ("", "_low", "_high"))
+            plot(axes, steps_of(rows), value, run.colour, run.name, 1.6, linestyle=run.line)
             axes.fill_between(steps_of(rows), low, high, color=run.colour, alpha=0.12, linewidth=0)
-        axes.set_ylim(bottom=0)
-        finish(axes, mode, "share solved", percent=True, legend=False)
+        if not suffix:
+            axes.set_ylim(bottom=0)
+        finish(axes, mode, "mean reward" if suffix else "share solved", percent=not suffix, legend=False)
 
     caption = "Validation problems, with 95 % intervals." + (" Temperature 0." if mode == "greedy" else "")
-    return page.figure(f"Held-out solve rate, {mode}", caption, draw)
+    return page.figure(f"Held-out {'reward' if suffix else 'solve rate'}, {mode}", caption, draw)
 
 
 def _draw_metric(axes: Axes, runs: Sequence[NamedRun], metric: Metric) -> None:

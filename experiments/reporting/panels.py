@@ -1,5 +1,6 @@
 """The panels of a run's report: title, caption, the metrics or arrays that each needs, and how it is drawn."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,9 +12,11 @@ from experiments.reporting import heat_maps, probes
 from experiments.reporting.curves import (
     BLUE,
     DASHED,
+    GREEN,
     GREY,
     INK,
     ORANGE,
+    PURPLE,
     RED,
     column,
     finish,
@@ -26,10 +29,10 @@ from experiments.reporting.record import Rows, RunRecord, Series
 from experiments.reporting.training_curves import (
     draw_clip_fraction,
     draw_entropy,
+    draw_held_out,
     draw_importance_ratio,
     draw_reward,
     draw_router_shift,
-    draw_solve_rate,
 )
 
 Lines = Mapping[str, tuple[str, str]]
@@ -47,12 +50,16 @@ class Panel:
     """Metrics of which at least one must have been recorded."""
     arrays: tuple[str, ...] = ()
     """Arrays that must all have been recorded."""
+    needs_rewards: bool = False
+    """True for a panel of the rewards that a task names."""
 
     def missing(self, record: RunRecord) -> str:
         """Return what keeps the panel from being drawn, as half a sentence; an empty string if nothing does."""
         for name in self.arrays:
             if record.series(name) is None:
                 return f"diagnostics.jsonl has no {name}"
+        if self.needs_rewards and not record.reward_names:
+            return "the task does not name its rewards"
         if self.metrics and not any(map(record.recorded, self.metrics)):
             return f"metrics.jsonl has no {' or '.join(self.metrics)}"
         return ""
@@ -75,6 +82,13 @@ def mark_events(axes: Axes, record: RunRecord) -> None:
 def _rows_panel(title: str, caption: str, metrics: tuple[str, ...], draw: Callable[[Axes, Rows], None]) -> Panel:
     """Return a panel that is drawn from the rows of the "rl" phase."""
     return Panel(title, caption, lambda axes, record: draw(axes, record.rl), metrics)
+
+
+def _draw_rewards(axes: Axes, record: RunRecord) -> None:
+    colours = itertools.cycle((BLUE, ORANGE, GREEN, RED, PURPLE, INK))
+    for name, colour in zip(record.reward_names, colours, strict=False):
+        plot_with_mean(axes, record.rl, f"rewards/{name}/mean", colour, name)
+    finish(axes, "Rewards by name", "mean")
 
 
 def _lines_panel(title: str, label: str, caption: str, lines: Lines, log: bool = False) -> Panel:
@@ -147,10 +161,16 @@ SECTIONS = (
         (
             _rows_panel("Reward", "Mean reward of the training samples.", ("reward",), draw_reward),
             Panel(
-                "Solve rate",
-                "Training samples, and held-out problems with 95 % intervals.",
-                lambda axes, record: draw_solve_rate(axes, record.rl, record.warm_start),
-                ("solve_rate", "eval_greedy", "eval_sampled"),
+                "Held-out problems",
+                "Training samples, and held-out problems with 95 % intervals: the share solved, or the mean reward.",
+                lambda axes, record: draw_held_out(axes, record.rl, record.warm_start),
+                ("solve_rate", "eval_greedy", "eval_sampled", "eval_greedy_reward", "eval_sampled_reward"),
+            ),
+            Panel(
+                "Rewards by name",
+                "Mean of each reward over the training samples that it applies to, before weighting.",
+                _draw_rewards,
+                needs_rewards=True,
             ),
             _rows_panel(
                 "Token entropy",

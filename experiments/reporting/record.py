@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from etils import epath
@@ -38,14 +39,16 @@ class Series(NamedTuple):
     """float64 [steps, ...]."""
 
 
-class Rate(NamedTuple):
-    """A held-out solve rate with its 95 % interval."""
+class HeldOut(NamedTuple):
+    """A held-out solve rate, or a mean reward where the task does not tell what is solved, with its 95 % interval."""
 
     value: float
     low: float
+    """NaN, as `high`, where all rewards are alike."""
     high: float
     step: int
     split: Split
+    is_rate: bool
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,37 @@ class RunRecord:
         """Return whether the "rl" phase has the metric as a finite number at any step."""
         return any(math.isfinite(row.get(name, math.nan)) for row in self.rl)
 
-    def rate(self, mode: Mode, last: bool = True) -> Rate | None:
-        """Return the last held-out solve rate, or the one before the first step; on the test split if it was used."""
+    def held_out(self, mode: Mode, last: bool = True) -> HeldOut | None:
+        """Return the last held-out result, or the one before the first step; on the test split if it was used."""
+        suffix = held_out_suffix(self.rl)
         for row in reversed(self.rl) if last else [row for row in self.rl if row["step"] == 0]:
             for split, prefix in _PREFIXES.items():
-                rate, low, high = (row.get(f"{prefix}_{mode}{bound}", math.nan) for bound in ("", "_low", "_high"))
-                if math.isfinite(rate + low + high):
-                    return Rate(rate, low, high, row["step"], split)
+                name = f"{prefix}_{mode}{suffix}"
+                value, low, high = (row.get(f"{name}{bound}", math.nan) for bound in ("", "_low", "_high"))
+                if math.isfinite(value):
+                    return HeldOut(value, low, high, row["step"], split, not suffix)
         return None
+
+    @property
+    def reward_names(self) -> list[str]:
+        """The names of the rewards that the task tells apart."""
+        names = dict.fromkeys(name for row in self.rl for name in row)
+        return [name[len("rewards/") : -len("/mean")] for name in names if re.fullmatch(r"rewards/.+/mean", name)]
 
     @property
     def steps(self) -> int:
         """The number of the last step."""
         return max([row["step"] for row in self.rl], default=0)
+
+
+def held_out_suffix(rows: Rows) -> str:
+    """Return what ends the names of held-out results: "" for solve rates, "_reward" for a task that has none."""
+    names = {name for row in rows for name in row}
+    has_rates, has_rewards = (
+        not names.isdisjoint({f"{prefix}_{mode}{suffix}" for prefix in _PREFIXES.values() for mode in get_args(Mode)})
+        for suffix in ("", "_reward")
+    )
+    return "_reward" if has_rewards and not has_rates else ""
 
 
 def load_run(

@@ -10,7 +10,7 @@ from experiments.reporting import page
 from experiments.reporting.curves import ORANGE, RED
 from experiments.reporting.panels import SECTIONS, Panel, mark_events
 from experiments.reporting.record import RunRecord
-from experiments.reporting.words import describe_alarm, describe_collapse, describe_interval, percent
+from experiments.reporting.words import describe_alarm, describe_bounds, describe_collapse, describe_value
 
 
 def make_report(record: RunRecord) -> str:
@@ -54,15 +54,17 @@ def _draw(axes: Axes, panel: Panel, record: RunRecord) -> None:
 
 
 def _key_numbers(record: RunRecord) -> dict[str, tuple[str, str]]:
-    """Return held-out solve rates, alarm, collapse and training time: name -> number and a few words about it."""
+    """Return held-out results, alarm, collapse and training time: name -> number and a few words about it."""
     numbers = {}
     for mode in ("sampled", "greedy"):
-        last, first = record.rate(mode), record.rate(mode, last=False)
+        last, first = record.held_out(mode), record.held_out(mode, last=False)
         if last is not None:
             compared = first is not None and first.split == last.split and first.step < last.step
-            before = f", before {percent(first.value)}" if first is not None and compared else ""
-            words = f"{describe_interval(last)}, step {last.step}{before}"
-            numbers[f"{last.split}, {mode}"] = (percent(last.value), words)
+            before = f", before {describe_value(first)}" if first is not None and compared else ""
+            bounds = describe_bounds(last, " to ")
+            words = f"{f'95 %: {bounds}, ' if bounds else ''}step {last.step}{before}"
+            kind = "" if last.is_rate else ", mean reward"
+            numbers[f"{last.split}, {mode}{kind}"] = (describe_value(last), words)
     numbers["Alarm"] = describe_alarm(record.warned)
     numbers["Collapse"] = describe_collapse(record.warned)
     if "wall_seconds" in record.summary:

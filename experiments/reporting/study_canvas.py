@@ -36,6 +36,10 @@ _WORDS = {
     "test_greedy": "test solve rate, greedy",
     "eval_sampled": "validation solve rate, sampled",
     "eval_greedy": "validation solve rate, greedy",
+    "test_sampled_reward": "test reward, sampled",
+    "test_greedy_reward": "test reward, greedy",
+    "eval_sampled_reward": "validation reward, sampled",
+    "eval_greedy_reward": "validation reward, greedy",
     "solve_rate": "training solve rate",
     "late_solve_rate": "training solve rate, last 10 steps",
     "reward": "mean reward",
@@ -163,7 +167,8 @@ def draw_runs(axes: Axes, place: int, values: Sequence[float], style: Style) -> 
 
 def format_numbers(axis: Any, metric: str, log: bool = False) -> None:
     """Show plain numbers on an axis, or percentages if the metric is a share."""
-    is_share = metric.startswith(("test_", "eval_")) or "_fraction" in metric or metric.endswith("solve_rate")
+    is_held_out_rate = metric.startswith(("test_", "eval_")) and not metric.endswith("_reward")
+    is_share = is_held_out_rate or "_fraction" in metric or metric.endswith("solve_rate")
     axis.set_major_formatter(number_formatter(" %" if is_share else None))
     if log:
         axis.set_minor_formatter(ticker.NullFormatter())

@@ -34,15 +34,16 @@ from experiments.reporting.curves import (
     style_axis,
     use_log_scale,
 )
-from experiments.reporting.record import Rows
+from experiments.reporting.record import Rows, held_out_suffix
 from rspo_jax.records import files, metrics
 
 
 def draw_curves(run_dir: str | os.PathLike[str]) -> epath.Path:
     """Draw a run's curves as `curves.png` in its folder, replacing an older picture.
 
-    Six panels over the steps of the "rl" phase: reward, solve rate, entropy, router shift γ, clip fraction and
-    importance ratio. A metric that was not recorded has no line; NaN leaves a gap.
+    Six panels over the steps of the "rl" phase: reward, solve rate (held-out reward where the task does not tell what
+    is solved), entropy, router shift γ, clip fraction and importance ratio. A metric that was not recorded has no line;
+    NaN leaves a gap.
 
     Args:
       run_dir: the run's folder, which holds `metrics.jsonl`.
@@ -65,7 +66,7 @@ def draw_curves(run_dir: str | os.PathLike[str]) -> epath.Path:
     figure.suptitle(f"{name}   {note}", x=0.012, ha="left", color=GREY, fontsize=10, parse_math=False)
     panels = figure.subplots(2, 3)
     draw_reward(panels[0, 0], rl)
-    draw_solve_rate(panels[0, 1], rl, warm_start)
+    draw_held_out(panels[0, 1], rl, warm_start)
     draw_entropy(panels[0, 2], rl)
     draw_router_shift(panels[1, 0], rl)
     draw_clip_fraction(panels[1, 1], rl)
@@ -86,21 +87,25 @@ def draw_reward(axes: Axes, rows: Rows) -> None:
     finish(axes, "Reward", "mean reward")
 
 
-def draw_solve_rate(axes: Axes, rows: Rows, warm_start: Rows) -> None:
-    """Draw solve rates in training and on held-out problems, with the last of the warm start as a baseline."""
-    plot_with_mean(axes, rows, "solve_rate", GREY, "training")
+def draw_held_out(axes: Axes, rows: Rows, warm_start: Rows) -> None:
+    """Draw results in training and on held-out problems, with the last of the warm start as a baseline.
+
+    They are solve rates, or mean rewards where the task does not tell what is solved.
+    """
+    suffix = held_out_suffix(rows)
+    plot_with_mean(axes, rows, "reward" if suffix else "solve_rate", GREY, "training")
     baseline = False
     for kind, colour, marker in (("greedy", BLUE, "o"), ("sampled", ORANGE, "s")):
-        # The held-out rate with its interval, over the steps at which it was measured.
-        measured = [row for row in rows if math.isfinite(row.get(f"eval_{kind}", math.nan))]
+        # The held-out result with its interval, over the steps at which it was measured.
+        measured = [row for row in rows if math.isfinite(row.get(f"eval_{kind}{suffix}", math.nan))]
         if measured:
             steps = steps_of(measured)
-            rate, low, high = (column(measured, f"eval_{kind}{bound}") for bound in ("", "_low", "_high"))
-            (line,) = axes.plot(steps, rate, color=colour, marker=marker, label=f"held-out {kind}")
+            value, low, high = (column(measured, f"eval_{kind}{suffix}{bound}") for bound in ("", "_low", "_high"))
+            (line,) = axes.plot(steps, value, color=colour, marker=marker, label=f"held-out {kind}")
             line.set(markersize=4, linewidth=1.6, zorder=4)
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.vlines(steps, low, high, color=colour, alpha=0.4, linewidth=1)
-        before = column(warm_start, f"eval_{kind}")
+        before = column(warm_start, f"eval_{kind}{suffix}")
         before = before[np.isfinite(before)]
         if before.size:
             baseline = True
@@ -108,8 +113,11 @@ def draw_solve_rate(axes: Axes, rows: Rows, warm_start: Rows) -> None:
             axes.plot(0, before[-1], marker, color="white", markeredgecolor=colour, markersize=5, zorder=5)
     if baseline:
         axes.plot([], [], color=INK, linestyle=DASHED, linewidth=1.2, label="warm start")
-    axes.set_ylim(bottom=0)
-    finish(axes, "Solve rate", "share solved", percent=True)
+    if suffix:
+        finish(axes, "Held-out reward", "mean reward")
+    else:
+        axes.set_ylim(bottom=0)
+        finish(axes, "Solve rate", "share solved", percent=True)
 
 
 def draw_entropy(axes: Axes, rows: Rows) -> None:

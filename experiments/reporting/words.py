@@ -1,6 +1,8 @@
 """Numbers of runs in words, the same in every report."""
 
-from experiments.reporting.record import Rate
+import math
+
+from experiments.reporting.record import HeldOut
 from rspo_jax.records import Warned
 
 
@@ -9,9 +11,17 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def describe_interval(rate: Rate) -> str:
-    """Return the 95 % interval of a rate in words."""
-    return f"95 %: {100 * rate.low:.1f} to {100 * rate.high:.1f}"
+def describe_value(found: HeldOut) -> str:
+    """Return a rate as a percentage, a mean reward as a number."""
+    return percent(found.value) if found.is_rate else f"{found.value:.3f}"
+
+
+def describe_bounds(found: HeldOut, between: str) -> str:
+    """Return the bounds of the 95 % interval; an empty string without them."""
+    if not math.isfinite(found.low + found.high):
+        return ""
+    scale, digits = (100, ".1f") if found.is_rate else (1, ".3f")
+    return f"{scale * found.low:{digits}}{between}{scale * found.high:{digits}}"
 
 
 def describe_alarm(warned: Warned) -> tuple[str, str]:

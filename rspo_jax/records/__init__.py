@@ -9,7 +9,14 @@ from rspo_jax.extras import naming_the_extra
 with naming_the_extra("rspo_jax.records"):
     from rspo_jax.records.alarm import Alarm, AlarmRecord, AlarmRule, CollapseRule, Warned, alarm_record, judge_alarm
     from rspo_jax.records.files import FilePath, GrowingFiles, as_path, is_bucket, is_leftover, replace_file
-    from rspo_jax.records.metrics import MetricsLog, read_diagnostics, read_metrics, wilson_interval, write_json
+    from rspo_jax.records.metrics import (
+        MetricsLog,
+        mean_interval,
+        read_diagnostics,
+        read_metrics,
+        wilson_interval,
+        write_json,
+    )
     from rspo_jax.records.progress import PhaseProgress
     from rspo_jax.records.rows import Phase
 
@@ -29,6 +36,7 @@ __all__ = [
     "is_bucket",
     "is_leftover",
     "judge_alarm",
+    "mean_interval",
     "read_diagnostics",
     "read_metrics",
     "replace_file",

@@ -58,6 +58,43 @@ def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
     return low, 1.0 if successes == trials else min(middle + reach, 1.0)
 
 
+def mean_interval(
+    of_problems: np.ndarray, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float] | None:
+    """Return the percentile interval of a mean that is no rate, from problems drawn with replacement.
+
+    It shows how far the mean would move with other problems of the same kind.
+
+    Source: Efron, "Bootstrap methods: another look at the jackknife", 1979.
+
+    Args:
+      of_problems: float [P], a value of each problem.
+      seed: seed of the draws.
+      resamples: number of times that P problems are drawn.
+      level: share of the means inside the interval.
+
+    Returns:
+      The bounds; None if all problems have the same value, as a single one does: they tell nothing of others.
+
+    Raises:
+      ValueError: if there are no problems.
+    """
+    of_problems = np.asarray(of_problems, np.float64)
+    if not (of_problems.ndim == 1 and of_problems.size):
+        raise ValueError(f"values must be [problems] with at least 1 problem, got shape {of_problems.shape}")
+    count = of_problems.size
+    if np.ptp(of_problems) == 0:
+        return None
+    generator = np.random.default_rng(seed)
+    block = max(1, 2**22 // count)  # keeps memory below some 100 MB
+    means = []
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
+        means.append(of_problems[generator.integers(count, size=(rows, count))].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def write_json(path: FilePath, content: Any) -> None:
     """Write an object as indented JSON, atomically; non-finite numbers become null, as JSON has none.
 

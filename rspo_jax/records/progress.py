@@ -1,6 +1,7 @@
 """Live display of a run: a bar with the latest metrics on a terminal, plain lines elsewhere."""
 
 import collections
+import math
 import re
 import sys
 import time
@@ -144,11 +145,17 @@ class PhaseProgress:
         self._bar.update(task, completed=self._step, left=self._encodable(self._time_left()), refresh=True)
 
     def _describe_metrics(self) -> list[str]:
-        metrics = self._metrics
-        return [
-            text.format(metrics[name]) if name in metrics else re.sub(r"\{.*?\}", "–", text)
-            for name, text in self._shown.items()
-        ]
+        metrics, parts = self._metrics, []
+        named = {name: value for name, value in metrics.items() if re.fullmatch("rewards/.+/mean", name)}
+        names_rewards = bool(named) or any(name.endswith("_reward") for name in metrics)
+        for name, text in self._shown.items():
+            if name == "solve_rate" and names_rewards and name not in metrics:
+                continue  # a task that names its rewards need not tell what is solved
+            parts.append(text.format(metrics[name]) if name in metrics else re.sub(r"\{.*?\}", "–", text))
+            if name == "reward":
+                parts += [f"{of_reward.split('/')[1]} {value:.3f}" for of_reward, value in named.items()]
+        counts = {"left_out": "left out", "unjudged": "not judged"}
+        return parts + [f"{metrics[name]:.0f} {words}" for name, words in counts.items() if metrics.get(name, 0) > 0]
 
     def _time_left(self) -> str:
         # The estimate of rich.progress would include the first step.
@@ -169,6 +176,7 @@ def _describe_idleness(metrics: Mapping[str, float]) -> str:
     """Return why no update of a step learned anything, as far as the metrics tell."""
     reasons = {
         "every response was cut off and left out": "masked_truncated" in metrics and metrics["truncated_fraction"] == 1,
+        "no reward applied to any response": metrics.get("left_out", 0) > 0 and math.isnan(metrics["reward"]),
         "the rewards of each group are all equal": metrics.get("informative_groups") == 0,
         "the correction dropped every response": metrics.get("correction_dropped_fraction") == 1,
         "the clip cut every token": metrics.get("clip_fraction") == 1,
@@ -178,11 +186,15 @@ def _describe_idleness(metrics: Mapping[str, float]) -> str:
 
 
 def _describe_evaluation(metrics: Mapping[str, float]) -> str:
-    """Return the held-out solve rates with their intervals, or an empty string without any."""
-    parts = []
-    for kind in ("greedy", "sampled"):
-        rate, low, high = (metrics.get(f"eval_{kind}{bound}") for bound in ("", "_low", "_high"))
-        if rate is not None:
-            interval = "" if low is None or high is None else f" [{low:.1%}, {high:.1%}]"
-            parts.append(f"{kind} {rate:.1%}{interval}")
-    return f"held-out {', '.join(parts)}" if parts else ""
+    """Return held-out solve rates with their intervals, else mean rewards; an empty string without any."""
+    for suffix, words, digits in (("", "", ".1%"), ("_reward", "reward ", ".3f")):
+        parts = []
+        for kind in ("greedy", "sampled"):
+            value, low, high = (metrics.get(f"eval_{kind}{suffix}{bound}") for bound in ("", "_low", "_high"))
+            if value is not None:
+                known = low is not None and high is not None and math.isfinite(low + high)
+                interval = f" [{low:{digits}}, {high:{digits}}]" if known else ""
+                parts.append(f"{kind} {value:{digits}}{interval}")
+        if parts:
+            return f"held-out {words}{', '.join(parts)}"
+    return ""

@@ -22,8 +22,10 @@ from rspo_jax.rollouts.rollout import (
     judge,
     judge_texts,
     refilling_pays,
+    reward_names,
     sample_in_chunks,
     solve,
+    tells_correct,
 )
 from rspo_jax.rollouts.sampler import SamplerConfig, generate
 
@@ -50,9 +52,11 @@ __all__ = [
     "mask_rows",
     "pack",
     "refilling_pays",
+    "reward_names",
     "sample_in_chunks",
     "solve",
     "take",
+    "tells_correct",
     "unpack",
     "usable_problems",
 ]

@@ -9,16 +9,20 @@ from rspo_jax.sharding import constrain
 from rspo_jax.types import RolloutBatch
 
 
-def is_informative(rewards: np.ndarray) -> np.ndarray:
+def is_informative(rewards: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
     """Return True for each group whose rewards differ; the others have no gradient.
 
     Args:
       rewards: float [prompts, group].
+      valid: bool [prompts, group]; False for responses that count for nothing. None: all of them count.
 
     Returns:
       bool [prompts].
     """
-    return np.ptp(rewards, axis=1) > 0
+    if valid is None:
+        return np.ptp(rewards, axis=1) > 0
+    highest = np.max(rewards, axis=1, where=valid, initial=-np.inf)
+    return highest > np.min(rewards, axis=1, where=valid, initial=np.inf)
 
 
 def choose_groups(

@@ -15,22 +15,38 @@ from jax.typing import ArrayLike
 from rspo_jax.rollouts.prompts import Prompts, encode_prompts
 from rspo_jax.rollouts.sampler import SamplerConfig, generate
 from rspo_jax.sharding import fetch, fetch_own, from_own, own_rows, parts_of
-from rspo_jax.types import Array, Judgement, Params, Policy, RolloutBatch, Samples, Task, Tokenizer
+from rspo_jax.types import (
+    Array,
+    Judgement,
+    Params,
+    Policy,
+    RewardsTask,
+    RolloutBatch,
+    Samples,
+    Task,
+    Tokenizer,
+    TruncatedTask,
+)
 
 
 class Judged(NamedTuple):
     """The verdicts on a set of responses."""
 
     rewards: np.ndarray
-    """float32 [B]; 0 for a response that was cut off before its stop token."""
-    correct: np.ndarray
-    """bool [B]."""
+    """float32 [B]; 0 for a response that was cut off before its stop token, unless the task judges those too
+    (`rspo_jax.types.TruncatedTask`), and for one that was left out."""
+    correct: np.ndarray | None
+    """bool [B]; None for a task that does not tell."""
     truncated: np.ndarray
     """bool [B]."""
     unjudged: np.ndarray
     """bool [B]: True if the judge gave up."""
     unmarked: np.ndarray
     """bool [B]: True if the response lacks the text after which responses are judged."""
+    left_out: np.ndarray
+    """bool [B]: True if no reward applies to the response, which then counts for nothing."""
+    parts: np.ndarray
+    """float32 [B, M]: the M rewards that the task names, NaN where one does not apply or was not asked for."""
     lengths: np.ndarray
     """int32 [B]: tokens of the response up to where it ends, which a stop string may put before the last one drawn."""
     texts: list[str]
@@ -142,7 +158,7 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
 
     Each process judges the rows on its own devices; only the verdicts cross between processes. A response ends before
     the first stop string in its text, if the tokenizer has any, or else at its stop token. One that was cut off before
-    either is not shown to the judge.
+    either is shown only to the judge of a `TruncatedTask` that asks for it.
 
     Args:
       task: the judge.
@@ -155,26 +171,37 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
     Raises:
       ValueError: if the task gives a reward that is not finite, or not one judgement a response.
     """
-    rows = chunks[0].tokens.shape[0]
-    # Per response: tokens, truncated, reward, correct, unjudged, unmarked.
-    verdicts = np.zeros((len(chunks), rows, 6), np.float32)
+    rows, names = chunks[0].tokens.shape[0], reward_names(task)
+    judges_truncated = isinstance(task, TruncatedTask) and task.judges_truncated
+    # Per response: tokens, truncated, and what `judge_texts` returns.
+    verdicts = np.zeros((len(chunks), rows, 7 + len(names)), np.float32)
+    verdicts[..., 7:] = np.nan
     texts = [""] * (len(chunks) * rows)
     for index, chunk in enumerate(chunks):
         tokens, mask = fetch_own(chunk.tokens), fetch_own(chunk.mask)
-        own, ended = own_rows(rows), []
+        own, judged = own_rows(rows), []
         for row in own[own < len(problems) - index * rows]:
             length, text, stopped = _read(tokens[row][mask[row]].tolist(), task.tokenizer)
             texts[index * rows + row] = text
             verdicts[index, row, :2] = length, not stopped
-            ended += [row] if stopped else []
-        if ended:
-            at = [index * rows + row for row in ended]
-            verdicts[index, ended, 2:] = judge_texts(task, [problems[row] for row in at], [texts[row] for row in at])
+            judged += [row] if stopped or judges_truncated else []
+        if judged:
+            at = [index * rows + row for row in judged]
+            verdicts[index, judged, 2:] = judge_texts(task, [problems[row] for row in at], [texts[row] for row in at])
     if jax.process_count() > 1:
         verdicts = fetch(from_own(verdicts, None, "rows", None))
-    lengths, truncated, rewards, correct, unjudged, unmarked = verdicts.reshape(-1, 6).T
+    verdicts = verdicts.reshape(-1, verdicts.shape[-1])
+    lengths, truncated, rewards, correct, unjudged, unmarked, left_out = verdicts[:, :7].T
     return Judged(
-        rewards.copy(), correct > 0, truncated > 0, unjudged > 0, unmarked > 0, lengths.astype(np.int32), texts
+        rewards=rewards.copy(),
+        correct=correct > 0 if tells_correct(task) else None,
+        truncated=truncated > 0,
+        unjudged=unjudged > 0,
+        unmarked=unmarked > 0,
+        left_out=left_out > 0,
+        parts=verdicts[:, 7:].copy(),
+        lengths=lengths.astype(np.int32),
+        texts=texts,
     )
 
 
@@ -209,8 +236,18 @@ def cut(rollout: RolloutBatch, lengths: ArrayLike) -> RolloutBatch:
     return rollout._replace(mask=kept, segment_ids=jnp.where(dropped, 0, rollout.segment_ids))
 
 
+def reward_names(task: Task) -> tuple[str, ...]:
+    """Return the names of a task's rewards; none for a task that does not name them."""
+    return tuple(task.reward_names) if isinstance(task, RewardsTask) else ()
+
+
+def tells_correct(task: Task) -> bool:
+    """Return whether a task's judgements say which responses are correct."""
+    return not isinstance(task, RewardsTask) or task.tells_correct
+
+
 def judge_texts(task: Task, problems: Sequence[Any], responses: Sequence[str]) -> np.ndarray:
-    """Return the task's judgements of responses that were not cut off, checked.
+    """Return the task's judgements of responses, checked.
 
     Args:
       task: the judge.
@@ -218,10 +255,12 @@ def judge_texts(task: Task, problems: Sequence[Any], responses: Sequence[str]) -
       responses: B texts.
 
     Returns:
-      float32 [B, 4]: the first fields of `Judgement`.
+      float32 [B, 5 + M]: the fields of `Judgement`, the last of which has M parts. The reward of a response that is
+      left out is 0.
 
     Raises:
-      ValueError: if the task gives a reward that is not finite, or not one judgement a response.
+      ValueError: if the task gives a reward that is not finite, not one judgement a response, or not one part for each
+        of the rewards that it names.
     """
     name, judgements = f"{type(task).__name__}.judge", task.judge(problems, responses)
     if len(judgements) != len(responses) or not all(isinstance(one, Judgement) for one in judgements):
@@ -230,13 +269,20 @@ def judge_texts(task: Task, problems: Sequence[Any], responses: Sequence[str]) -
             f"{name} was given {len(responses)} responses and returned a list of {len(judgements)}, of type "
             f"{', '.join(types) or 'none'}: return one Judgement for each response"
         )
+    names = reward_names(task)
+    if lengths := {len(one.parts) for one in judgements} - {len(names)}:
+        raise ValueError(
+            f"{name} gave a response {min(lengths)} parts, but the task names {len(names)} rewards"
+            f"{': ' if names else ''}{', '.join(names)}; return one part for each, NaN where it does not apply"
+        )
     with np.errstate(over="ignore"):
-        checked = np.array([one[:4] for one in judgements], np.float32)
-    wrong = np.flatnonzero(~np.isfinite(checked[:, 0]))
+        checked = np.array([[*one[:5], *one.parts] for one in judgements], np.float32)
+    checked[checked[:, 4] > 0, 0] = 0
+    wrong = np.flatnonzero(~np.isfinite(checked[:, 0]) | np.isinf(checked[:, 5:]).any(axis=1))
     if wrong.size:
         raise ValueError(
-            f"{name} gave the reward {judgements[wrong[0]].reward} to the response {responses[wrong[0]][:200]!r}: "
-            "rewards must be finite in float32"
+            f"{name} gave the reward {judgements[wrong[0]].reward} to the response {responses[wrong[0]][:200]!r}"
+            f"{f', with the parts {judgements[wrong[0]].parts}' if names else ''}: rewards must be finite in float32"
         )
     return checked
 
@@ -256,4 +302,4 @@ def solve(
         chunks += sample_in_chunks(policy, params, prompts, keys, sampler, task.tokenizer, 1)
     judged = judge(task, problems, chunks)
     own = slice(len(problems))
-    return Judged._make(of_responses[own] for of_responses in judged)
+    return Judged._make(None if of_responses is None else of_responses[own] for of_responses in judged)

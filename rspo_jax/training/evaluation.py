@@ -1,9 +1,12 @@
 """Evaluation of a run on held-out problems, between its steps."""
 
+import math
+
 import jax
 
-from rspo_jax.records.metrics import wilson_interval
-from rspo_jax.rollouts import SamplerConfig, solve
+from rspo_jax.records.metrics import mean_interval, wilson_interval
+from rspo_jax.rollouts import SamplerConfig, reward_names, solve
+from rspo_jax.training.metrics import mean_of
 from rspo_jax.training.stages import Setup
 from rspo_jax.training.state import RunState, sampling_params
 
@@ -21,8 +24,11 @@ def evaluate(setup: Setup, state: RunState, final: bool) -> dict[str, float]:
 
     Returns:
       Solve rates `eval_greedy` and `eval_sampled` on validation problems and, if final, `test_greedy` and
-      `test_sampled`, each with the bounds of its 95 % Wilson interval (`_low`, `_high`); `dropped_*_problems`, the
-      number of problems left out of each split, if the run has a limit for prompts.
+      `test_sampled`, each with the bounds of its 95 % Wilson interval (`_low`, `_high`). For a task that names its
+      rewards, mean rewards `eval_greedy_reward` and so on, with the bounds of a 95 % bootstrap interval, NaN where
+      all rewards are alike; they stand alone where the task does not tell which responses are correct. Responses that
+      were left out are in neither.
+      `dropped_*_problems`, the number of problems left out of each split, if the run has a limit for prompts.
     """
     config, splits = setup.config, setup.problems.splits
     metrics: dict[str, float] = {}
@@ -37,7 +43,17 @@ def evaluate(setup: Setup, state: RunState, final: bool) -> dict[str, float]:
             key = jax.random.key(config.seed)
             task, width = setup.problems.task, setup.problems.width
             judged = solve(setup.policy, params, task, problems, key, sampler, width)
-            low, high = wilson_interval(int(judged.correct.sum()), len(problems))
-            name = f"{split}_{mode}"
-            metrics |= {name: float(judged.correct.mean()), f"{name}_low": low, f"{name}_high": high}
+            name, counted = f"{split}_{mode}", ~judged.left_out
+            if judged.correct is not None:
+                correct = judged.correct[counted]
+                low, high = wilson_interval(int(correct.sum()), correct.size) if correct.size else (math.nan, math.nan)
+                metrics |= {name: float(mean_of(correct)), f"{name}_low": low, f"{name}_high": high}
+            if reward_names(task):
+                rewards = judged.rewards[counted]
+                low, high = (mean_interval(rewards) if rewards.size else None) or (math.nan, math.nan)
+                metrics |= {
+                    f"{name}_reward": float(mean_of(rewards)),
+                    f"{name}_reward_low": low,
+                    f"{name}_reward_high": high,
+                }
     return metrics

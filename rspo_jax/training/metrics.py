@@ -54,14 +54,23 @@ def _reduce_stacked(by_name: dict[str, list[Any]]) -> dict[str, Array]:
     return reduce({name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) for name, parts in by_name.items()})
 
 
-def rollout_metrics(judged: list[JudgedRollout], config: TrainerConfig) -> Numbers:
-    """Return the metrics of all responses drawn in a step: rewards, verdicts, lengths and informative groups."""
+def rollout_metrics(judged: list[JudgedRollout], config: TrainerConfig, names: Sequence[str] = ()) -> Numbers:
+    """Return the metrics of all responses drawn in a step: rewards, verdicts, lengths and informative groups.
+
+    Args:
+      judged: the rollouts of the step.
+      config: the trainer's settings.
+      names: those of the task's rewards. Each has the mean and the spread of its values, and the share of responses
+        that it gave none.
+    """
     verdicts, wanted = [one.judged for one in judged], config.wanted_groups
     informative = np.concatenate([one.informative for one in judged])
     lengths = np.concatenate([one.lengths for one in verdicts])
+    counted = ~np.concatenate([one.left_out for one in verdicts])
+    correct = [one.correct for one in verdicts if one.correct is not None]
     metrics = {
-        "reward": np.concatenate([one.rewards for one in verdicts]).mean(),
-        "solve_rate": np.concatenate([one.correct for one in verdicts]).mean(),
+        "reward": mean_of(np.concatenate([one.rewards for one in verdicts])[counted]),
+        **({"solve_rate": mean_of(np.concatenate(correct)[counted])} if correct else {}),
         "truncated_fraction": np.concatenate([one.truncated for one in verdicts]).mean(),
         "unjudged": np.concatenate([one.unjudged for one in verdicts]).sum(),
         "unmarked": np.concatenate([one.unmarked for one in verdicts]).sum(),
@@ -72,6 +81,13 @@ def rollout_metrics(judged: list[JudgedRollout], config: TrainerConfig) -> Numbe
         "informative_groups": informative.mean(),
         "unlearned_informative_groups": max(0, int(informative.sum()) - wanted) / config.prompts,
     }
+    if names or not counted.all():
+        metrics["left_out"] = (~counted).sum()
+    for name, values in zip(names, np.concatenate([one.parts for one in verdicts]).T, strict=True):
+        given = values[np.isfinite(values)]
+        metrics[f"rewards/{name}/mean"] = mean_of(given)
+        metrics[f"rewards/{name}/std"] = given.std() if given.size else math.nan
+        metrics[f"rewards/{name}/none"] = 1 - given.size / values.size
     if config.dynamic_sampling:
         metrics["rollouts"] = len(judged)
         metrics["dropped_groups"] = max(0, wanted - int(informative.sum()))
@@ -80,6 +96,11 @@ def rollout_metrics(judged: list[JudgedRollout], config: TrainerConfig) -> Numbe
     if config.overlong_buffer:
         metrics["overlong_penalty"] = np.concatenate([one.overlong for one in judged]).mean()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def mean_of(values: np.ndarray) -> Any:
+    """Return the mean of some values; NaN without any."""
+    return values.mean() if values.size else math.nan
 
 
 def rate_change(rows: Sequence[Mapping[str, Any]], config: TrainerConfig, state: RunState) -> str:

@@ -83,9 +83,14 @@ class JudgedRollout(NamedTuple):
     """True if free slots took the next prompt."""
 
     @property
+    def valid(self) -> np.ndarray | None:
+        """bool [prompts, group]: responses that count. None if all of them do."""
+        return ~self.judged.left_out.reshape(self.rewards.shape) if self.judged.left_out.any() else None
+
+    @property
     def informative(self) -> np.ndarray:
         """bool [prompts]: groups whose rewards differ."""
-        return is_informative(np.asarray(self.rewards))
+        return is_informative(np.asarray(self.rewards), self.valid)
 
 
 def draw(setup: Setup, state: RunState) -> tuple[Drawing, RunState]:
@@ -142,11 +147,16 @@ def wants_more(judged: list[JudgedRollout], config: TrainerConfig) -> bool:
 def with_advantages(setup: Setup, judged: JudgedRollout) -> RolloutBatch:
     """Compare each response with others, by the estimator of the configuration or of the objective's source.
 
-    Responses that were cut off are compared too, also where `mask_truncated` then takes them out of the mask.
+    Responses that were cut off are compared too, also where `mask_truncated` then takes them out of the mask. Those
+    that no reward applies to are neither compared nor in the mask.
     """
     estimator = setup.config.advantages or OBJECTIVES[setup.learner.objective].advantages
-    rollout = judged.rollout._replace(advantages=ADVANTAGES[estimator](judged.rewards).reshape(-1))
-    return mask_rows(rollout, ~judged.judged.truncated) if setup.config.mask_truncated else rollout
+    valid = None if judged.valid is None else jnp.asarray(judged.valid)
+    advantages = ADVANTAGES[estimator](judged.rewards, valid=valid).reshape(-1)
+    rollout, kept = judged.rollout._replace(advantages=advantages), ~judged.judged.left_out
+    if setup.config.mask_truncated:
+        kept &= ~judged.judged.truncated
+    return rollout if kept.all() else mask_rows(rollout, kept)
 
 
 def choose(judged: list[JudgedRollout], rollouts: list[RolloutBatch], config: TrainerConfig) -> RolloutBatch:

@@ -19,7 +19,7 @@ from rspo_jax.records.checkpoint import Checkpoints
 from rspo_jax.records.files import FilePath, as_path
 from rspo_jax.records.lock import RunLock
 from rspo_jax.records.metrics import MetricsLog, check_record, read_metrics
-from rspo_jax.rollouts import Packing, ResponseLengths, check_solutions, encode_solutions, pack, take
+from rspo_jax.rollouts import Packing, ResponseLengths, check_solutions, encode_solutions, pack, reward_names, take
 from rspo_jax.sharding import make_mesh
 from rspo_jax.training.config import check_learner, check_mesh
 from rspo_jax.training.evaluation import evaluate
@@ -157,6 +157,7 @@ def _warm_start(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
 def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
     """Learn from the policy's own responses, one rollout a step."""
     config, learner, optimizer, done = setup.config, setup.learner, setup.config.decaying_optimizer, int(state.step)
+    names = reward_names(setup.problems.task)
     if done and done >= config.steps:
         return state
     with recorder.phase("rl", max(config.steps, 1), completed=done):
@@ -195,7 +196,7 @@ def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
             # Adapt the scale of the router shift to what the updates have shown.
             state, shown = adapt_shift(state, statistics, learner)
             # End of the step: metrics, probe, evaluation, checkpoint, stop.
-            numbers = rollout_metrics(judged, config) | padding | {"learning_rate": learning_rate}
+            numbers = rollout_metrics(judged, config, names) | padding | {"learning_rate": learning_rate}
             lengths = ResponseLengths(jnp.float32(numbers["response_length"]), jnp.float32(numbers["longest_response"]))
             key = jax.random.key_data(key)
             state = state._replace(train=train, key=key, step=state.step + 1, lengths=lengths)

@@ -4,8 +4,10 @@ the same whether it was left alone, asked to stop or killed.
 Only processes that get a signal are processes of their own; they share what this one compiles.
 """
 
+import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -34,7 +36,7 @@ import models
 from experiments import train
 from experiments.config import CountdownRun, load_config, save_config
 from experiments.errors import INTERRUPTED, MISTAKE, STOPPED
-from rspo_jax.records import lock, read_metrics
+from rspo_jax.records import MetricsLog, lock, read_metrics
 from rspo_jax.training.restore import restore_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +194,24 @@ def test_the_summary(finished):
         assert summary[f"improvement_points{suffix}"] == pytest.approx(points)
     assert summary["skipped_updates"] == 0
     assert summary["wall_seconds"] > sum(row.get("step_seconds", 0) for row in rows[7:]) / 2
+
+
+def test_the_summary_of_a_task_that_does_not_tell_what_is_correct(tmp_path):
+    found = {f"test_{mode}_reward{bound}": 0.25 for mode in ("sampled", "greedy") for bound in ("", "_low", "_high")}
+    later = {name: -0.5 for name in found} | {"test_greedy_reward_low": math.nan}
+    with MetricsLog(tmp_path, None) as log:
+        log.write("rl", 0, found)
+        log.write("rl", 1, later)
+    run = CountdownRun(trainer=dataclasses.replace(CountdownRun().trainer, steps=1))
+    summary = train.summarize(tmp_path, run, 8, 12.0)
+    assert not [name for name in summary if "solve_rate" in name or "points" in name]
+    assert (summary["warm_start_reward"], summary["final_reward_greedy"]) == (0.25, -0.5)
+    assert train.report(summary).splitlines() == [
+        "rspo, seed 0, 8 held-out problems:",
+        "  sampled, reward 0.250 [0.250, 0.250]  ->  -0.500 [-0.500, -0.500]  (-0.750)",
+        "  greedy, reward 0.250 [0.250, 0.250]  ->  -0.500  (-0.750)",
+        "  12 s of training, 0 updates skipped",
+    ]
 
 
 def test_what_a_run_says(finished_run):

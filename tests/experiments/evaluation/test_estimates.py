@@ -1,4 +1,4 @@
-"""Estimates avg@k, pass@k and maj@k against every subset, and bootstrap intervals against every resample."""
+"""Estimates avg@k, pass@k and maj@k against every subset, and the interval of a rate."""
 
 import itertools
 from fractions import Fraction
@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from experiments.evaluation.estimates import avg_at_k, majority_at_k, mean_interval, pass_at_k, rate_interval
+from experiments.evaluation.estimates import avg_at_k, majority_at_k, pass_at_k, rate_interval
 
 
 def random_table(seed, problems=6, samples=6):
@@ -140,35 +140,3 @@ def test_the_interval_of_a_rate_covers_it_whether_samples_are_alike_or_not():
 def test_what_is_no_rate(rates):
     with pytest.raises(ValueError, match="rates must be"):
         rate_interval(np.array(rates), 1)
-
-
-def test_the_interval_of_a_mean_holds_what_all_resamples_say():
-    """The bounds are the exact quantiles of all 5^5 equally likely resamples, whose neighbours are well away."""
-    values = np.array([0.0, 0.25, 0.5, 1.0, 1.0])
-    means = np.sort([np.mean(values[list(rows)]) for rows in itertools.product(range(5), repeat=5)])
-    interval = mean_interval(values, seed=1)
-    for level, bound in zip((0.025, 0.975), interval, strict=True):
-        below, at = np.mean(means < bound - 1e-12), np.mean(means <= bound + 1e-12)
-        # The standard error of the quantile's level with 10,000 resamples is 0.0016.
-        assert below < level + 0.008
-        assert at > level - 0.008
-    np.testing.assert_allclose(mean_interval(2 * values, seed=1), [2 * bound for bound in interval])
-
-
-def test_the_interval_of_a_mean_shrinks_as_theory_says_and_depends_on_the_seed_alone():
-    values = (np.arange(800) % 2).astype(np.float64)
-    interval = mean_interval(values, seed=4)
-    # A coin of 800 throws: the normal interval is ±1.96 · 0.5 / √800.
-    np.testing.assert_allclose(interval, [0.5 - 0.03465, 0.5 + 0.03465], atol=0.002)
-    assert mean_interval(values, seed=4) == interval
-    assert mean_interval(values[:200], seed=5)[0] < interval[0]
-
-
-def test_values_without_spread_have_no_interval():
-    assert mean_interval(np.ones(7)) is None
-    assert mean_interval(np.array([3.5])) is None
-
-
-def test_nothing_to_resample():
-    with pytest.raises(ValueError, match="at least 1 problem"):
-        mean_interval(np.ones(0))

@@ -57,6 +57,28 @@ def test_the_estimates():
     assert summarize_responses(responses(), 4, 3, votes=True) == summary
 
 
+def test_a_task_that_does_not_tell_what_is_correct_has_no_rates_of_right_ones():
+    """Responses that no reward applies to are not in the mean, and a problem of which nothing is left is not either."""
+    found = {
+        pair: dataclasses.replace(response, correct=None, left_out=pair[0] == 1 or pair == (0, 0))
+        for pair, response in responses().items()
+    }
+    summary = summarize_responses(found, problems=4, samples=3, votes=False)
+    values = {name: estimate["value"] for name, estimate in summary["estimates"].items()}
+    assert values == pytest.approx(
+        {"left_out": 4 / 12, "truncated": 1 / 12, "reward": (1 / 4 + 1 / 3 + 1 / 6) / 3, "response_tokens": 60 / 12}
+    )
+    assert summary["lengths"]["mean_if_right"] is None and summary["lengths"]["mean_if_wrong"] is None
+    table = make_table(summary)
+    assert next(iter(table.columns[0].cells)) == "left out"
+    shown = {pair: show_response("Q", response).split("   ")[-1] for pair, response in found.items()}
+    assert (shown[0, 0], shown[0, 1], shown[3, 0]) == ("left out", "reward 0.5", "reward 0.5")
+    console = rich.console.Console(file=io.StringIO(), force_terminal=False, width=80)
+    with EvaluationProgress(12, [], console) as progress:
+        progress.update(list(found.values()))
+    assert "12/12 responses, reward 0.208" in console.file.getvalue()
+
+
 def test_the_first_samples_only_and_no_votes():
     summary = summarize_responses(responses(), problems=4, samples=1, votes=False)
     assert list(summary["estimates"]) == ["pass@1", "avg@1", "truncated", "reward", "response_tokens"]

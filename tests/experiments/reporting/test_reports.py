@@ -46,6 +46,8 @@ def fake_metrics(rng, step, trouble):
     metrics = {
         "reward": 0.1 + 0.3 * step / 60 - 0.6 * trouble + noise if trouble < 0.7 else noise,
         "solve_rate": max(0.0, 0.1 + 0.3 * step / 60 - 0.6 * trouble),
+        "rewards/correct/mean": 0.1 + noise,
+        "rewards/brief/mean": -noise,
         "entropy": 1.2 - 0.5 * step / 60 - 0.5 * trouble + noise,
         "drift": 0.01 + 0.15 * trouble + 0.1 * noise,
         "gamma_mean": 0.99 - 0.15 * trouble - 0.1 * noise,
@@ -219,9 +221,27 @@ def test_numbers_configuration_and_intervals_are_shown(runs, reports):
     text, _ = reports["rspo"]
     assert "countdown · rspo · 60 steps" in text
     assert "<td>objective.gamma_min</td><td>0.8</td>" in text
-    greedy = load_run(runs["rspo"]).rate("greedy")
+    greedy = load_run(runs["rspo"]).held_out("greedy")
     assert greedy.split == "validation" and greedy.step == 60
     assert f"<b>{100 * greedy.value:.1f} %</b><span>95 %: {100 * greedy.low:.1f} to {100 * greedy.high:.1f}" in text
+
+
+def test_mean_rewards_take_the_place_of_solve_rates_that_a_task_does_not_tell(tmp_path):
+    rewards = {f"eval_{mode}_reward": 0.25 for mode in ("greedy", "sampled")} | {"reward": 0.125}
+    rewards |= {"eval_greedy_reward_low": 0.2, "eval_greedy_reward_high": 0.3}
+    rewards |= {"eval_sampled_reward_low": np.nan, "eval_sampled_reward_high": np.nan}
+    with MetricsLog(tmp_path, None) as log:
+        for step in range(3):
+            log.write("rl", step, rewards | {"rewards/a b/mean": 1.0, "rewards/a b/std": 0.0})
+    record = load_run(tmp_path)
+    assert record.reward_names == ["a b"]
+    text, drawn = without_rendering(lambda: make_report(record))
+    assert "<b>0.250</b><span>95 %: 0.200 to 0.300, step 2, before 0.250" in text
+    assert "<b>0.250</b><span>step 2, before 0.250" in text
+    assert {"Held-out problems", "Rewards by name"} <= set(drawn)
+    assert drawn["Held-out problems"].get_ylabel() == "mean reward"
+    comparison, drawn = without_rendering(lambda: make_comparison([record]))
+    assert "0.250 [0.200, 0.300] (validation)" in comparison and "Held-out reward, greedy" in drawn
 
 
 def test_arrays_of_another_shape_than_the_last_are_left_out(tmp_path):

@@ -193,3 +193,26 @@ def test_a_buffer_that_does_not_fit_is_refused():
     for buffer in (0, -1, 101):
         with pytest.raises(ValueError, match="buffer must lie between 1 and max_tokens, 100"):
             overlong_penalty(jnp.asarray([5]), 100, buffer)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_responses_that_do_not_count_are_as_if_they_were_not_there(name):
+    """Against the oracle on what is left of each group (of the batch, for the estimator that compares all)."""
+    estimator, rewards = jax.jit(ADVANTAGES[name]), rewards_of("continuous", (6, 5))
+    valid = np.random.default_rng(1).random((6, 5)) < 0.6
+    valid[0], valid[1], valid[2] = True, False, [False, True, False, False, False]
+    spoiled = np.where(valid, rewards, 1e30).astype(np.float32)  # whatever stands there has no effect
+    advantages = np.asarray(estimator(spoiled, valid=jnp.asarray(valid)))
+    assert np.all(advantages[~valid] == 0) and np.isfinite(advantages).all()
+    if name == "batch":
+        np.testing.assert_allclose(advantages[valid], ORACLES[name](rewards[valid][None])[0], rtol=1e-5)
+    for group, kept, found in zip(rewards, valid, advantages, strict=True):
+        if name != "batch" and kept.sum() > 1:
+            np.testing.assert_allclose(found[kept], ORACLES[name](group[kept][None])[0], rtol=1e-5, atol=1e-6)
+    if name != "batch":  # nothing to compare with
+        np.testing.assert_array_equal(advantages[1:3], np.zeros((2, 5)))
+    # Where all of them count, nothing changes but the order in which the compiler divides.
+    everything = np.asarray(estimator(rewards, valid=jnp.ones((6, 5), bool)))
+    np.testing.assert_allclose(everything, estimator(rewards), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="the shape of the rewards"):
+        ADVANTAGES[name](rewards, valid=jnp.ones(6, bool))

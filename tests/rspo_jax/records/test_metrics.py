@@ -1,6 +1,8 @@
-"""The record of a run on disk: rows, arrays, resumption, JSON files, and the interval of a success rate."""
+"""The record of a run on disk: rows, arrays, resumption, JSON files, and the intervals of a success rate and of
+a mean."""
 
 import datetime
+import itertools
 import json
 import logging
 import math
@@ -580,3 +582,35 @@ def test_wilson_interval_is_exact_at_the_ends_and_symmetric():
 def test_wilson_interval_refuses_bad_input(arguments):
     with pytest.raises(ValueError, match="successes must be from 0 to trials, and trials above 0"):
         metrics.wilson_interval(*arguments)
+
+
+def test_the_interval_of_a_mean_holds_what_all_resamples_say():
+    """The bounds are the exact quantiles of all 5^5 equally likely resamples, whose neighbours are well away."""
+    values = np.array([0.0, 0.25, 0.5, 1.0, 1.0])
+    means = np.sort([np.mean(values[list(rows)]) for rows in itertools.product(range(5), repeat=5)])
+    interval = metrics.mean_interval(values, seed=1)
+    for level, bound in zip((0.025, 0.975), interval, strict=True):
+        below, at = np.mean(means < bound - 1e-12), np.mean(means <= bound + 1e-12)
+        # The standard error of the quantile's level with 10,000 resamples is 0.0016.
+        assert below < level + 0.008
+        assert at > level - 0.008
+    np.testing.assert_allclose(metrics.mean_interval(2 * values, seed=1), [2 * bound for bound in interval])
+
+
+def test_the_interval_of_a_mean_shrinks_as_theory_says_and_depends_on_the_seed_alone():
+    values = (np.arange(800) % 2).astype(np.float64)
+    interval = metrics.mean_interval(values, seed=4)
+    # A coin of 800 throws: the normal interval is ±1.96 · 0.5 / √800.
+    np.testing.assert_allclose(interval, [0.5 - 0.03465, 0.5 + 0.03465], atol=0.002)
+    assert metrics.mean_interval(values, seed=4) == interval
+    assert metrics.mean_interval(values[:200], seed=5)[0] < interval[0]
+
+
+def test_values_without_spread_have_no_interval():
+    assert metrics.mean_interval(np.ones(7)) is None
+    assert metrics.mean_interval(np.array([3.5])) is None
+
+
+def test_nothing_to_resample():
+    with pytest.raises(ValueError, match="at least 1 problem"):
+        metrics.mean_interval(np.ones(0))

@@ -69,6 +69,19 @@ def test_plain_reports_come_at_about_every_twentieth(total, completed, reported)
     assert [line.split("/")[0] for line in lines] == [f"RL {step}" for step in reported]
 
 
+def test_rewards_by_name_take_the_place_of_a_solve_rate_that_is_not_told():
+    of_rewards = {"reward": 0.5, "rewards/correct/mean": 0.25, "rewards/correct/std": 0.1, "rewards/brief/mean": -1.0}
+    held_out = {"eval_greedy_reward": 1.5, "eval_greedy_reward_low": math.nan, "eval_greedy_reward_high": math.nan}
+    held_out |= {"eval_sampled_reward": -0.25, "eval_sampled_reward_low": -0.5, "eval_sampled_reward_high": 0.0}
+    line = run_plainly("rl", 40, [(1, of_rewards | held_out | {"left_out": 3.0, "unjudged": 2.0})])[0]
+    assert line.startswith("RL 1/40: reward 0.500, correct 0.250, brief -1.000, γ –")
+    assert "solve rate" not in line and "3 left out, 2 not judged" in line
+    assert "held-out reward greedy 1.500, sampled -0.250 [-0.500, 0.000]" in line
+    rates = {"solve_rate": 0.5, "eval_greedy": 0.25, "eval_greedy_reward": 1.0}
+    told = run_plainly("rl", 40, [(1, of_rewards | rates)])[0]
+    assert "solve rate 50.0%" in told and "held-out greedy 25.0%" in told and "left out" not in told
+
+
 def test_evaluations_are_always_reported():
     evaluation = {"eval_greedy": 0.412, "eval_greedy_low": 0.38, "eval_greedy_high": 0.445, "eval_sampled": 0.35}
     lines = run_plainly("rl", 1000, [(1, {}), (2, {}), (3, evaluation), (4, {}), (5, {"eval_sampled": 0.5})])

@@ -22,6 +22,8 @@ def rollout_of(first_row, rows):
 def test_groups_with_different_rewards_are_informative():
     rewards = np.array([[0, 0, 0], [0, 1, 0], [0.5, 0.5, 0.5], [-1, -1, 0]], np.float32)
     np.testing.assert_array_equal(is_informative(rewards), [False, True, False, True])
+    valid = np.array([[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 1]], bool)
+    np.testing.assert_array_equal(is_informative(rewards, valid), [False, False, False, True])
 
 
 @pytest.mark.parametrize("wanted", [1, 3, 5])

@@ -1,6 +1,8 @@
 """From problems to rollouts with a task of letters and a policy that recites the alphabet: which response belongs to
 which problem, what a truncated one is worth, and where everything stands in a row. Knows no model."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,6 +171,61 @@ def test_responses_without_the_text_to_judge_after_are_counted():
 
     judged = judge(MarkedTask(), ["e", "c", "c"], [samples("f.", "def.", "def")])
     np.testing.assert_array_equal(judged.unmarked, [True, False, False])
+
+
+class RewardedTask(ReciteTask):
+    """Two rewards: one for the length, and one for an f, which does not apply to the empty response. A response of b's
+    is left out. It does not tell which ones are correct."""
+
+    reward_names, tells_correct, judges_truncated = ("length", "f"), False, True
+
+    def judge(self, problems, responses):
+        judged = []
+        for text in responses:
+            parts = (float(len(text)), float("f" in text) if text else float("nan"))
+            judged.append(Judgement(np.nansum(parts).item(), False, left_out="b" in text, parts=parts))
+        return judged
+
+
+def test_rewards_of_their_own_names():
+    judged = judge(RewardedTask(), ["c"] * 4, [samples("def.", "cdef"), samples(".", "bf.")])
+    assert judged.correct is None
+    np.testing.assert_array_equal(judged.truncated, [False, True, False, False])
+    np.testing.assert_array_equal(judged.left_out, [False, False, False, True])
+    np.testing.assert_array_equal(judged.parts, np.array([[3, 1], [4, 1], [0, np.nan], [2, 1]], np.float32))
+    np.testing.assert_array_equal(judged.rewards, np.array([4, 5, 0, 0], np.float32))  # 0 for what is left out
+    # Another task is not asked about what was cut off: no reward applies, and the whole is 0.
+    stricter = type("Stricter", (RewardedTask,), {"judges_truncated": False, "tells_correct": True})()
+    judged = judge(stricter, ["c"] * 2, [samples("def.", "cdef")])
+    np.testing.assert_array_equal(judged.parts, np.array([[3, 1], [np.nan, np.nan]], np.float32))
+    np.testing.assert_array_equal(judged.rewards, [4, 0])
+    np.testing.assert_array_equal(judged.correct, [False, False])
+    solved = solve(POLICY, alphabet_table(), RewardedTask(), ["abc", "e", "d"], jax.random.key(0), GREEDY, 3)
+    assert solved.correct is None and solved.parts.shape == (3, 2) and solved.texts == ["def", "f", "ef"]
+
+
+@pytest.mark.parametrize(
+    ("judgement", "message"),
+    [
+        (
+            Judgement(1.0, True, parts=(1.0,)),
+            "gave a response 1 parts, but the task names 2 rewards: length, f;",
+        ),
+        (Judgement(1.0, True), "gave a response 0 parts, but the task names 2 rewards"),
+        (
+            Judgement(1.0, True, parts=(1.0, math.inf)),
+            r"to the response 'f', with the parts \(1\.0, inf",
+        ),
+        (Judgement(math.nan, True, parts=(1.0, 1.0)), "rewards must be finite in float32"),
+    ],
+)
+def test_mistakes_of_a_task_that_names_its_rewards(judgement, message):
+    class Broken(RewardedTask):
+        def judge(self, problems, responses):
+            return [judgement] * len(responses)
+
+    with pytest.raises(ValueError, match=message):
+        judge(Broken(), ["e"], [samples("f.")])
 
 
 class Pairs(Letters):

@@ -425,6 +425,49 @@ def test_responses_that_are_cut_off_may_be_left_out_of_the_loss(tmp_path, start)
     assert (row["masked_truncated"], row["learned_updates"], row["skipped_updates"]) == (32, 0, 0)
 
 
+def test_responses_that_no_reward_applies_to_count_for_nothing(tmp_path, start):
+    """Whatever reward they are given; and named rewards take the place of solve rates."""
+
+    class Rewarded(TranslationTask):
+        reward_names, tells_correct, judges_truncated = ("right", "short"), False, True
+
+        def __init__(self, spoilt):
+            super().__init__()
+            self.spoilt, self.calls = spoilt, []
+
+        def judge(self, problems, responses):
+            judged = []
+            for problem, text in zip(problems, responses, strict=True):
+                parts = (float(text == self.solution(problem)), math.nan if problem == "2" else -float(len(text)))
+                absent = text[:1] in ("a", "b")
+                reward = self.spoilt if absent else np.nansum(parts).item()
+                judged.append(Judgement(reward, False, left_out=absent, parts=parts))
+            self.calls.append(judged)
+            return judged
+
+    config = change(RL_ONLY, steps=1, mini_batches=1, advantages="group")
+    learner = LearnerConfig("grpo", diagnostics=False)
+    runs = {}
+    for spoilt in (0.0, 1e9):
+        task = Rewarded(spoilt)
+        runs[spoilt] = run(tmp_path / str(spoilt), config, task, learner, init=copies_of(start))
+    (params, (before, row)), (others, rows) = runs.values()
+    assert params == others and [before, row] == rows
+    assert not {"solve_rate", "eval_sampled", "test_greedy"} & {*before, *row} and 0 < row["left_out"] < 32
+    for name in ("eval_greedy", "eval_sampled", "test_greedy", "test_sampled"):
+        low, value, high = (row[f"{name}_reward{bound}"] for bound in ("_low", "", "_high"))
+        assert math.isnan(low) or low <= value <= high
+    # The judge was called four times for the evaluation before the step, then once for each chunk of the rollout.
+    judged = [*task.calls[4], *task.calls[5]]
+    right, short = np.array([one.parts for one in judged]).T
+    assert len(judged) == 32 and row["truncated_fraction"] > 0  # what was cut off is judged as well
+    assert row["left_out"] == sum(one.left_out for one in judged)
+    assert row["rewards/right/mean"] == pytest.approx(right.mean())
+    assert row["rewards/short/mean"] == pytest.approx(np.nanmean(short))
+    assert row["rewards/short/std"] == pytest.approx(np.nanstd(short))
+    assert (row["rewards/right/none"], row["rewards/short/none"]) == (0, pytest.approx(np.isnan(short).mean()))
+
+
 def test_long_responses_lose_reward(tmp_path, start):
     class Nothing(TranslationTask):
         def reward(self, problem, correct):
