@@ -183,9 +183,10 @@ def _row(flag: Flag, short: bool) -> tuple[rich.text.Text, rich.text.Text]:
     """Return a flag with its kind of values, and its text with the choices, which may be many, and the default."""
     values = flag.values.replace("{None}|", "").replace("{None,", "{")
     choices = values[1:-1].split(",") if re.fullmatch(r"\{[^{}]+\}", values) else []
-    name = flag.names[0].replace("--", "--[no-]", 1) if len(flag.names) > 1 else flag.names[0]
-    text, given, default = " ".join(flag.text.split()).rpartition("(default: ")
-    default = default.removesuffix(")").strip("'\"") if given else ""
+    name, *negation = flag.names
+    name = name.replace("--", "--[no-]", 1) if negation else name
+    text, _, default = " ".join(flag.text.split()).partition("(default: ")
+    default = default.removesuffix(")").strip("'\"")
     text = _first_sentence(text) if short else text.strip()
     parts = [text] if text else []
     parts += [f"One of {', '.join(choices)}."] if choices else []
@@ -198,7 +199,8 @@ def _about(flag: Flag) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=[.])\s+(?=[A-Z])|\n\n", text.strip(), maxsplit=1)[0]
+    first, *_ = re.split(r"(?<=[.])\s+(?=[A-Z])|\n\n", text.strip(), maxsplit=1)
+    return first
 
 
 def mistyped(flags: Sequence[Flag], arguments: Sequence[str]) -> str | None:
@@ -219,7 +221,7 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
     def likeness(flag: str) -> float:
         last = flag.removeprefix("--").rpartition(".")[2]
         pairs = [(name, flag, 1.0), (name.removeprefix("--"), last, 1.0), (name.rpartition(".")[2], last, 0.9)]
-        return max(weight * difflib.SequenceMatcher(None, *pair).ratio() for *pair, weight in pairs)
+        return max(weight * difflib.SequenceMatcher(None, mine, other).ratio() for mine, other, weight in pairs)
 
     best = min(known, key=lambda flag: (-likeness(flag), len(flag)))
     return best if likeness(best) >= NEAR else None
