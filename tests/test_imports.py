@@ -17,12 +17,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("rspo_jax", "models", "experiments")
 
-GROUND = ("types", "sharding", "statistics")
+GROUND = ("types", "sharding", "statistics", "stopwatch")
 ARROWS = {
     "extras": (),
     "types": (),
     "sharding": ("types",),
     "statistics": ("types",),
+    "stopwatch": (),
     "hosts": (),
     "records": ("hosts", "types", "extras"),
     "objectives": GROUND,

@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from experiments.reporting import heat_maps, probes
 from experiments.reporting.curves import (
     BLUE,
+    BROWN,
     DASHED,
+    DOTTED,
     GREEN,
     GREY,
     INK,
@@ -34,6 +36,7 @@ from experiments.reporting.training_curves import (
     draw_reward,
     draw_router_shift,
 )
+from rspo_jax.stopwatch import Stage
 
 Lines = Mapping[str, tuple[str, str]]
 """Metrics that are drawn as lines: name -> colour and label."""
@@ -151,6 +154,48 @@ def _series(record: RunRecord, name: str) -> Series:
     series = record.series(name)
     assert series is not None
     return series
+
+
+_STAGES: dict[Stage, tuple[str, str]] = {
+    "judge": (ORANGE, "judge"),
+    "write": (BROWN, "write"),
+    "draw": (BLUE, "draw"),
+    "score": (GREEN, "score"),
+    "update": (RED, "update"),
+    "probe": (INK, "probe"),
+    "evaluate": (PURPLE, "evaluate"),
+    "other": (GREY, "other"),
+}
+"""Stage of a step -> its colour and label, from the bottom of the stack; those that may overlap with others first."""
+
+
+def _draw_seconds(axes: Axes, rows: Rows) -> None:
+    """Stack the seconds of each stage over the steps; the scale is that of the steps that compiled little."""
+    rows = [row for row in rows if "step_seconds" in row]
+    steps, total = steps_of(rows), column(rows, "step_seconds")
+    edges = np.append(steps - 0.5, steps[-1:] + 0.5)
+    below = np.zeros(len(rows))
+    for stage, (colour, label) in _STAGES.items():
+        seconds = np.nan_to_num(column(rows, f"seconds_{stage}"))
+        if seconds.any():
+            low, high = (np.append(bound, bound[-1:]) for bound in (below, below + seconds))
+            axes.fill_between(edges, low, high, step="post", color=colour, linewidth=0, alpha=0.85, label=label)
+            below = below + seconds
+    overlapped = np.nan_to_num(column(rows, "overlapped_seconds"))
+    if overlapped.any():
+        plot(axes, steps, overlapped, INK, "overlapped", linewidth=1.0, linestyle=DOTTED)
+    compiling = np.nan_to_num(column(rows, "compile_seconds"))
+    steady = total[compiling < 0.1 * total]
+    top = 1.1 * float(np.nanmax(steady if steady.size else total))
+    axes.set_ylim(0, top)
+    for step, whole, part in zip(steps, total, compiling, strict=True):
+        if whole > top:
+            words = f"{whole:.0f} s, of which {part:.0f} s compiling"
+            axes.annotate(
+                words, (step, 0.97 * top), (5, 0), textcoords="offset points", va="top", fontsize=8, color=INK
+            )
+    finish(axes, "Seconds of a step", "seconds", legend=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, frameon=False, fontsize=8.5, labelcolor=INK)
 
 
 _QUANTILES = "Colour: share of tokens; lines: median (bold), 1st, 10th, 90th and 99th percentile."
@@ -291,6 +336,19 @@ SECTIONS = (
                 "All objectives at the same parameters, over parts of the same responses. Noise alone gives about 1.",
                 (probes.NEEDED,),
                 probes.draw_signal,
+            ),
+        ),
+    ),
+    Section(
+        "Time",
+        (
+            _rows_panel(
+                "Seconds of a step",
+                "By what the host worked for or waited for. Each second counts once; a checkpoint's in the step after. "
+                "Dotted: judging and writing while the device was drawing, at least. Steps that compile may reach "
+                "beyond the scale.",
+                ("step_seconds",),
+                _draw_seconds,
             ),
         ),
     ),

@@ -54,7 +54,7 @@ def _draw(axes: Axes, panel: Panel, record: RunRecord) -> None:
 
 
 def _key_numbers(record: RunRecord) -> dict[str, tuple[str, str]]:
-    """Return held-out results, alarm, collapse and training time: name -> number and a few words about it."""
+    """Return held-out results, alarm, collapse, time and memory: name -> number and a few words about it."""
     numbers = {}
     for mode in ("sampled", "greedy"):
         last, first = record.held_out(mode), record.held_out(mode, last=False)
@@ -67,8 +67,14 @@ def _key_numbers(record: RunRecord) -> dict[str, tuple[str, str]]:
             numbers[f"{last.split}, {mode}{kind}"] = (describe_value(last), words)
     numbers["Alarm"] = describe_alarm(record.warned)
     numbers["Collapse"] = describe_collapse(record.warned)
+    rows = [*record.warm_start, *record.rl]
+    compiling, memory = ([row[name] for row in rows if name in row] for name in ("compile_seconds", "peak_memory_gib"))
     if "wall_seconds" in record.summary:
         numbers["Time"] = (f"{record.summary['wall_seconds']:,.0f} s", "of training")
+    if compiling:
+        numbers["Compiling"] = (f"{sum(compiling):,.0f} s", "of tracing, lowering and compiling programs")
+    if memory:
+        numbers["Peak memory"] = (f"{max(memory):,.2f} GiB", "of the fullest device; on CPUs, of the process")
     return numbers
 
 

@@ -34,13 +34,13 @@ _REPORTS = 20
 
 
 class _BarWithMetrics(rich.progress.Progress):
-    """A bar with a line of text under it."""
+    """A bar with a line of text under it, asked for at every refresh."""
 
-    text = ""
+    text: Callable[[], str] = staticmethod(lambda: "")
 
     def get_renderables(self) -> Iterable[rich.console.RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        yield rich.text.Text(self.text, style="dim")
+        yield rich.text.Text(self.text(), style="dim")
 
 
 class PhaseProgress:
@@ -48,7 +48,8 @@ class PhaseProgress:
 
     On a terminal it is a live bar with the latest metrics under it. Elsewhere (a file, the log of a job) it is plain
     lines: after the first step, after about every 5 % of the steps, after the last one, and at every evaluation. A
-    metric that is missing shows as "–". Of several processes only the first shows anything.
+    metric that is missing shows as "–". Of several processes only the first shows anything. A program that is compiled
+    has a line of its own, which begins when compiling does and ends with the seconds that it took.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class PhaseProgress:
         self._metrics: Mapping[str, float] = {}
         self._updates = 0
         self._times = collections.deque([(completed, clock())], maxlen=_INTERVALS_TIMED + 1)
+        self._compiling: tuple[str, float] | None = None  # the program, and since when
         self._bar: _BarWithMetrics | None = None
         if self._console.is_interactive:
             self._bar = _BarWithMetrics(
@@ -94,6 +96,7 @@ class PhaseProgress:
                 expand=True,
                 refresh_per_second=4,
             )
+            self._bar.text = self._text_under_the_bar
             self._bar.add_task(self._title, total=total, left="")
             self._redraw()
 
@@ -103,6 +106,7 @@ class PhaseProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._break_line()
         if self._bar:
             self._bar.stop()
 
@@ -134,13 +138,46 @@ class PhaseProgress:
             parts = [*self._describe_metrics(), *([evaluation] if evaluation else []), self._time_left()]
             self.say(f"{self._title} {step}/{self._total}: {', '.join(parts)}")
 
+    def begin_compiling(self, program: str) -> None:
+        """Show that a program is being compiled from now on."""
+        self._break_line()
+        self._compiling = (program, self._clock())
+        if self._bar:
+            self._redraw()
+        else:
+            self._print(f"compiling {program} …", end="")
+
+    def end_compiling(self, program: str, seconds: float) -> None:
+        """Show that a program has been compiled, and how long it took."""
+        took = f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+        in_its_line = self._bar is None and self._compiling is not None
+        self._compiling = None
+        self._print(f" {took}" if in_its_line else f"compiling {program} … {took}")
+        if self._bar:
+            self._redraw()
+
     def say(self, text: str) -> None:
         """Print a line of plain text; on a terminal it goes above the bar."""
-        self._console.print(rich.text.Text(self._encodable(text)), soft_wrap=True)
+        self._break_line()
+        self._print(text)
+
+    def _break_line(self) -> None:
+        """End a line that still waits for the seconds of a program."""
+        if self._compiling is not None and self._bar is None:
+            self._compiling = None
+            self._print("")
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        self._console.print(rich.text.Text(self._encodable(text)), soft_wrap=True, end=end)
+
+    def _text_under_the_bar(self) -> str:
+        if self._compiling is None:
+            return self._encodable("  ".join(self._describe_metrics()))
+        program, began = self._compiling
+        return self._encodable(f"compiling {program} … {self._clock() - began:.0f} s")
 
     def _redraw(self) -> None:
         assert self._bar is not None
-        self._bar.text = self._encodable("  ".join(self._describe_metrics()))
         (task,) = self._bar.task_ids
         self._bar.update(task, completed=self._step, left=self._encodable(self._time_left()), refresh=True)
 

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from rspo_jax.rollouts.prompts import Prompts, encode_prompts
 from rspo_jax.rollouts.sampler import SamplerConfig, generate
 from rspo_jax.sharding import fetch, fetch_own, from_own, own_rows, parts_of
+from rspo_jax.stopwatch import Lap, unmeasured
 from rspo_jax.types import (
     Array,
     Judgement,
@@ -153,7 +154,7 @@ def encode_solutions(task: Task, problems: Sequence[Any], width: int, response_w
     return assemble(encode_prompts(task, problems, width), [Samples(*samples)])
 
 
-def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
+def judge(task: Task, problems: Sequence[Any], chunks: list[Samples], lap: Lap = unmeasured) -> Judged:
     """Decode and judge the responses chunk by chunk, waiting for each only when its turn comes.
 
     Each process judges the rows on its own devices; only the verdicts cross between processes. A response ends before
@@ -164,6 +165,7 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
       task: the judge.
       problems: one a row, in the order of the chunks' rows. Rows without one are not judged.
       chunks: from `sample_in_chunks`, equally long.
+      lap: told of waiting for each chunk (draw) and of judging it (judge), beside the next one that is being drawn.
 
     Returns:
       The verdicts of all processes, one a row.
@@ -179,6 +181,7 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
     texts = [""] * (len(chunks) * rows)
     for index, chunk in enumerate(chunks):
         tokens, mask = fetch_own(chunk.tokens), fetch_own(chunk.mask)
+        lap("draw")
         own, judged = own_rows(rows), []
         for row in own[own < len(problems) - index * rows]:
             length, text, stopped = _read(tokens[row][mask[row]].tolist(), task.tokenizer)
@@ -188,6 +191,7 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples]) -> Judged:
         if judged:
             at = [index * rows + row for row in judged]
             verdicts[index, judged, 2:] = judge_texts(task, [problems[row] for row in at], [texts[row] for row in at])
+        lap("judge", beside=chunks[index + 1].tokens if index + 1 < len(chunks) else None)
     if jax.process_count() > 1:
         verdicts = fetch(from_own(verdicts, None, "rows", None))
     verdicts = verdicts.reshape(-1, verdicts.shape[-1])

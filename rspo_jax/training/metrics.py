@@ -1,7 +1,6 @@
 """The metrics of a step: what the host counted, and what the statistics from the device come to."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from rspo_jax.routing import numbers_and_arrays
 from rspo_jax.statistics import Statistic, reduce
+from rspo_jax.stopwatch import Stopwatch
 from rspo_jax.training.config import TrainerConfig
 from rspo_jax.training.stages import JudgedRollout
 from rspo_jax.training.state import RunState
@@ -24,16 +24,20 @@ class StepMetrics(NamedTuple):
     """The metrics of a step, of which the statistics may still be on their way from the device."""
 
     step: int
-    statistics: list[dict[str, Statistic]]
+    of_scoring: list[dict[str, Statistic]]
+    """Statistics of the scoring pass, which the device makes before the updates."""
+    reduced: dict[str, Array]
+    """All statistics, reduced."""
     numbers: Numbers
     """Metrics that the host knows already."""
-    started: float
-    """Time at which the step began, in seconds of `time.monotonic`."""
 
-    def wait(self) -> tuple[Numbers, Arrays]:
+    def wait(self, watch: Stopwatch) -> tuple[Numbers, Arrays]:
         """Wait for the statistics and join them with the host's numbers: numbers and arrays by name."""
-        numbers, arrays = read_statistics(self.statistics)
-        return numbers | self.numbers | speed(self.started, int(self.numbers["response_tokens"])), arrays
+        jax.block_until_ready(self.of_scoring)
+        watch.lap("score")
+        numbers, arrays = numbers_and_arrays(jax.device_get(self.reduced))
+        watch.lap("update")
+        return numbers | self.numbers, arrays
 
 
 def read_statistics(statistics: list[dict[str, Statistic]]) -> tuple[Numbers, Arrays]:
@@ -42,11 +46,16 @@ def read_statistics(statistics: list[dict[str, Statistic]]) -> tuple[Numbers, Ar
     Returns:
       Numbers and arrays by name, with those derived from them (`rspo_jax.routing.diagnostics`).
     """
+    return numbers_and_arrays(jax.device_get(reduce_statistics(statistics)))
+
+
+def reduce_statistics(statistics: list[dict[str, Statistic]]) -> dict[str, Array]:
+    """Reduce each name over the statistics of several programs, without waiting for any of them."""
     by_name: dict[str, list[Statistic]] = {}
     for of_program in statistics:
         for name, statistic in of_program.items():
             by_name.setdefault(name, []).append(statistic)
-    return numbers_and_arrays(jax.device_get(_reduce_stacked(by_name)))
+    return _reduce_stacked(by_name)
 
 
 @jax.jit
@@ -137,9 +146,3 @@ def rate_change(rows: Sequence[Mapping[str, Any]], config: TrainerConfig, state:
         f"the learning rate was {before:.3g} in the last step and is {after:.3g} in the next one: its schedule has "
         f"changed and now {decay}"
     )
-
-
-def speed(started: float, tokens: int) -> Numbers:
-    """Return the seconds since `started`, and response tokens per second."""
-    seconds = time.monotonic() - started
-    return {"step_seconds": seconds, "tokens_per_second": tokens / seconds}

@@ -5,7 +5,6 @@ this order.
 """
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from rspo_jax.rollouts import (
 )
 from rspo_jax.routing import next_log_scale, records_route
 from rspo_jax.statistics import Maximum, Statistic, reduce
+from rspo_jax.stopwatch import Lap, unmeasured
 from rspo_jax.training.config import LearnerConfig, TrainerConfig
 from rspo_jax.training.state import RunState, sampling_params
 from rspo_jax.training.update import route_to_host, score, split_parts
@@ -66,8 +66,6 @@ class Drawing(NamedTuple):
     chunks: list[Any]
     refilled: bool
     """True if free slots took the next prompt."""
-    started: float
-    """Time at which the drawing began, in seconds of `time.monotonic`."""
 
 
 class JudgedRollout(NamedTuple):
@@ -95,7 +93,7 @@ class JudgedRollout(NamedTuple):
 
 def draw(setup: Setup, state: RunState) -> tuple[Drawing, RunState]:
     """Start to draw `group_size` responses to each of the next prompts, without waiting for the device."""
-    config, task, started = setup.config, setup.problems.task, time.monotonic()
+    config, task = setup.config, setup.problems.task
     key, sample_key = jax.random.split(jax.random.wrap_key_data(state.key))
     train_problems = setup.problems.splits["train"].problems
     rows = take(len(train_problems), (config.seed, 1), int(state.cursor), config.prompts)
@@ -119,13 +117,13 @@ def draw(setup: Setup, state: RunState) -> tuple[Drawing, RunState]:
     )
     repeated = [problem for problem in problems for _ in range(config.group_size)]
     state = state._replace(key=jax.random.key_data(key), cursor=state.cursor + config.prompts)
-    return Drawing(repeated, assemble(prompts, samples), samples, refilled, started), state
+    return Drawing(repeated, assemble(prompts, samples), samples, refilled), state
 
 
-def judge_drawing(setup: Setup, drawing: Drawing) -> JudgedRollout:
-    """Wait for the responses chunk by chunk, and reward each."""
+def judge_drawing(setup: Setup, drawing: Drawing, lap: Lap = unmeasured) -> JudgedRollout:
+    """Wait for the responses chunk by chunk, and reward each; `lap` measures both."""
     config, rollout = setup.config, drawing.rollout
-    judged = judge(setup.problems.task, drawing.problems, drawing.chunks)
+    judged = judge(setup.problems.task, drawing.problems, drawing.chunks, lap)
     if getattr(setup.problems.task.tokenizer, "stop_strings", ()):
         rollout = cut(rollout, judged.lengths)
     rewards, overlong = jnp.asarray(judged.rewards), np.zeros_like(judged.rewards)
@@ -134,6 +132,7 @@ def judge_drawing(setup: Setup, drawing: Drawing) -> JudgedRollout:
         penalty = overlong_penalty(lengths, config.sampler.max_new_tokens, config.overlong_buffer)
         rewards, overlong = rewards + penalty, np.asarray(penalty)
     rewards = rewards.reshape(-1, config.group_size)
+    lap("judge")
     return JudgedRollout(rollout, judged, rewards, overlong, drawing.refilled)
 
 

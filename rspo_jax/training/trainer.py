@@ -6,7 +6,6 @@ PRNG key, data cursor and step counts.
 """
 
 import functools
-import time
 from typing import Any
 
 import jax
@@ -16,14 +15,16 @@ import numpy as np
 from rspo_jax.hosts import Agreement, Preemption, is_primary, say
 from rspo_jax.records.alarm import Alarm
 from rspo_jax.records.checkpoint import Checkpoints
+from rspo_jax.records.compiling import CompileWatch
 from rspo_jax.records.files import FilePath, as_path
 from rspo_jax.records.lock import RunLock
 from rspo_jax.records.metrics import MetricsLog, check_record, read_metrics
 from rspo_jax.rollouts import Packing, ResponseLengths, check_solutions, encode_solutions, pack, reward_names, take
 from rspo_jax.sharding import make_mesh
+from rspo_jax.stopwatch import Stopwatch
 from rspo_jax.training.config import check_learner, check_mesh
 from rspo_jax.training.evaluation import evaluate
-from rspo_jax.training.metrics import StepMetrics, rate_change, read_statistics, rollout_metrics, speed
+from rspo_jax.training.metrics import StepMetrics, rate_change, read_statistics, reduce_statistics, rollout_metrics
 from rspo_jax.training.probe import probe_gradients
 from rspo_jax.training.recorder import Recorder, Stopped
 from rspo_jax.training.stages import (
@@ -42,6 +43,14 @@ from rspo_jax.training.update import route_to_device, supervised_update, update
 from rspo_jax.types import Params
 
 __all__ = ["Setup", "Stopped", "train"]
+
+PROGRAMS = {
+    "supervised_update": "the warm-start update",
+    "generate": "the sampler",
+    "score": "the scoring pass",
+    "update": "the update",
+}
+"""The programs that take long to compile: name of the jitted function -> what the progress display calls it."""
 
 
 def train(setup: Setup, run_dir: FilePath, resume: bool = False) -> tuple[Params, float]:
@@ -78,6 +87,7 @@ def train(setup: Setup, run_dir: FilePath, resume: bool = False) -> tuple[Params
         Preemption() as preemption,
         RunLock(run_dir) as lock,
         Checkpoints(as_path(run_dir) / "checkpoints", config.checkpoint.keep, lock.check) as checkpoints,
+        CompileWatch(PROGRAMS) as compiling,
     ):
         if resume:
             Agreement("record").from_primary(functools.partial(check_record, run_dir))
@@ -98,7 +108,8 @@ def train(setup: Setup, run_dir: FilePath, resume: bool = False) -> tuple[Params
             if change := rate_change(rows, config, state):
                 say(change)
             elapsed = float(metadata["elapsed_seconds"])
-            recorder = Recorder(log, checkpoints, preemption, _alarm_after(rows), elapsed)
+            watch = Stopwatch(compiled=compiling.seconds)
+            recorder = Recorder(log, checkpoints, preemption, _alarm_after(rows), compiling, watch, elapsed)
             state = _warm_start(setup, state, recorder)
             state = _reinforce(setup, state, recorder)
             return state.train.params, recorder.elapsed
@@ -119,7 +130,7 @@ def _alarm_after(rows: list[dict[str, Any]]) -> Alarm:
 
 def _warm_start(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
     """Imitate worked solutions, then hand over to reinforcement learning with a fresh optimizer."""
-    config, warm_start, task = setup.config, setup.config.warm_start, setup.problems.task
+    config, warm_start, task, watch = setup.config, setup.config.warm_start, setup.problems.task, recorder.watch
     done, problems = int(state.warm_start_step), setup.problems.splits["train"].problems
     if done >= warm_start.steps or int(state.step):
         return state
@@ -128,20 +139,22 @@ def _warm_start(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
     with recorder.phase("warm_start", warm_start.steps, completed=done):
         for step in range(done + 1, warm_start.steps + 1):
             # Prompts and worked solutions, packed into rows.
-            started = time.monotonic()
             rows = take(len(problems), (config.seed, 0), int(state.cursor), warm_start.batch_size)
             chosen = [problems[row] for row in rows]
             solutions = encode_solutions(task, chosen, setup.problems.width, response_width)
             batch, padding = pack(solutions, response_width, np.arange(len(rows)), packing)
+            tokens = {"response_tokens": int(jnp.sum(solutions.mask))}
+            watch.lap("other")
             # Update.
             optimizer = warm_start.decaying_optimizer
             train_state, statistics = supervised_update(setup.policy, optimizer, state.train, batch, config.mesh)
             cursor = state.cursor + warm_start.batch_size
             state = state._replace(train=train_state, cursor=cursor, warm_start_step=jnp.int32(step))
-            # End of the step: metrics, hand-over after the last one, checkpoint, stop.
             numbers, _ = read_statistics([statistics])
-            metrics = numbers | padding | {"learning_rate": optimizer.learning_rate_at(step - 1)}
-            recorder.write("warm_start", step, metrics | speed(started, int(jnp.sum(solutions.mask))))
+            watch.lap("update")
+            # End of the step: metrics, hand-over after the last one, checkpoint, stop.
+            metrics = numbers | padding | tokens | {"learning_rate": optimizer.learning_rate_at(step - 1)}
+            recorder.write("warm_start", step, metrics)
             if step == warm_start.steps:
                 train_state = init_train_state(state.train.params, config.decaying_optimizer)
                 reference = None if state.reference is None else copy_params(train_state.params)
@@ -157,24 +170,28 @@ def _warm_start(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
 def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
     """Learn from the policy's own responses, one rollout a step."""
     config, learner, optimizer, done = setup.config, setup.learner, setup.config.decaying_optimizer, int(state.step)
-    names = reward_names(setup.problems.task)
+    names, watch = reward_names(setup.problems.task), recorder.watch
     if done and done >= config.steps:
         return state
     with recorder.phase("rl", max(config.steps, 1), completed=done):
         if done == 0:
-            recorder.write("rl", 0, evaluate(setup, state, final=True))
+            metrics = evaluate(setup, state, final=True)
+            watch.lap("evaluate")
+            recorder.write("rl", 0, metrics)
         unwritten: StepMetrics | None = None
         for step in range(done + 1, config.steps + 1):
             # Draw: the device starts on `group_size` responses to each of the next prompts.
             drawing, state = draw(setup, state)
+            watch.lap("draw")
             # Meanwhile the host finishes the step before.
             if unwritten is not None:
-                recorder.write("rl", unwritten.step, *unwritten.wait())
+                recorder.write("rl", unwritten.step, *unwritten.wait(watch), beside=drawing.chunks[0].tokens)
             # Judge the responses chunk by chunk, as they are ready; dynamic sampling may draw more of them.
-            judged = [judge_drawing(setup, drawing)]
+            judged = [judge_drawing(setup, drawing, watch.lap)]
             while wants_more(judged, config):
                 more, state = draw(setup, state)
-                judged.append(judge_drawing(setup, more))
+                watch.lap("draw")
+                judged.append(judge_drawing(setup, more, watch.lap))
             # Advantages: each response is compared with the others of its group.
             rollouts = [with_advantages(setup, one) for one in judged]
             # Choose the groups to learn from: those whose rewards differ first.
@@ -182,35 +199,46 @@ def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
             # Pack: cut the rollout into mini-batches at random, and their responses into rows.
             key, shuffle_key = jax.random.split(jax.random.wrap_key_data(state.key))
             mini_batches, padding = pack_mini_batches(setup, rollout, shuffle_key)
+            # All that the host has to know of the updates, before the device is busy.
+            epoch_keys = [jax.random.fold_in(shuffle_key, epoch) for epoch in range(config.epochs)]
+            orders = [np.asarray(jax.random.permutation(epoch_key, config.mini_batches)) for epoch_key in epoch_keys]
+            learning_rate = optimizer.learning_rate_at(int(state.train.updates))
+            watch.lap("other")
             # Score: old log-probs and the old route, in the numerics of the loss.
-            scored, statistics = score_mini_batches(setup, state, mini_batches)
+            scored, of_scoring = score_mini_batches(setup, state, mini_batches)
+            watch.lap("score")
             # Update on each mini-batch, in a new order each epoch.
-            train, learning_rate = state.train, optimizer.learning_rate_at(int(state.train.updates))
+            train, of_updates = state.train, []
             scale = state.shift_log_scale if learner.adaptive_shift.adapts else None
-            for epoch in range(config.epochs):
-                order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), config.mini_batches)
-                for index in np.asarray(order):
-                    mini_batch = route_to_device(scored[index]) if learner.route_on_host else scored[index]
-                    train, shown = update(setup.policy, optimizer, train, mini_batch, learner, config.mesh, scale)
-                    statistics.append(shown)
+            for index in np.concatenate(orders):
+                mini_batch = route_to_device(scored[index]) if learner.route_on_host else scored[index]
+                train, shown = update(setup.policy, optimizer, train, mini_batch, learner, config.mesh, scale)
+                of_updates.append(shown)
             # Adapt the scale of the router shift to what the updates have shown.
-            state, shown = adapt_shift(state, statistics, learner)
+            state, scale_shown = adapt_shift(state, of_updates, learner)
+            # Reduce their statistics before the device is told to draw again: what it is told last, it does last.
+            reduced = reduce_statistics([*of_scoring, *of_updates, scale_shown])
+            watch.lap("update")
             # End of the step: metrics, probe, evaluation, checkpoint, stop.
             numbers = rollout_metrics(judged, config, names) | padding | {"learning_rate": learning_rate}
             lengths = ResponseLengths(jnp.float32(numbers["response_length"]), jnp.float32(numbers["longest_response"]))
             key = jax.random.key_data(key)
             state = state._replace(train=train, key=key, step=state.step + 1, lengths=lengths)
-            unwritten = StepMetrics(step, [*statistics, shown], numbers, drawing.started)
+            unwritten = StepMetrics(step, of_scoring, reduced, numbers)
             scored = scored if config.probes(step) else []
             del drawing, judged, rollouts, rollout, mini_batches, mini_batch  # the device needs the memory
             last, stop = step == config.steps, recorder.should_stop()
             evaluating = last or step % config.evaluation.every == 0
             saving = last or stop or step % config.checkpoint.every == 0
             if evaluating or saving or scored:
-                metrics, arrays = unwritten.wait()
-                metrics |= probe_gradients(setup, state, scored) if scored else {}
+                metrics, arrays = unwritten.wait(watch)
+                if scored:
+                    metrics |= probe_gradients(setup, state, scored)
+                    watch.lap("probe")
                 unwritten, scored = None, []
-                metrics |= evaluate(setup, state, final=last) if evaluating else {}
+                if evaluating:
+                    metrics |= evaluate(setup, state, final=last)
+                    watch.lap("evaluate")
                 recorder.write("rl", step, metrics, arrays)
                 stop = recorder.should_stop()  # again, because an evaluation takes its time
             if saving or stop:

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import train
 from rspo_jax.records import read_metrics
+from rspo_jax.stopwatch import STAGES
 from support.processes import SECONDS, Member, preload
 
 Main = Callable[[list[str]], int]
@@ -24,7 +25,9 @@ QUICK = "--xla_backend_optimization_level=0" + (
 )
 """XLA_FLAGS as in `tests/conftest.py`, for processes that compile quickly in the slow tests as well."""
 
-TIMINGS = {"step_seconds", "tokens_per_second"}
+TIMINGS = {"step_seconds", "tokens_per_second", "compile_seconds", "overlapped_seconds", "peak_memory_gib"} | {
+    f"seconds_{stage}" for stage in STAGES
+}
 """Metrics that differ from run to run."""
 
 SMALL: dict[str, Any] = {

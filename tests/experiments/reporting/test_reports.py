@@ -15,6 +15,7 @@ from experiments.reporting.record import Series, load_run
 from experiments.reporting.run_page import make_report
 from rspo_jax.records import MetricsLog, write_json
 from rspo_jax.routing import diagnostics
+from rspo_jax.stopwatch import STAGES
 from rspo_jax.training.probe import PROBED
 
 LAYERS, EXPERTS = 4, 16
@@ -68,8 +69,19 @@ def fake_metrics(rng, step, trouble):
         "mismatch_max": 1e-5,
         "response_length": 20.0,
         "longest_response": 40.0,
+        **fake_seconds(step),
+        "peak_memory_gib": 1.5 + step / 100,
     }
     return metrics | (interval("eval_greedy", metrics["solve_rate"]) | fake_probe(trouble) if step % 10 == 0 else {})
+
+
+def fake_seconds(step):
+    """Seconds of a step whose first compiles, and which the update and, at every tenth, an evaluation take most of."""
+    seconds = dict.fromkeys(STAGES, 0.0) | {"draw": 1.0, "judge": 0.25, "update": 90.0 if step == 1 else 2.0}
+    seconds |= {"evaluate": 2.0} if step % 10 == 0 else {}
+    parts = {f"seconds_{stage}": spent for stage, spent in seconds.items()}
+    rest = {"overlapped_seconds": 0.125, "compile_seconds": 88.0 if step == 1 else 0.0}
+    return parts | rest | {"step_seconds": sum(seconds.values())}
 
 
 def fake_probe(trouble):
@@ -202,6 +214,20 @@ def test_alarm_and_collapse_are_told_and_marked(runs, reports):
     assert "no sign of a collapse" in calm and 'class="key"' not in calm
 
 
+def test_the_seconds_of_steps_are_stacked_on_the_scale_of_those_that_did_not_compile(reports):
+    text, drawn = reports["rspo"]
+    axes = drawn["Seconds of a step"]
+    assert [area.get_label() for area in axes.collections] == ["judge", "draw", "update", "evaluate"]
+    corners = {area.get_label(): area.get_paths()[0].vertices for area in axes.collections}
+    tops = {label: of_area[of_area[:, 0] > 60, 1].max() for label, of_area in corners.items()}
+    assert tops == {"judge": 0.25, "draw": 1.25, "update": 3.25, "evaluate": 5.25}  # each stands on those before
+    assert axes.get_ylim() == (0, 1.1 * 5.25)
+    assert [note.get_text() for note in axes.texts] == ["91 s, of which 88 s compiling"]
+    (line,) = [line for line in axes.lines if line.get_label() == "overlapped"]
+    assert set(line.get_ydata()) == {0.125}
+    assert "Compiling<b>88 s</b>" in text and "Peak memory<b>2.10 GiB</b>" in text
+
+
 def test_probes_are_drawn_at_the_steps_that_have_one(reports):
     _, drawn = reports["rspo"]
     labels = {label for _, _, label in probes.STYLES.values()}
@@ -311,12 +337,12 @@ def test_a_comparison_has_a_line_for_every_run(runs, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out == "comparison: comparison.html\n"
     text = (tmp_path / "comparison.html").read_text()
     assert drawn.keys() == {metric.title for metric in METRICS} - {
-        "Load violation", "Router entropy", "Time of a step",
+        "Load violation", "Router entropy",
     } | {"Held-out solve rate, greedy"}  # fmt: skip
     for title, axes in drawn.items():
         assert [line.get_label() for line in axes.lines] == ["grpo", "rspo", "old"], title
         assert len({line.get_color() for line in axes.lines}) == 3
-    assert "<td>Time of a step</td><td>no run has recorded step_seconds</td>" in text
+    assert "<td>Router entropy</td><td>no run has recorded router_entropy</td>" in text
     assert "old: no config.json." in text
     records = {name: load_run(run) for name, run in runs.items()}
     cells = re.search(r"<tr><td>grpo</td>(.*?)</tr>", text).group(1)

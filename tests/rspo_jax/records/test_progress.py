@@ -226,3 +226,36 @@ def test_no_bar_is_drawn_into_a_file_even_where_colours_are_forced(monkeypatch, 
 def test_a_display_of_nothing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         PhaseProgress(*arguments)
+
+
+def test_a_program_that_is_compiled_has_a_line_that_ends_with_its_seconds():
+    output = io.StringIO()
+    console = rich.console.Console(file=output, force_terminal=False, width=60)
+    with PhaseProgress("rl", 2, console=console) as progress:
+        progress.begin_compiling("the update")
+        assert output.getvalue() == "compiling the update …"  # seen while it lasts
+        progress.end_compiling("the update", 9.04)
+        progress.begin_compiling("the sampler")
+        progress.say("something else")  # does not land in the line that waits
+        progress.end_compiling("the sampler", 12.4)
+        progress.begin_compiling("the scoring pass")
+    assert output.getvalue().splitlines() == [
+        "compiling the update … 9.0 s",
+        "compiling the sampler …",
+        "something else",
+        "compiling the sampler … 12 s",
+        "compiling the scoring pass …",
+    ]
+
+
+def test_the_live_bar_counts_the_seconds_of_compiling(terminal):
+    clock = Clock()
+    with PhaseProgress("rl", 40, console=terminal, clock=clock) as progress:
+        progress.begin_compiling("the update")
+        clock.now += 7
+        progress._bar.refresh()
+        assert seen(terminal).rstrip().endswith("compiling the update … 7 s")
+        progress.end_compiling("the update", 9.04)
+        assert "compiling the update … 9.0 s\n" in seen(terminal)
+        progress.update(1, RL_METRICS)
+    assert "reward 0.412" in seen(terminal)[seen(terminal).rindex("RL ") :]

@@ -3,9 +3,11 @@ leaves behind, that it learns, that it is a function of its seed, and that a run
 once resumed, like one that was not. Knows no real model, and reads checkpoints by the trainer alone."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 
@@ -21,6 +23,7 @@ from rspo_jax.records.manifest import CheckpointMismatch
 from rspo_jax.rollouts import SamplerConfig, load_problems
 from rspo_jax.routing import AdaptiveShiftConfig
 from rspo_jax.sharding import MESH_AXES
+from rspo_jax.stopwatch import STAGES, Stopwatch
 from rspo_jax.training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -30,6 +33,7 @@ from rspo_jax.training import (
     WarmStartConfig,
     check_learner,
     check_mesh,
+    trainer,
 )
 from rspo_jax.training.metrics import rate_change
 from rspo_jax.training.restore import restore_params
@@ -37,7 +41,9 @@ from rspo_jax.training.state import fresh_state
 from rspo_jax.training.trainer import Setup, Stopped, train
 from rspo_jax.types import Judgement, ModelOutput, RouterReading
 
-TIMINGS = {"step_seconds", "tokens_per_second"}
+PARTS = {f"seconds_{stage}" for stage in STAGES}
+OF_ANY_ROW = {"compile_seconds", "overlapped_seconds", "peak_memory_gib"} | PARTS
+TIMINGS = {"step_seconds", "tokens_per_second"} | OF_ANY_ROW
 DIGITS, LETTERS = "01234", "abcde"
 
 
@@ -205,11 +211,11 @@ def test_what_the_rows_hold(straight):
     run_dir, _, _ = straight
     rows = read_metrics(run_dir)
     warm_start = {"phase", "step", "loss", "grad_norm", "skipped_updates", "learned_updates", "learning_rate"} | TIMINGS
-    warm_start |= {"padding_fraction"}
+    warm_start |= {"padding_fraction", "response_tokens"}
     assert all(set(row) == warm_start for row in rows[:5])
     evaluation = {f"eval_{mode}{bound}" for mode in ("greedy", "sampled") for bound in ("", "_low", "_high")}
     test = {name.replace("eval", "test") for name in evaluation}
-    assert set(rows[5]) == {"phase", "step"} | evaluation | test
+    assert set(rows[5]) == {"phase", "step"} | evaluation | test | OF_ANY_ROW
     of_a_step = {"reward", "solve_rate", "loss", "grad_norm", "gamma_mean", "clip_fraction", "entropy", "sampler_kl"}
     of_a_step |= {"informative_groups", "response_length", "truncated_fraction", "unjudged", "approx_kl"} | warm_start
     for row in rows[6:]:
@@ -218,7 +224,7 @@ def test_what_the_rows_hold(straight):
         assert bool(test & set(row)) == (row["step"] == 4)
         assert all(math.isfinite(value) for name, value in row.items() if name != "phase")
         assert row["response_tokens"] == pytest.approx(row["response_length"] * 32)
-        assert row["step_seconds"] > 0
+        assert 0 < row["step_seconds"] == pytest.approx(sum(row[part] for part in PARTS))
         assert row["tokens_per_second"] == pytest.approx(row["response_tokens"] / row["step_seconds"])
         assert 1 <= row["response_length"] <= 3
         assert 0 <= row["reward"] <= 1
@@ -231,6 +237,18 @@ def test_what_the_rows_hold(straight):
         for name in ("eval_greedy", "eval_sampled", "test_greedy", "test_sampled"):
             assert 0 <= row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] <= 1
             assert row[name] * 16 == round(row[name] * 16)
+
+
+def test_compiling_is_told_before_the_first_step(tmp_path, capsys):
+    jax.clear_caches()
+    run(tmp_path, change(CONFIG, steps=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"compiling the warm-start update … [\d.]+ s", lines[0]) and lines[1].startswith("warm start 1/5")
+    told = {re.sub(r" \(variant \d\)", "", line.split(" … ")[0]) for line in lines if line.startswith("compiling")}
+    assert told == {f"compiling {words}" for words in trainer.PROGRAMS.values()}
+    rows = read_metrics(tmp_path)
+    assert 0 < rows[0]["compile_seconds"] <= rows[0]["step_seconds"]
+    assert rows[2]["compile_seconds"] == 0  # compiled once
 
 
 def test_learning_rates_are_those_that_the_updates_used(straight):
@@ -277,6 +295,73 @@ def test_a_folder_with_a_run_is_not_overwritten(straight):
     with pytest.raises(FileExistsError, match="already holds a run"):
         run(run_dir)
     assert rows_of(run_dir) == rows
+
+
+# --- where the time goes ---
+
+
+class Time:
+    """A clock that stands still but for what the stand-ins below take."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def slow(self, monkeypatch, name, seconds):
+        """Let a function of the training loop take so long."""
+        function = getattr(trainer, name)
+
+        def slowed(*args, **options):
+            self.now += seconds
+            return function(*args, **options)
+
+        monkeypatch.setattr(trainer, name, slowed)
+
+
+def test_each_second_counts_for_the_stage_that_took_it(tmp_path, monkeypatch):
+    """Powers of 2, so that a second in a wrong place shows; all that is not slowed takes no time."""
+    time = Time()
+    monkeypatch.setattr(trainer, "Stopwatch", functools.partial(Stopwatch, clock=time))
+    of_functions = {"draw": 1, "score_mini_batches": 2, "update": 4, "evaluate": 1024}
+    of_functions |= {"with_advantages": 32, "supervised_update": 64, "encode_solutions": 128}
+    for name, seconds in of_functions.items():
+        time.slow(monkeypatch, name, seconds)
+
+    class SlowCharacters(Characters):
+        def decode(self, ids):
+            time.now += 8
+            return super().decode(ids)
+
+    class SlowlyJudged(TranslationTask):
+        tokenizer = SlowCharacters()
+
+    class SlowCheckpoints(trainer.Checkpoints):
+        def save(self, *args):
+            time.now += 4096
+            super().save(*args)
+
+    monkeypatch.setattr(trainer, "Checkpoints", SlowCheckpoints)
+    monkeypatch.setattr(trainer, "probe_gradients", lambda *_: {})
+    time.slow(monkeypatch, "probe_gradients", 512)
+    config = change(CONFIG, warm_start=WarmStartConfig(steps=2, batch_size=6, optimizer=OPTIMIZER), probe_every=3)
+    run(tmp_path, change(config, evaluation=EvaluationConfig(every=4, problems=16)), SlowlyJudged())
+    rows = read_metrics(tmp_path)
+    times = [{part.removeprefix("seconds_"): row[part] for part in PARTS if row[part]} for row in rows]
+    for row, spent in zip(rows, times, strict=True):
+        assert row.get("step_seconds", sum(spent.values())) == sum(spent.values())
+        assert row["compile_seconds"] >= 0
+    # An evaluation judges 4 · 16 responses, which is its own time.
+    evaluation = 1024 + 4 * 16 * 8
+    assert times[:2] == [{"other": 128, "update": 64}] * 2
+    assert times[2] == {"evaluate": evaluation}
+    step = {"judge": 32 * 8, "score": 2, "update": 2 * 4, "other": 32}
+    # A row has what came after the one before: the next rollout is begun before a row is written, unless the row waits
+    # for a probe, an evaluation or a checkpoint; the checkpoint itself comes after it.
+    assert times[3] == step | {"draw": 2}
+    assert times[4] == step | {"draw": 1}
+    assert times[5] == step | {"probe": 512}
+    assert times[6] == step | {"draw": 1, "evaluate": evaluation, "write": 4096}
 
 
 # --- learning ---
