@@ -10,25 +10,21 @@ import time
 from collections.abc import Callable
 from typing import Literal, Protocol, get_args
 
+from rspo_jax.types import Array
+
 Stage = Literal["draw", "judge", "score", "update", "probe", "evaluate", "write", "other"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 """The stages of a step: handing prompts out and waiting for responses; the judge; scoring; updates; the probe of
 gradients; evaluations; rows and checkpoints; and all the rest, such as advantages and packing."""
 
 
-class _Pending(Protocol):
-    """An array that the device may still be computing, such as a `jax.Array`."""
-
-    def is_ready(self) -> bool: ...
-
-
 class Lap(Protocol):
     """The method `Stopwatch.lap`, for functions whose caller may measure them."""
 
-    def __call__(self, stage: Stage, beside: _Pending | None = None) -> None: ...
+    def __call__(self, stage: Stage, beside: Array | None = None) -> None: ...
 
 
-def unmeasured(stage: Stage, beside: _Pending | None = None) -> None:
+def unmeasured(stage: Stage, beside: Array | None = None) -> None:
     """Measure nothing, in place of `Stopwatch.lap`."""
 
 
@@ -53,7 +49,7 @@ class Stopwatch:
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._overlapped = 0.0
 
-    def lap(self, stage: Stage, beside: _Pending | None = None) -> None:
+    def lap(self, stage: Stage, beside: Array | None = None) -> None:
         """Give the seconds since the last lap to a stage.
 
         Args:
@@ -63,7 +59,7 @@ class Stopwatch:
         """
         now = self._clock()
         self._seconds[stage] += now - self._last
-        if beside is not None and not beside.is_ready():
+        if beside is not None and not beside.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
             self._overlapped += now - self._last
         self._last = now
 

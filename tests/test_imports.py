@@ -23,7 +23,7 @@ ARROWS = {
     "types": (),
     "sharding": ("types",),
     "statistics": ("types",),
-    "stopwatch": (),
+    "stopwatch": ("types",),
     "hosts": (),
     "records": ("hosts", "types", "extras"),
     "objectives": GROUND,

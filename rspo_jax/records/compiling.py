@@ -8,7 +8,7 @@ import collections
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import jax
 
@@ -58,7 +58,7 @@ class CompileWatch:
         """Return the seconds of tracing, lowering and compiling so far, or those spent on loading what is cached."""
         return self._total
 
-    def _on_begin(self, event: str, value: float, /, **details: Any) -> None:
+    def _on_begin(self, event: str, value: float, **details: str | int) -> None:
         if event not in (_TRACE, _LOWER, _COMPILE) or threading.get_ident() != self._thread:
             return
         self._depth += 1
@@ -75,7 +75,7 @@ class CompileWatch:
             if self.display is not None:
                 self.display.begin_compiling(words)
 
-    def _on_end(self, event: str, duration: float, /, **details: Any) -> None:
+    def _on_end(self, event: str, duration_secs: float, **details: str | int) -> None:
         if event not in (_TRACE, _LOWER, _COMPILE) or threading.get_ident() != self._thread or not self._depth:
             return
         self._depth -= 1
@@ -92,6 +92,6 @@ class CompileWatch:
                 self.display.end_compiling(words, now - began)
 
 
-def _function(details: Mapping[str, Any]) -> str:
+def _function(details: Mapping[str, str | int]) -> str:
     """Return the name of the function that JAX compiles, of `f` and of `jit(f)`."""
     return str(details.get("fun_name", "")).removeprefix("jit(").removesuffix(")")

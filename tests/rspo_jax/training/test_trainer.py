@@ -240,10 +240,13 @@ def test_what_the_rows_hold(straight):
 
 
 def test_compiling_is_told_before_the_first_step(tmp_path, capsys):
-    jax.clear_caches()
-    run(tmp_path, change(CONFIG, steps=1))
+    problems = load_problems(TranslationTask(), None)
+    fresh = Setup(TwoExperts(), init_params, problems, LEARNER, change(CONFIG, steps=1))
+    train(fresh, tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"compiling the warm-start update … [\d.]+ s", lines[0]) and lines[1].startswith("warm start 1/5")
+    assert re.fullmatch(r"compiling the warm-start update … [\d.]+ s", lines[0]) and lines[1].startswith(
+        "warm start 1/5"
+    )
     told = {re.sub(r" \(variant \d\)", "", line.split(" … ")[0]) for line in lines if line.startswith("compiling")}
     assert told == {f"compiling {words}" for words in trainer.PROGRAMS.values()}
     rows = read_metrics(tmp_path)
