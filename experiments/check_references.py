@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from experiments.errors import complain
-from experiments.tasks.mathematics.problems import SETS, read_problems
+from experiments.tasks.mathematics.problems import SETS, Layout, layout_of, read_problems
 from experiments.tasks.mathematics.references import Finding, try_references
 
 
@@ -24,16 +24,25 @@ class Check:
     """Try the judge of mathematics on the references of data sets."""
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Files of one JSON object a line. The name of a file begins with the name of its set, or --set names it."""
+    """Files of any format that docs/data.md lists. The name of a file begins with the name of its set, or --set names
+    it, or else its fields are named."""
     set: str | None = None
     """The set whose layout all files have, where their names do not begin with it."""
+    prompt_field: str | None = None
+    """The field of the question in files of another layout: "prompt" or "messages" where only the other is given."""
+    answer_field: str | None = None
+    """The field of the answer, or of a list of answers, in such files: "answer" where only the other is given."""
+    split: str = "test"
+    """The part that is read of a folder with several."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the findings for each file and return the exit code: 1 if a wrong answer is paid without a reason."""
     check = tyro.cli(Check, args=arguments, prog="python -m experiments.check_references")
     try:
-        findings = {path: try_references(read_problems(path, _set_of(path, check.set))) for path in check.files}
+        findings = {
+            path: try_references(read_problems(path, _layout_of(path, check), check.split)) for path in check.files
+        }
     except ValueError as error:
         return complain(error)
     for path, finding in findings.items():
@@ -41,11 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(not reason for finding in findings.values() for _, _, reason in finding.paid))
 
 
-def _set_of(path: str, named: str | None) -> str:
-    name = named or next((name for name in SETS if Path(path).name.startswith(name)), None)
-    if name not in SETS:
-        raise ValueError(f"{path} is of no set that is known; name its layout with --set, one of {', '.join(SETS)}")
-    return name
+def _layout_of(path: str, check: Check) -> Layout:
+    names_fields = check.prompt_field is not None or check.answer_field is not None
+    name = check.set or next((name for name in SETS if Path(path).name.startswith(name)), None)
+    if not names_fields and name not in SETS:
+        raise ValueError(
+            f"{path} is of no set that is known; name its layout with --set, one of {', '.join(SETS)}, or its fields "
+            "with --prompt-field and --answer-field"
+        )
+    return layout_of(name or "", check.prompt_field, check.answer_field)
 
 
 def _described(path: str, finding: Finding) -> str:

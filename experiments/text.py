@@ -14,8 +14,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+from experiments.tasks.chats import Message, Prompt
 from rspo_jax.types import Tokenizer
 
 _logger = logging.getLogger(__name__)
@@ -31,19 +32,6 @@ class ChatTokenizer(Tokenizer, Protocol):
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return the text of a conversation up to where the model answers. A message has "role" and "content"."""
         ...
-
-
-class Message(NamedTuple):
-    """One message of a chat."""
-
-    role: str
-    """ "system", "user" or "assistant"."""
-    content: str
-
-
-Prompt = str | tuple[Message, ...]
-"""What a problem asks: a text, or the messages of a chat. A chat that ends with an assistant's message is one in which
-the model goes on with this message."""
 
 
 def ask(tokenizer: ChatTokenizer, template: str, problem: Prompt, system: str = "") -> str:

@@ -68,7 +68,7 @@ def start_pool(workers: int, time_limit: float) -> WorkerPool:
 
 def reference_items(data: Path, name: str) -> list[Item]:
     """Return the worked solutions in the form that a task gives to a warm start."""
-    return [(problem.answer, problem.solution, True) for problem in read_problems(str(data / FILES[name]), name)]
+    return [(problem.answer, problem.solution, True) for problem in read_problems(str(data / FILES[name]), SETS[name])]
 
 
 def foreign_items(problems: Sequence[Problem]) -> Iterator[Item]:
@@ -112,7 +112,7 @@ def judge_items(pool: WorkerPool, name: str, kind: str, items: Sequence[Item], r
 
 def checks_of(pool: WorkerPool, data: Path, name: str) -> list[Check]:
     """Judge a set in every way that is counted."""
-    problems = read_problems(str(data / FILES[name]), name)
+    problems = read_problems(str(data / FILES[name]), SETS[name])
     own_items = [(problem.answer, f"It is $\\boxed{{{problem.answer}}}$.", True) for problem in problems]
     results = [
         judge_items(pool, name, "answers, right against themselves", own_items, True),
@@ -132,7 +132,7 @@ def text_answers(data: Path, name: str) -> list[str]:
     """Return the answers that the judge cannot read, so that nothing but the same text is right."""
     from experiments.tasks.mathematics import verifier  # imports mpmath, into this process too
 
-    problems = read_problems(str(data / FILES[name]), name)
+    problems = read_problems(str(data / FILES[name]), SETS[name])
     return [problem.answer for problem in problems if not verifier.is_readable(problem.answer)]
 
 

@@ -42,7 +42,15 @@ class Votes(Protocol):
 def _math_task(name: str, source: "Source", tokenizer: HuggingFaceTokenizer) -> Task:
     from experiments.tasks.mathematics.task import MathTask
 
-    return MathTask(MathConfig(name=name, test_path=source.problems, judge_after=source.judge_after), tokenizer)
+    config = MathConfig(
+        name=name,
+        prompt_field=source.prompt_field,
+        answer_field=source.answer_field or ("answer" if name == "mathematics" else None),
+        test_path=source.problems,
+        judge_after=source.judge_after,
+        **source.texts(),
+    )
+    return MathTask(config, tokenizer)
 
 
 def _code_task(name: str, source: "Source", tokenizer: HuggingFaceTokenizer) -> Task:
@@ -52,14 +60,16 @@ def _code_task(name: str, source: "Source", tokenizer: HuggingFaceTokenizer) -> 
     config = CodeConfig(
         source.run_untrusted_code,
         test_path=source.problems,
+        prompt_field=source.prompt_field,
         checkers=source.checkers,
         judge_after=source.judge_after,
+        **source.texts(),
     )
     return CodeTask(config, tokenizer)
 
 
 FOLDER_TASKS: dict[str, Callable[[str, "Source", HuggingFaceTokenizer], Task]] = {
-    **dict.fromkeys(SETS, _math_task),
+    **dict.fromkeys((*SETS, "mathematics"), _math_task),
     "code": _code_task,
 }
 """Tasks for a model from a Hugging Face folder: name -> function that makes the task."""
@@ -79,7 +89,18 @@ class Source:
     task: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(FOLDER_TASKS) + "}")] = None
     """The task that the model is to solve."""
     problems: str | None = None
-    """The file of the problems, with a JSON object per line. Only gsm8k works without, through TensorFlow Datasets."""
+    """The file or folder of the problems, in any format of docs/data.md. Only gsm8k works without, through TensorFlow
+    Datasets."""
+    prompt_field: str | None = None
+    """The field of the prompts in files of another layout than that of --task; "prompt", or else "messages", where
+    --task is mathematics."""
+    answer_field: str | None = None
+    """The field of the right answer in such files, or of a list of answers any of which is right; "answer" where --task
+    is mathematics."""
+    prompt: str | None = None
+    """The user's message, with {problem} in place of the problem; that of --task by default."""
+    system: str | None = None
+    """The system message of all prompts; that of --task by default."""
     chat: ChatConfig = ChatConfig()
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the model's activations and parameters; that of the folder's weights by default."""
@@ -94,8 +115,11 @@ class Source:
     """Allow the task code to run the responses: read docs/code_rewards.md first."""
 
     def __post_init__(self) -> None:
-        if self.run_dir is not None and self.judge_after:
-            raise ValueError("a run has its own judge: --judge-after is for --model and --task, so leave it out")
+        if self.run_dir is not None:
+            for name in ("judge_after", "problems", "prompt_field", "answer_field", "prompt", "system"):
+                if getattr(self, name):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"a run has its own problems and judge: {flag} is for --task, so leave it out")
         if self.run_dir is not None and self.model is None and self.task is None:
             return
         if self.run_dir is None and self.model is not None and self.task is not None:
@@ -103,6 +127,11 @@ class Source:
                 raise ValueError(f"unknown task {self.task!r}; choose one of {', '.join(FOLDER_TASKS)}")
             return
         raise ValueError("name what to evaluate: either the folder of a run, or --model FOLDER and --task TASK")
+
+    def texts(self) -> dict[str, Any]:
+        """Return the texts around a problem that are given, by the names that they have in the settings of a task."""
+        given = {"prompt": self.prompt, "system": self.system}
+        return {name: text for name, text in given.items() if text is not None}
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,22 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.tasks.records import Record, require, shorten
-from experiments.text import Message, Prompt
+
+
+class Message(NamedTuple):
+    """One message of a chat."""
+
+    role: str
+    """ "system", "user" or "assistant"."""
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+"""What a problem asks: a text, or the messages of a chat. A chat that ends with an assistant's message is one in which
+the model goes on with this message."""
 
 PROMPT_FIELDS = ("prompt", "messages")
 """Fields in which a prompt is looked for where none is named."""

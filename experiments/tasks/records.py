@@ -89,12 +89,13 @@ def splits_of(path: str) -> tuple[str, ...]:
     return tuple(listed)
 
 
-def make_all(records: Iterable[Record], make: Callable[[Mapping[str, Any]], Made]) -> list[Made]:
+def make_all(records: Iterable[Record], make: Callable[[Mapping[str, Any]], Made], hint: str = "") -> list[Made]:
     """Return what a function makes of the fields of each record.
 
     Args:
       records: from `read_records`.
       make: raises ValueError with the reason if it cannot make anything of the fields.
+      hint: a sentence for the end of an error, which may tell how to name other fields.
 
     Raises:
       ValueError: with a sentence for each record that it cannot, up to `MOST_MISTAKES`, which names file and line.
@@ -105,7 +106,7 @@ def make_all(records: Iterable[Record], make: Callable[[Mapping[str, Any]], Made
             made.append(make(record.fields))
         except (ValueError, RecursionError) as error:
             mistakes.add(record.place, error)
-    mistakes.complain()
+    mistakes.complain(hint)
     return made
 
 
@@ -118,6 +119,23 @@ def require(fields: Mapping[str, Any], *names: str) -> None:
         raise ValueError(
             f"{', '.join(map(repr, missing))} {verb} missing or null; the record has {present or 'nothing'}"
         )
+
+
+def decode_json(text: str) -> Any:
+    """Return the value of a JSON text that a field holds, with integers of any length.
+
+    Raises:
+      ValueError: if it is not JSON, or has what records must not have: NaN, a repeated key, too large a number.
+    """
+    try:
+        value, end = _Reader().value(text.strip())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if end < len(text.strip()):
+        raise ValueError(f"something follows after it: {shorten(text.strip()[end:])}")
+    return value
 
 
 def digest_records(path: str) -> str:
@@ -153,11 +171,11 @@ class Mistakes:
     def __bool__(self) -> bool:
         return bool(self._sentences)
 
-    def complain(self) -> None:
-        """Raise ValueError with a line for each mistake, if there are any."""
+    def complain(self, hint: str = "") -> None:
+        """Raise ValueError with a line for each mistake, and one for the hint, if there are any mistakes."""
         if self._sentences:
             more = [f"and {self._more} more"] if self._more else []
-            raise ValueError("\n".join(self._sentences + more))
+            raise ValueError("\n".join([*self._sentences, *more, *([hint] if hint else [])]))
 
 
 def _existing(path: str) -> epath.Path:
@@ -259,6 +277,13 @@ class _Reader:
             field = next(_paths_of_unreal(value), None)
             return self._refused[0] if field is None else f"{field!r} is {self._refused[0]}", end
         return value if isinstance(value, dict) else f"{_kind(value)}, not an object with fields", end
+
+    def value(self, text: str) -> tuple[Any, int]:
+        """Return the value that a text begins with, of any kind, and where it ends; raise ValueError as `read`."""
+        value, end = self._decoder.raw_decode(text)
+        if self._refused:
+            raise ValueError(f"{self._refused[0]}")
+        return value, end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)

@@ -5,9 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from experiments.tasks.chats import text_of
-from experiments.text import Prompt
-from rspo_jax.hosts import say
+from experiments.tasks.chats import Prompt, text_of
 
 Problem = TypeVar("Problem")
 SPLITS = ("train", "validation", "test")
@@ -85,10 +83,13 @@ class Overlaps:
     def __init__(self) -> None:
         self._splits: dict[str, set[bytes]] = {}
 
-    def note(self, split: str, prompts: Sequence[Prompt]) -> None:
-        """Print a sentence for each other split that has prompts of this one."""
-        ranks = {rank_of(prompt, 0) for prompt in prompts}
+    def note(self, split: str, prompts: Sequence[Prompt]) -> list[str]:
+        """Return a sentence for each split, among those noted before, that has prompts of this one."""
+        ranks, sentences = {rank_of(prompt, 0) for prompt in prompts}, []
         for other, seen in self._splits.items():
             if other != split and (both := len(ranks & seen)):
-                say(f"{both} prompts of the split {split} are also in {other}: leave them out of one of the files")
+                sentences.append(
+                    f"the splits {other} and {split} share prompts, {both} in number: leave them out of one of both"
+                )
         self._splits[split] = ranks
+        return sentences

@@ -7,6 +7,7 @@ from typing import Literal
 
 from experiments.tasks.code.protections import check_names
 from experiments.tasks.code.sandbox import Limits
+from experiments.tasks.splits import check_shares
 from rspo_jax.types import check_choice
 
 Reward = Literal["all", "share"]
@@ -23,11 +24,17 @@ class CodeConfig:
     Attributes:
         run_untrusted_code: must be True, because the task runs code that a model writes on this machine. Read
             docs/code_rewards.md first: it says what the sandbox does not protect from.
-        train_path: JSONL file of the training problems; see `experiments.tasks.code.problems`.
-        validation_path: JSONL file of the validation problems.
-        test_path: JSONL file of the test problems.
-        prompt: the user's message, with {problem} in place of the problem's text.
-        system: the system message before it; none if empty.
+        train_path: file of the training problems: JSON lines, a JSON array, Parquet, or a folder that
+            datasets.save_to_disk wrote (the part "train" of several). docs/data.md and docs/code_rewards.md show them.
+        validation_path: file of the validation problems.
+        test_path: file of the test problems.
+        prompt_field: the field of the prompt, a text or chat messages, in files with fields that are not known here.
+            None: "prompt", or else "messages", and no unknown fields.
+        validation_share: in place of validation_path, the share of the training problems' prompts.
+        test_share: in place of test_path, the share of the training problems' prompts.
+        seed: determines which prompts these are.
+        prompt: the user's message, with {problem} in place of the problem's text; of a chat, the user's last message.
+        system: the system message before it; none if empty. Chats that bring their own are refused if there is one.
         reward: "all": 1 if every test passes, else 0. "share": the share of tests that pass. Either way, a response
             is correct if every test passes.
         tolerance: the largest error of a number with a decimal point, absolute or relative to the larger number.
@@ -49,6 +56,10 @@ class CodeConfig:
     train_path: str | None = None
     validation_path: str | None = None
     test_path: str | None = None
+    prompt_field: str | None = None
+    validation_share: float = 0.0
+    test_share: float = 0.0
+    seed: int = 0
     prompt: str = DEFAULT_PROMPT
     system: str = ""
     reward: Reward = "all"
@@ -69,7 +80,11 @@ class CodeConfig:
                 "everything. Read docs/code_rewards.md, and set run_untrusted_code to True if you accept the risk."
             )
         if self.train_path is None and self.validation_path is None and self.test_path is None:
-            raise ValueError("No problems are given; set train_path, validation_path or test_path to a JSONL file.")
+            raise ValueError("No problems are given; set train_path, validation_path or test_path to a file of them.")
+        check_shares(self.validation_share, self.test_share)
+        for split in ("validation", "test"):
+            if getattr(self, f"{split}_share") and (getattr(self, f"{split}_path") or self.train_path is None):
+                raise ValueError(f"{split}_share is a share of train_path: give that, and no {split}_path.")
         if self.prompt.count("{problem}") != 1:
             raise ValueError(
                 f"prompt contains {{problem}} {self.prompt.count('{problem}')} times; write it exactly once, where the "

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from experiments.tasks.chats import text_of
 from experiments.tasks.code.blocks import extract_code, fenced
 from experiments.tasks.code.comparison import is_result, same_output, same_result
 from experiments.tasks.code.config import CodeConfig
@@ -19,7 +20,9 @@ from experiments.tasks.code.problems import Problem, Test, load_problems
 from experiments.tasks.code.protections import require_protections
 from experiments.tasks.code.sandbox import Request, run
 from experiments.tasks.marker import check_marker, judge_after
+from experiments.tasks.splits import Overlaps, check_split, split_of
 from experiments.text import ChatTokenizer, ask
+from rspo_jax.hosts import say
 from rspo_jax.types import Judgement
 
 _OWN_CHECKERS = Path(__file__).with_name("checkers.py")
@@ -49,21 +52,29 @@ class CodeTask:
         self.config = config
         self.tokenizer = tokenizer
         self._accept_missing = frozenset(config.accept_missing)
-        self._load_once = functools.cache(functools.partial(load_problems, checkers=self._checkers))
+        self._overlaps = Overlaps()
+        self._load_once = functools.cache(self._load)
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """Return the problems of a split; raise ValueError if it has no file or a line is not a problem."""
-        paths = {
-            "train": self.config.train_path,
-            "validation": self.config.validation_path,
-            "test": self.config.test_path,
-        }
-        if split not in paths:
-            raise ValueError(f"There is no split {split!r}; choose one of {', '.join(paths)}.")
-        path = paths[split]
+        """Return the problems of a split; raise ValueError if it has no file or a record is not a problem."""
+        check_split(split)
+        return self._load_once(split)
+
+    def _load(self, split: str) -> list[Problem]:
+        config = self.config
+        shares = {"validation": config.validation_share, "test": config.test_share}
+        path = config.train_path if shares.get(split) else getattr(config, f"{split}_path")
         if path is None:
-            raise ValueError(f"The split {split!r} has no problems; set {split}_path to a JSONL file.")
-        return self._load_once(path)
+            raise ValueError(f"The split {split!r} has no problems; set {split}_path to a file of them.")
+        source = "train" if shares.get(split) else split
+        problems = load_problems(path, self._checkers, source, config.prompt_field, config.system)
+        if any(shares.values()) and source == "train":
+            problems = [one for one in problems if split_of(one.prompt, **shares, seed=config.seed) == split]
+            if not problems:
+                raise ValueError(f"The split {split!r} is left without problems by its share of {path}: give more.")
+        for sentence in self._overlaps.note(split, [problem.prompt for problem in problems]):
+            say(sentence)
+        return problems
 
     def prompt(self, problem: Problem) -> str:
         return ask(self.tokenizer, self.config.prompt, problem.prompt, self.config.system)
@@ -71,9 +82,9 @@ class CodeTask:
     def solution(self, problem: Problem) -> str:
         """Return the worked solution as a response; raise ValueError if the problem has none in its file."""
         if problem.solution is None:
+            shown = text_of(problem.prompt)[:60]
             raise ValueError(
-                f"The problem {problem.prompt[:60]!r} has no 'solution' in its file; add one, or train without a warm "
-                "start."
+                f"The problem {shown!r} has no 'solution' in its file; add one, or train without a warm start."
             )
         return self.config.judge_after + fenced(problem.solution)
 

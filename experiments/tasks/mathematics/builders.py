@@ -21,7 +21,7 @@ BUILDERS: dict[str, Any] = {"gsm8k": _Gsm8k}
 """Name of a set in `experiments.tasks.mathematics.problems.SETS` -> its builder."""
 
 
-def read_records(name: str, split: str, data_dir: str | None) -> list[Mapping[str, str]]:
+def read_records_of(name: str, split: str, data_dir: str | None) -> list[Mapping[str, str]]:
     """Return all records of a split, after downloading the set if no earlier call has.
 
     Args:

@@ -1,14 +1,18 @@
 """Problems from files and from TensorFlow Datasets, split into train, validation and test."""
 
-from experiments.tasks.mathematics.config import MathConfig
-from experiments.tasks.mathematics.problems import SETS, SPLITS, Problem, draw, problem_of, read_problems
+from experiments.tasks.chats import text_of
+from experiments.tasks.mathematics.config import BOX, MathConfig
+from experiments.tasks.mathematics.problems import Problem, problems_of
+from experiments.tasks.records import Record, read_records
+from experiments.tasks.splits import check_split, draw, split_of
 
 
 def load_problems(config: MathConfig, split: str) -> list[Problem]:
     """Read the problems of one split.
 
-    The validation problems are drawn from the training problems by a hash of each question and the seed. The draw
-    depends neither on the order of the problems nor on where they are read from.
+    A split without a file is drawn from the training problems by a hash of each question and the seed: by its share,
+    or the validation problems by their number. The draw depends neither on the order of the problems nor on where they
+    are read from.
 
     Args:
         config: the settings of the task.
@@ -22,14 +26,26 @@ def load_problems(config: MathConfig, split: str) -> list[Problem]:
             than asked for, or if they cannot be read.
     """
     config.check()
-    if split not in SPLITS:
-        raise ValueError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
-    if split == "test":
+    check_split(split)
+    if split == "validation" and config.validation_path is not None:
+        return _source(config, "validation", config.validation_path)
+    if split == "test" and not config.test_share:
         return _first(_source(config, "test", config.test_path), config.test, "test")
-    if split == "validation" and config.validation == 0:
+    if split == "validation" and not config.validation_share and config.validation == 0:
         return []
-    rest, drawn = draw(_source(config, "train", config.train_path), config.validation, config.seed)
-    return drawn if split == "validation" else _first(rest, config.train, "train")
+    shares = {"validation": config.validation_share, "test": config.test_share}
+    parts: dict[str, list[Problem]] = {"train": [], "validation": [], "test": []}
+    for problem in _source(config, "train", config.train_path):
+        parts[split_of(problem.question, **shares, seed=config.seed)].append(problem)
+    if config.validation_path is None and not config.validation_share:
+        parts["train"], parts["validation"] = draw(
+            parts["train"], lambda problem: problem.question, config.validation, config.seed
+        )
+    if not parts[split]:
+        raise ValueError(
+            f"{split} is left without problems by its share of so few: give more problems, or other shares"
+        )
+    return parts[split] if split == "validation" else _first(parts[split], getattr(config, split), split)
 
 
 def _first(problems: list[Problem], count: int | None, split: str) -> list[Problem]:
@@ -39,17 +55,25 @@ def _first(problems: list[Problem], count: int | None, split: str) -> list[Probl
 
 
 def _source(config: MathConfig, split: str, path: str | None) -> list[Problem]:
+    layout = config.layout()
     if path is not None:
-        return read_problems(path, config.name)
-    layout = SETS[config.name]
-    if not layout.builder:
-        raise ValueError(f"{config.name} has no {split} problems: give a file of them as {split}_path")
-    from experiments.tasks.mathematics.builders import read_records  # slow, and not needed for files
+        records = read_records(path, split)
+    elif layout.builder:
+        from experiments.tasks.mathematics.builders import read_records_of  # slow, and not needed for files
 
-    problems = []
-    for index, record in enumerate(read_records(layout.builder, split, config.data_dir)):
-        try:
-            problems.append(problem_of(record, layout))
-        except ValueError as error:
-            raise ValueError(f"{split} record {index} of {layout.builder} is not a problem: {error}") from error
+        found = read_records_of(layout.builder, split, config.data_dir)
+        records = [Record(f"{split} record {index} of {layout.builder}", {**one}) for index, one in enumerate(found)]
+    else:
+        name = "the task" if config.names_fields else config.name
+        raise ValueError(f"{name} has no {split} problems: give a file of them as {split}_path")
+    problems = problems_of(records, layout, config.system)
+    if config.must_be_boxed and BOX not in config.prompt + config.system:
+        silent = [
+            record.place for record, one in zip(records, problems, strict=True) if BOX not in text_of(one.question)
+        ]
+        if silent:
+            raise ValueError(
+                f"answers must be boxed, but neither prompt nor system asks for \\boxed{{}}, and {len(silent)} of "
+                f"{len(records)} problems do not either, the first of them {silent[0]}; ask, or clear must_be_boxed"
+            )
     return problems

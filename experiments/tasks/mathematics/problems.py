@@ -1,36 +1,39 @@
-"""Problems of the mathematics sets: the table of the sets, and the reader of their JSON lines.
+"""Problems of mathematics: the table of the known sets, and what is made of the records of these and of any others.
 
 Answers are rewritten to the LaTeX that a person would put into a box, by rules for a whole set, never for a single
 problem.
 """
 
-import hashlib
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from etils import epath
-
+from experiments.tasks.chats import Prompt, read_prompt
 from experiments.tasks.mathematics.boxes import last_box
-
-SPLITS = ("train", "validation", "test")
+from experiments.tasks.records import Record, make_all, read_records, require
 
 
 class Problem(NamedTuple):
     """One problem.
 
     Attributes:
-        question: the problem, as text and LaTeX.
+        question: the problem, as text and LaTeX, or the messages of a chat.
         answer: its answer, as LaTeX without dollar signs.
         solution: a worked solution that ends with the answer in a box.
+        others: further answers, any of which is as right as `answer`.
     """
 
-    question: str
+    question: Prompt
     answer: str
     solution: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All answers that are right."""
+        return (self.answer, *self.others)
 
 
 @dataclass(frozen=True)
@@ -38,96 +41,73 @@ class Layout:
     """The layout of a set's records: the fields from which a `Problem` is made.
 
     Attributes:
-        question: the field of the question.
+        question: the field of the question. None: "prompt", or else "messages".
         answer: the field of the answer.
         read_answer: turns that field into LaTeX; raises ValueError with the reason if it cannot.
-        solution: the field of the worked solution. None: there is none, and the solution is the answer alone.
+        solution: the field of the worked solution. None: it is the reply that a chat ends with, or the answer alone.
         builder: name of the set in TensorFlow Datasets; "" if it has no builder.
+        any_of: True if a list in the field of the answer is one of answers any of which is right.
     """
 
-    question: str
+    question: str | None
     answer: str
     read_answer: Callable[[Any], str]
     solution: str | None
     builder: str = ""
+    any_of: bool = True
 
 
-def read_problems(path: str, name: str) -> list[Problem]:
-    """Read a file with one JSON object per line, skipping empty lines.
+def layout_of(name: str, prompt_field: str | None = None, answer_field: str | None = None) -> Layout:
+    """Return the layout of a set, or one of the two fields if either is named."""
+    if prompt_field is None and answer_field is None:
+        return SETS[name]
+    return Layout(prompt_field, answer_field or "answer", _plain, None)
+
+
+def read_problems(path: str, layout: Layout, split: str | None = None, system: str = "") -> list[Problem]:
+    """Read the problems of a file or folder of any format of `experiments.tasks.records`.
 
     Args:
-        path: a local path, or one that `etils.epath` reads.
-        name: a key of `SETS`.
+        path: the file or folder.
+        layout: the layout of its records.
+        split: the part of a folder of several.
+        system: the system message that all prompts get.
 
     Returns:
         The problems, in the order of the file.
 
     Raises:
-        ValueError: if the file does not exist or holds no problem, or if a line is damaged, naming file and line.
+        ValueError: if there is no such file, if it holds no record, or if it is damaged or holds records that are no
+            problems, naming the file and the lines.
     """
-    file = epath.Path(path)
-    if not file.is_file():
-        raise ValueError(f"there is no file {path}: give the path of the problems of {name}, one JSON object per line")
-    problems = []
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            problems.append(problem_of(json.loads(line.decode()), SETS[name]))
-        except ValueError as error:  # from decoding, from JSON, or from the record
-            raise ValueError(f"{path}, line {number}, is not a problem of {name}: {error}") from error
-    if not problems:
-        raise ValueError(f"{path} holds no problem of {name}: the file is empty")
-    return problems
+    return problems_of(read_records(path, split), layout, system)
 
 
-def problem_of(record: Any, layout: Layout) -> Problem:
-    """Make a `Problem` of a record.
+def problems_of(records: Iterable[Record], layout: Layout, system: str = "") -> list[Problem]:
+    """Make a problem of each record; raise ValueError, naming all records of which none can be made."""
+    hint = "Name the fields of another layout with task.prompt_field and task.answer_field."
+    return make_all(records, lambda fields: _problem_of(fields, layout, system), hint)
 
-    Raises:
-        ValueError: if a field is missing, empty or of the wrong type.
-    """
-    if not isinstance(record, Mapping):
-        raise ValueError(f"it holds {type(record).__name__}, not an object with fields")
-    for field in (layout.question, layout.answer, layout.solution):
-        if field is not None and field not in record:
-            raise ValueError(f"the field {field!r} is missing")
-    question = _text(record[layout.question], layout.question)
-    answer = layout.read_answer(record[layout.answer]).strip()
-    if not answer:
+
+def _problem_of(fields: Mapping[str, Any], layout: Layout, system: str) -> Problem:
+    require(fields, *[name for name in (layout.question, layout.answer, layout.solution) if name is not None])
+    asked = read_prompt(fields, layout.question, system)
+    value = fields[layout.answer]
+    if layout.any_of and isinstance(value, list):
+        if not value:
+            raise ValueError(f"the list of answers in {layout.answer!r} is empty")
+        answers = list(dict.fromkeys(layout.read_answer(one).strip() for one in value))
+    else:
+        answers = [layout.read_answer(value).strip()]
+    if not all(answers):
         raise ValueError(f"the answer in the field {layout.answer!r} is empty")
-    worked = "" if layout.solution is None else _text(record[layout.solution], layout.solution)
+    worked = asked.reply or "" if layout.solution is None else _text(fields[layout.solution], layout.solution)
     # The solution ends with a box, and has no calculator's notes or answers after ####, as in GSM8K.
     worked = re.sub(r"<<[^<>]*>>", "", worked)
     worked = re.sub(r"\s*####[^\n]*\s*\Z", "", worked)
     if not last_box(worked):
-        worked = f"{worked}\n\nThe final answer is $\\boxed{{{answer}}}$.".lstrip()
-    return Problem(question, answer, worked)
-
-
-def draw(problems: list[Problem], count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Split problems in two, by a hash of the seed and the question.
-
-    The draw depends neither on the order of the problems nor on the version of a random generator, and a larger
-    `count` includes what a smaller one draws.
-
-    Returns:
-        All but `count` of the problems, and those `count`, both in their original order.
-
-    Raises:
-        ValueError: if no problem would be left.
-    """
-    if count >= len(problems):
-        raise ValueError(
-            f"validation is {count}, but there are {len(problems)} problems to draw it from; lower validation"
-        )
-
-    def rank(index: int) -> bytes:
-        return hashlib.sha256(f"{seed}/{problems[index].question}".encode()).digest()
-
-    drawn = set(sorted(range(len(problems)), key=rank)[:count])
-    rest = [problem for index, problem in enumerate(problems) if index not in drawn]
-    return rest, [problems[index] for index in sorted(drawn)]
+        worked = f"{worked}\n\nThe final answer is $\\boxed{{{answers[0]}}}$.".lstrip()
+    return Problem(asked.prompt, answers[0], worked, tuple(answers[1:]))
 
 
 def _text(value: Any, field: str) -> str:
@@ -178,5 +158,5 @@ SETS: dict[str, Layout] = {
     "aime24": Layout("problem", "answer", _plain, "solution"),
     "amc23": Layout("problem", "answer", _plain, None),
     "minerva": Layout("problem", "solution", _in_last_box, "solution"),
-    "olympiadbench": Layout("question", "final_answer", _in_list, "solution"),
+    "olympiadbench": Layout("question", "final_answer", _in_list, "solution", any_of=False),
 }

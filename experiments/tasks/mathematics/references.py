@@ -26,21 +26,22 @@ class Finding(NamedTuple):
 
 def unreadable_answers(problems: Sequence[Problem]) -> list[str]:
     """Return the references that the judge cannot read, each once."""
-    return [answer for answer in dict.fromkeys(problem.answer for problem in problems) if not is_readable(answer)]
+    answers = dict.fromkeys(answer for problem in problems for answer in problem.references)
+    return [answer for answer in answers if not is_readable(answer)]
 
 
 def try_references(problems: Sequence[Problem]) -> Finding:
     """Judge every reference against itself, not as text, and against itself with one number raised by one."""
+    references = [answer for problem in problems for answer in problem.references]
     raised, paid = 0, []
-    for problem in problems:
-        for answer, reason in raised_by_one(problem.answer):
+    for reference in references:
+        for answer, reason in raised_by_one(reference):
             raised += 1
             with limited_work():
-                if is_same_answer(problem.answer, answer):
-                    paid.append((problem.answer, answer, reason))
+                if is_same_answer(reference, answer):
+                    paid.append((reference, answer, reason))
     unreadable = set(unreadable_answers(problems))
-    found = [problem.answer for problem in problems if problem.answer in unreadable]
-    return Finding(len(problems), found, raised, paid)
+    return Finding(len(references), [answer for answer in references if answer in unreadable], raised, paid)
 
 
 def raised_by_one(answer: str) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from experiments.tasks.mathematics.dataset import load_problems
 from experiments.tasks.mathematics.problems import Problem
 from experiments.tasks.mathematics.references import unreadable_answers
 from experiments.tasks.pool import WorkerPool
+from experiments.tasks.splits import Overlaps
 from experiments.text import ChatTokenizer, ask
 from rspo_jax.hosts import say
 from rspo_jax.types import Judgement
@@ -39,6 +40,7 @@ class MathTask:
             memory_limit=int(config.memory_limit * 2**30),
             wall_limit=config.wall_limit,
         )
+        self._overlaps = Overlaps()
         self._load_once = functools.cache(self._load)
 
     def problems(self, split: str) -> Sequence[Problem]:
@@ -47,12 +49,15 @@ class MathTask:
 
     def _load(self, split: str) -> list[Problem]:
         problems = load_problems(self.config, split)
+        for sentence in self._overlaps.note(split, [problem.question for problem in problems]):
+            say(sentence)
         unreadable = unreadable_answers(problems)
         if unreadable:
+            count = sum(len(problem.references) for problem in problems)
             shown = "".join(f"\n  {answer}" for answer in unreadable[:SHOWN])
             more = f"\n  and {len(unreadable) - SHOWN} more" if len(unreadable) > SHOWN else ""
             say(
-                f"{split}: the judge cannot read {len(unreadable)} of {len(problems)} references, so that nothing but "
+                f"{split}: the judge cannot read {len(unreadable)} of {count} references, so that nothing but "
                 f"their own text earns a reward:{shown}{more}"
             )
         return problems
@@ -93,7 +98,7 @@ class MathTask:
         """Return what the verifier says of each response; None where it met a limit."""
         pairs = zip(problems, responses, strict=True)
         items = [
-            (problem.answer, response[-LONGEST_RESPONSE:], self.config.must_be_boxed) for problem, response in pairs
+            (problem.references, response[-LONGEST_RESPONSE:], self.config.must_be_boxed) for problem, response in pairs
         ]
         return [outcome.value for outcome in self._pool.map(items)]
 

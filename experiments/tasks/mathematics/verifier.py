@@ -5,6 +5,7 @@ text that cannot be read as a whole equals its own text and nothing else. docs/m
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.tasks.mathematics.boxes import last_box
@@ -23,17 +24,19 @@ _FORMULA = re.compile(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?%?(?!\w)")
 
 
-def judge(item: tuple[str, str, bool]) -> dict[str, Any]:
+def judge(item: tuple[str | Sequence[str], str, bool]) -> dict[str, Any]:
     """Judge one response.
 
     Args:
-        item: the right answer as LaTeX, the response, and whether the response's answer must be in a box.
+        item: the right answer as LaTeX, or several of which any is right; the response; and whether the response's
+            answer must be in a box.
 
     Returns:
         "answered": whether there is an answer, in a box if it must be; "correct": whether it is right; "answer": a text
         that is the same for answers that are found to mean the same, None without an answer.
     """
-    answer, response, must_be_boxed = item
+    right, response, must_be_boxed = item
+    answers = [right] if isinstance(right, str) else right
     box = last_box(response)
     nothing = {"answered": False, "correct": False, "answer": None}
     if box is None and (must_be_boxed or "\\boxed" in response):
@@ -42,8 +45,8 @@ def judge(item: tuple[str, str, bool]) -> dict[str, Any]:
     if not given.strip() or len(given) > LONGEST_ANSWER:
         return nothing
     with limited_work():
-        correct = is_same_text(answer, given) or is_same_answer(answer, given)
-        return {"answered": True, "correct": correct, "answer": answer if correct else _name(given)}
+        met = next((one for one in answers if is_same_text(one, given) or is_same_answer(one, given)), None)
+        return {"answered": True, "correct": met is not None, "answer": _name(given) if met is None else met}
 
 
 def is_same_text(answer: str, given: str) -> bool:

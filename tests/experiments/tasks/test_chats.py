@@ -3,9 +3,9 @@
 import pytest
 from support.tasks import ChatCharacters
 
-from experiments.tasks.chats import Asked, check_one_kind, read_prompt, text_of
+from experiments.tasks.chats import Asked, Message, check_one_kind, read_prompt, text_of
 from experiments.tasks.records import Record
-from experiments.text import Message, ask
+from experiments.text import ask
 
 
 def user(content="Q"):

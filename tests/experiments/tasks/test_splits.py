@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
+from experiments.tasks.chats import Message
 from experiments.tasks.splits import SPLITS, Overlaps, check_shares, draw, split_of
-from experiments.text import Message
 
 PROMPTS = [f"Q{number}" for number in range(2000)]
 
@@ -51,10 +51,8 @@ def test_a_prompt_that_is_drawn_is_nowhere_in_the_rest():
         assert len(drawn) == count and not set(rest) & set(drawn)
 
 
-def test_prompts_in_two_files_are_said(capsys):
+def test_prompts_in_two_files_are_counted():
     overlaps = Overlaps()
-    overlaps.note("train", ["a", "b", "c"])
-    overlaps.note("test", ["d", "e"])
-    assert capsys.readouterr().out == ""
-    overlaps.note("test", ["b", "c", "d"])
-    assert "2 prompts of the split test are also in train" in capsys.readouterr().out
+    assert overlaps.note("train", ["a", "b", "c"]) == overlaps.note("test", ["d", "e"]) == []
+    (sentence,) = overlaps.note("test", ["b", "c", "d"])
+    assert sentence.startswith("the splits train and test share prompts, 2 in number")

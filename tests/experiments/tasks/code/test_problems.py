@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from support.data_sets import save_to_disk
 
+from experiments.tasks.chats import Message
 from experiments.tasks.code.problems import Problem, Test, load_problems
 
 PROGRAM = {"prompt": "Double it.", "tests": [{"input": "2\n", "output": "4\n"}]}
@@ -51,13 +53,13 @@ def test_a_separator_of_lines_inside_a_text_does_not_end_the_line(tmp_path):
     ("line", "message"),
     [
         ("{", "Expecting property name"),
-        ("[1]", r"the line is \[1\], but it must be an object with 'prompt', 'tests'"),
+        ("[1]", "it is a list, not an object with fields"),
         ("[" * 100_000, ""),  # the message depends on the version of Python
-        ({"prompt": "p"}, "the line has no 'tests'"),
-        ({"tests": []}, "the line has no 'prompt'"),
-        ({**PROGRAM, "solutions": "x"}, "the line has the unknown 'solutions'; its fields are 'checker'"),
-        ({**PROGRAM, "prompt": ""}, "'prompt' is '', but it must be text"),
-        ({**PROGRAM, "prompt": None}, "'prompt' is None, but it must be text"),
+        ({"prompt": "p"}, "'tests' is missing or null; the record has 'prompt'"),
+        ({"tests": []}, "'prompt' is missing or null; the record has 'tests'"),
+        ({**PROGRAM, "solutions": "x"}, "the record has the unknown 'solutions'; its fields are 'checker'"),
+        ({**PROGRAM, "prompt": ""}, "'prompt' is empty"),
+        ({**PROGRAM, "prompt": None}, "'prompt' is missing or null"),
         ({**PROGRAM, "solution": 3}, "'solution' is 3, but it must be text"),
         ({**PROGRAM, "entry_point": 3}, "'entry_point' is 3, but it must be text"),
         ({**FUNCTION, "entry_point": "a.b.c"}, "must name a function, or a method as 'Class.method'"),
@@ -83,7 +85,15 @@ def test_a_separator_of_lines_inside_a_text_does_not_end_the_line(tmp_path):
             '{"prompt": "p", "entry_point": "f", "tests": [{"arguments": [], "result": 1e999}]}',
             "beyond the largest float",
         ),
-        ('{"prompt": "p", "entry_point": "f", "tests": [{"arguments": [], "result": NaN}]}', "NaN is not a JSON value"),
+        (
+            '{"prompt": "p", "entry_point": "f", "tests": [{"arguments": [], "result": NaN}]}',
+            "'tests.0..result' is NaN",
+        ),
+        ({**PROGRAM, "tests": "print(1)"}, "'tests' is a text, but not of JSON: Expecting value at column 1"),
+        ({**PROGRAM, "tests": '[{"input": NaN}]'}, "'tests' is a text, but not of JSON: NaN, which JSON does not have"),
+        ({**PROGRAM, "tests": "[] []"}, "'tests' is a text, but not of JSON: something follows after it: ' \\[\\]'"),
+        ({**PROGRAM, "tests": "{}"}, "'tests' is {}, but it must be a list of one or more tests"),
+        ({**PROGRAM, "prompt": [{"role": "tool", "content": "p"}]}, "prompt.0. has the role 'tool'"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_file_and_number(tmp_path, line, message):
@@ -94,13 +104,32 @@ def test_a_wrong_line_is_named_with_its_file_and_number(tmp_path, line, message)
 
 def test_a_line_that_is_not_text_is_named(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ValueError, match=r"line 1: .*utf-8"):
+    path.write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"line 1: .*UTF-8"):
         load_problems(str(path))
 
 
 def test_a_missing_or_empty_file_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file .*absent\.jsonl"):
+    with pytest.raises(ValueError, match=r"no file or folder .*absent\.jsonl"):
         load_problems(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(ValueError, match="holds no problem"):
+    with pytest.raises(ValueError, match="holds no record"):
         load_problems(written(tmp_path, "", ""))
+
+
+def test_tables_and_chats_are_read_and_fields_that_are_not_used_left_alone(tmp_path):
+    chat = [{"role": "user", "content": "Double it."}]
+    rows = [
+        {"question": chat, "tests": json.dumps(PROGRAM["tests"]), "entry_point": None, "source": "mine"},
+        {"question": chat, "tests": json.dumps(FUNCTION["tests"]), "entry_point": "add", "source": None},
+    ]
+    folder = save_to_disk(tmp_path / "all", {"train": rows, "test": rows[:1]})
+    asked = (Message("user", "Double it."),)
+    first = Problem(asked, (Test("2\n", "4\n"),), None, None)
+    second = Problem(asked, (Test([1, [2]], {"a": None}), Test([], 1.5)), "add", None)
+    assert load_problems(folder, (), "train", "question") == [first, second]
+    assert load_problems(folder, (), "test", "question") == [first]
+    with pytest.raises(ValueError, match=r"row 0 \(from 0\): 'prompt' is missing or null; the record has 'question'"):
+        load_problems(folder, (), "train")
+    # A column of objects gives each of them the fields of all others.
+    objects = save_to_disk(tmp_path / "objects", [PROGRAM | {"tests": [{**PROGRAM["tests"][0], "note": None}]}] * 2)
+    assert load_problems(objects)[0].tests == (Test("2\n", "4\n"),)

@@ -7,10 +7,11 @@ on all of them.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from support.tasks import ChatCharacters
 
 from experiments.bench import verifier as bench_verifier
 from experiments.evaluation.subject import Votes
@@ -24,29 +25,11 @@ DATA = os.environ.get("RSPO_MATH_DATA", "")
 QUESTION = Problem("What is {9} + 9?", "18", "So \\boxed{18}.")
 
 
-class Characters:
-    """A stand-in for a real tokenizer."""
-
-    pad_id = 0
-    eos_id = 1
-    stop_ids = (1,)
-    vocabulary_size = 2**21
-
-    def encode(self, text: str) -> list[int]:
-        return [2 + ord(character) for character in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(token - 2) for token in ids if token > 1)
-
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
-
-
 @pytest.fixture(scope="module")
 def task() -> Iterator[MathTask]:
     """Rewards that distinguish right, wrong and missing answers, and a short time limit for hostile ones."""
     config = MathConfig(workers=2, time_limit=1.5, correct_reward=1.0, wrong_reward=0.25, unanswered_reward=-0.5)
-    task = MathTask(config, Characters())
+    task = MathTask(config, ChatCharacters())
     yield task
     task.close()
 
@@ -55,7 +38,7 @@ def test_prompts_are_written_by_the_tokenizer(task):
     asked = "What is {9} + 9?\nPlease reason step by step, and put your final answer within \\boxed{}."
     assert task.prompt(QUESTION) == f"<user>{asked}<assistant>"
     config = MathConfig(system="Think, and use \\boxed{}.", prompt="Q: {problem}")
-    told = MathTask(config, Characters())
+    told = MathTask(config, ChatCharacters())
     assert told.prompt(QUESTION) == "<system>Think, and use \\boxed{}.<user>Q: What is {9} + 9?<assistant>"
     assert told.solution(QUESTION) == "So \\boxed{18}."
 
@@ -63,15 +46,31 @@ def test_prompts_are_written_by_the_tokenizer(task):
 def test_problems_are_read_once(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": "Q", "answer": "#### 5"}))
-    task = MathTask(MathConfig(test_path=str(path)), Characters())
+    task = MathTask(MathConfig(test_path=str(path)), ChatCharacters())
     problems = task.problems("test")
     path.unlink()
     assert task.problems("test") is problems
     assert [problem.answer for problem in problems] == ["5"]
 
 
+def test_any_of_several_references_earns(task, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": [{"role": "user", "content": "Q"}], "answer": ["t(0,4]", "1/2", 3, "0.5"]}))
+    config = dataclasses.replace(task.config, prompt_field="prompt", test_path=str(path), train_path=str(path))
+    several = MathTask(dataclasses.replace(config, validation=0), ChatCharacters())
+    (problem,) = several.problems("test")
+    assert "test: the judge cannot read 1 of 4 references" in capsys.readouterr().out
+    responses = [f"\\boxed{{{answer}}}" for answer in ("3", "0.50", "t(0,4]", "4", "t(0,5]")]
+    assert [one.correct for one in several.judge([problem] * 5, responses)] == [True, True, True, False, False]
+    assert several.answers([problem] * 4, responses[:4]) == ["3", "1/2", "t(0,4]", "4"]
+    assert several.prompt(problem).startswith("<user>Q\nPlease reason")
+    several.problems("train")
+    assert "the splits test and train share prompts, 1 in number" in capsys.readouterr().out
+    several.close()
+
+
 def test_a_box_before_the_marker_earns_nothing(task):
-    marked = MathTask(dataclasses.replace(task.config, judge_after="</think>"), Characters())
+    marked = MathTask(dataclasses.replace(task.config, judge_after="</think>"), ChatCharacters())
     responses = ["\\boxed{18}</think>17", "\\boxed{17}</think>\\boxed{18}", "\\boxed{18}", marked.solution(QUESTION)]
     right, unanswered = Judgement(1.0, True), Judgement(-0.5, False)
     verdicts = marked.judge([QUESTION] * 4, responses)
@@ -83,7 +82,7 @@ def test_a_box_before_the_marker_earns_nothing(task):
 def test_references_that_cannot_be_read_are_said_when_they_are_loaded(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(record_of("olympiadbench", answer)) for answer in ("5", "t(0,4]", "x \\to y")))
-    task = MathTask(MathConfig("olympiadbench", test_path=str(path)), Characters())
+    task = MathTask(MathConfig("olympiadbench", test_path=str(path)), ChatCharacters())
     for _ in range(2):
         assert len(task.problems("test")) == 3
     printed = capsys.readouterr().out
@@ -94,7 +93,7 @@ def test_references_that_cannot_be_read_are_said_when_they_are_loaded(tmp_path, 
 
 def test_a_wrong_config_is_refused_at_once():
     with pytest.raises(ValueError, match="there is no set"):
-        MathTask(MathConfig("algebra"), Characters())
+        MathTask(MathConfig("algebra"), ChatCharacters())
 
 
 def test_rewards(task):
@@ -122,10 +121,10 @@ def test_what_the_processes_are_given(monkeypatch):
         return [Outcome({"answered": True, "correct": True}), Outcome(None, "time limit", "no answer within 5 s")]
 
     monkeypatch.setattr(WorkerPool, "map", judge)
-    task = MathTask(MathConfig(must_be_boxed=False), Characters())
+    task = MathTask(MathConfig(must_be_boxed=False), ChatCharacters())
     response = "\\boxed{7}" + LONGEST_RESPONSE * "x"
     assert task.judge([QUESTION] * 2, [response, "18"]) == [Judgement(1.0, True), Judgement(0.0, False, unjudged=True)]
-    assert given == [("18", LONGEST_RESPONSE * "x", False), ("18", "18", False)]
+    assert given == [(("18",), LONGEST_RESPONSE * "x", False), (("18",), "18", False)]
 
 
 SLOW = ["\\boxed{9**9**9}", "\\boxed{9^{9^{9}}}", "\\boxed{18 + 9^{9^{9}} - 9^{9^{9}}}", "\\boxed{(9!)!!}"]
