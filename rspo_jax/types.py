@@ -223,6 +223,8 @@ class PackedBatch(NamedTuple):
     route: Array | None = None
     """uint8 or uint16 [N, L, K, T of the rows]: the experts that the sampler used for each input; 0 on padding. None
     unless they were recorded."""
+    responses: Array | None = None
+    """int32 [B]: the place of each response in the rollout that was packed. None if nobody asks for it."""
 
 
 class ScoredBatch(NamedTuple):

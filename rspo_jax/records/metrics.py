@@ -1,7 +1,8 @@
 """The record of a run: one JSON line a step, TensorBoard scalars, and JSON files.
 
 A run has two phases, "warm_start" (supervised) and then "rl", each with a step count of its own from 1. A row of
-`metrics.jsonl` is `{"phase": "rl", "step": 12, "reward": 0.4, ...}`; a row of `diagnostics.jsonl` holds arrays instead.
+`metrics.jsonl` is `{"phase": "rl", "step": 12, "reward": 0.4, ...}`; a row of `diagnostics.jsonl` holds arrays instead,
+and one of `samples.jsonl` a response.
 Of several processes only the first writes, and the others check their arguments.
 """
 
@@ -11,7 +12,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, SupportsFloat
 
 import numpy as np
@@ -22,6 +23,7 @@ from rspo_jax.hosts import Agreement, is_primary
 from rspo_jax.records.board import Board
 from rspo_jax.records.files import FilePath, GrowingFiles, as_path, replace_file
 from rspo_jax.records.rows import PHASES, POSITION_NAMES, Phase, RowFile, missing_rows, position, read_rows
+from rspo_jax.records.samples import SAMPLES_FILE, Sample, sample_of
 
 _METRICS_FILE = "metrics.jsonl"
 _DIAGNOSTICS_FILE = "diagnostics.jsonl"
@@ -171,13 +173,23 @@ def check_record(run_dir: FilePath) -> None:
     Raises:
       DamagedRows: if a line is not a row, except for a last line that was cut, or rows are doubled or in a wrong order.
     """
-    for name, check in ((_METRICS_FILE, _as_floats), (_DIAGNOSTICS_FILE, _as_arrays)):
-        RowFile(as_path(run_dir) / name, check).check_rows()
+    for file in _row_files(as_path(run_dir)).values():
+        file.check_rows()
+
+
+def _row_files(run_dir: epath.Path) -> dict[str, RowFile]:
+    """Return the files of rows in a run's folder by name."""
+    return {
+        _METRICS_FILE: RowFile(run_dir / _METRICS_FILE, _as_floats),
+        _DIAGNOSTICS_FILE: RowFile(run_dir / _DIAGNOSTICS_FILE, _as_arrays),
+        SAMPLES_FILE: RowFile(run_dir / SAMPLES_FILE, sample_of, several=True),
+    }
 
 
 class MetricsLog:
     """A log that writes a run's metrics to `metrics.jsonl` and to TensorBoard event files in `tensorboard/<phase>/`,
-    and arrays of its steps to `diagnostics.jsonl`, which a run without arrays does not have.
+    and arrays and sample responses of its steps to `diagnostics.jsonl` and `samples.jsonl`, which a run without any does
+    not have.
 
     A context manager. A run that is interrupted and resumed ends with exactly the rows of an uninterrupted one. All
     processes of a run open a log at the same point and with the same arguments, but only the first writes.
@@ -213,8 +225,7 @@ class MetricsLog:
         self._run_dir = as_path(run_dir)
         self._last = _BEFORE_ANY_STEP if resume_after is None else position(*resume_after)
         self._check = check if is_primary() else lambda: None
-        self._metrics = RowFile(self._run_dir / _METRICS_FILE, _as_floats)
-        self._diagnostics = RowFile(self._run_dir / _DIAGNOSTICS_FILE, _as_arrays)
+        self._rows = _row_files(self._run_dir)
         self._boards: dict[str, Board] = {}
         self._open_files = contextlib.ExitStack()
         self._closed = False
@@ -233,6 +244,7 @@ class MetricsLog:
         step: int,
         metrics: Mapping[str, SupportsFloat],
         arrays: Mapping[str, ArrayLike] | None = None,
+        samples: Sequence[Sample] = (),
     ) -> None:
         """Append a row. Non-finite numbers become null in the files and a gap in TensorBoard.
 
@@ -241,6 +253,7 @@ class MetricsLog:
           step: the step within the phase, after all steps that were written before.
           metrics: numbers by name; scalar arrays will do.
           arrays: arrays of the same step by name, of any rank; kept to six significant digits.
+          samples: responses of the same step.
 
         Raises:
           ValueError: if the row does not come after the last one, a metric is called "phase" or "step", or the log is
@@ -257,9 +270,12 @@ class MetricsLog:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._writes:
             self._check()
-            self._metrics.append({"phase": phase, "step": step} | {name: finite.get(name) for name in values})
+            where = {"phase": phase, "step": step}
+            self._rows[_METRICS_FILE].append(where | {name: finite.get(name) for name in values})
             if lists:
-                self._diagnostics.append({"phase": phase, "step": step} | lists)
+                self._rows[_DIAGNOSTICS_FILE].append(where | lists)
+            for sample in samples:
+                self._rows[SAMPLES_FILE].append(where | sample.row())
         self._last = at
         if not self._writes:
             return
@@ -275,12 +291,12 @@ class MetricsLog:
         """
         if not self._writes:
             return {}
-        for file in (self._metrics, self._diagnostics):
+        for file in self._rows.values():
             file.sync()
         for board in self._boards.values():
             board.sync()
         self._files.copy()
-        return {_METRICS_FILE: self._metrics.digest, _DIAGNOSTICS_FILE: self._diagnostics.digest}
+        return {name: file.digest for name, file in self._rows.items()}
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""
@@ -289,17 +305,17 @@ class MetricsLog:
 
     def _open(self, resume_after: tuple[str, int] | None, digests: Mapping[str, str]) -> None:
         self._check()
-        files = {_METRICS_FILE: self._metrics, _DIAGNOSTICS_FILE: self._diagnostics}
-        for name, file in files.items():
+        for name, file in self._rows.items():
             if resume_after is None:
                 file.refuse_old_rows()
                 continue
             remaining = file.roll_back(self._last)
-            first_steps = {"warm_start": 1, "rl": 0 if file is self._metrics else 1}
+            first_steps = {"warm_start": 1, "rl": 0 if name == _METRICS_FILE else 1}
             missing = missing_rows([*remaining, (self._last[0], self._last[1] + 1)], first_steps)
+            missing = "" if name == SAMPLES_FILE else missing  # most steps leave no samples
             if name in digests and file.digest != digests[name]:
                 change = f"it lacks the rows of {missing}" if missing else "rows were removed or changed"
-            elif name in digests or file is self._diagnostics or not missing:
+            elif name in digests or name != _METRICS_FILE or not missing:
                 continue
             else:
                 change = f"it lacks the rows of {missing}"
@@ -309,9 +325,9 @@ class MetricsLog:
             )
         self._files = self._open_files.enter_context(GrowingFiles(self._run_dir, self._check))
         self._files.folder.mkdir(parents=True, exist_ok=True)
-        for file in files.values():
+        for name, file in self._rows.items():
             self._open_files.callback(file.close)
-            file.open_in(self._files.folder, make=file is self._metrics)
+            file.open_in(self._files.folder, make=name == _METRICS_FILE)
         # TensorBoard hides the points after the last row.
         last_phase, last_step = self._last
         for index, phase in enumerate(PHASES):

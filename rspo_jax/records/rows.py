@@ -1,7 +1,8 @@
 """Files of rows, one JSON object a line, each with the phase and the step of a run that it belongs to.
 
-A row is `{"phase": "rl", "step": 12, ...}`; phases come one after the other, and steps count up in each. Such a file
-only grows, except when a run goes on from an earlier step: then it is rolled back to that step first.
+A row is `{"phase": "rl", "step": 12, ...}`; phases come one after the other, and steps count up in each. A step has one
+row, or several in files of which that is said. Such a file only grows, except when a run goes on from an earlier step:
+then it is rolled back to that step first.
 """
 
 import hashlib
@@ -45,12 +46,13 @@ def position(phase: str, step: int) -> tuple[int, int]:
     return PHASES.index(phase), step
 
 
-def read_rows(path: epath.Path, check: CheckValues) -> list[tuple[bytes, dict[str, Any]]]:
+def read_rows(path: epath.Path, check: CheckValues, several: bool = False) -> list[tuple[bytes, dict[str, Any]]]:
     """Read each row as its line and its content, without a last line that was cut, which the log mentions.
 
     Args:
       path: the file.
       check: checks the values of each row.
+      several: if True, a step may have several rows, one after the other.
 
     Raises:
       DamagedRows: if any other line is not a row, or rows are doubled or in a wrong order.
@@ -66,7 +68,7 @@ def read_rows(path: epath.Path, check: CheckValues) -> list[tuple[bytes, dict[st
             rows.append((last, _parse(path, len(lines) + 1, last, check)))
     places = [position(row["phase"], row["step"]) for _, row in rows]
     for number, (before, after) in enumerate(itertools.pairwise(places), 2):
-        if after <= before:
+        if after < before or (after == before and not several):
             what = "is there twice" if after in places[: number - 1] else f"comes after that of {_name(before)}"
             raise DamagedRows(
                 f"{path}, line {number}: the row of {_name(after)} {what}; put the rows in order, or remove wrong ones"
@@ -113,14 +115,15 @@ def _parse(path: epath.Path, number: int, line: bytes, check: CheckValues) -> di
 class RowFile:
     """A file of rows that grows in a folder of this machine; a run in a bucket copies it from there."""
 
-    def __init__(self, path: epath.Path, check: CheckValues) -> None:
+    def __init__(self, path: epath.Path, check: CheckValues, several: bool = False) -> None:
         """Prepare the file; nothing is read or written yet.
 
         Args:
           path: the place of the file, in the run's folder or bucket.
           check: checks the values of each row that is read.
+          several: if True, a step may have several rows.
         """
-        self._path, self._check = path, check
+        self._path, self._check, self._several = path, check, several
         self._content = b""
         self._local: pathlib.Path | None = None
         self._file: IO[bytes] | None = None
@@ -144,7 +147,7 @@ class RowFile:
     def check_rows(self) -> None:
         """Raise DamagedRows if a line is not a row, or rows are doubled or in a wrong order."""
         if self._path.exists():
-            read_rows(self._path, self._check)
+            read_rows(self._path, self._check, self._several)
 
     def roll_back(self, last: tuple[int, int]) -> list[tuple[int, int]]:
         """Remove the rows after a position from which a run goes on.
@@ -160,7 +163,10 @@ class RowFile:
         """
         if not self._path.exists():
             return []
-        rows = [(line, position(row["phase"], row["step"])) for line, row in read_rows(self._path, self._check)]
+        rows = [
+            (line, position(row["phase"], row["step"]))
+            for line, row in read_rows(self._path, self._check, self._several)
+        ]
         kept = [(line, at) for line, at in rows if at <= last]
         self._content = b"".join(line + b"\n" for line, _ in kept)
         self._digest.update(self._content)

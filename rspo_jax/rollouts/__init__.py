@@ -1,7 +1,8 @@
 """Prompts in, judged responses out, packed into rows to learn from."""
 
-from rspo_jax.rollouts.groups import choose_groups, is_informative, mask_rows
+from rspo_jax.rollouts.groups import choose_groups, chosen_rows, is_informative, mask_rows
 from rspo_jax.rollouts.packing import Packing, pack, unpack
+from rspo_jax.rollouts.pieces import text_pieces
 from rspo_jax.rollouts.prompts import (
     SPLITS,
     Problems,
@@ -41,6 +42,7 @@ __all__ = [
     "assemble",
     "check_solutions",
     "choose_groups",
+    "chosen_rows",
     "cut",
     "encode_prompts",
     "encode_solutions",
@@ -57,6 +59,7 @@ __all__ = [
     "solve",
     "take",
     "tells_correct",
+    "text_pieces",
     "unpack",
     "usable_problems",
 ]

@@ -38,10 +38,15 @@ def choose_groups(
         (dynamic sampling; DAPO, arXiv 2503.14476).
     """
     group_size = sum(rollout.tokens.shape[0] for rollout in rollouts) // len(informative)
-    groups = np.argsort(~informative, kind="stable")[:wanted]
-    rows = (groups[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
+    rows = chosen_rows(informative, wanted, group_size)
     rollout = _take_rows(rollouts, rows)
-    return mask_rows(rollout, np.repeat(informative[groups], group_size)) if only_informative else rollout
+    return mask_rows(rollout, informative[rows // group_size]) if only_informative else rollout
+
+
+def chosen_rows(informative: np.ndarray, wanted: int, group_size: int) -> np.ndarray:
+    """Return which responses `choose_groups` takes, int [wanted · group_size], counted through all rollouts."""
+    groups = np.argsort(~informative, kind="stable")[:wanted]
+    return (groups[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
 
 
 @jax.jit

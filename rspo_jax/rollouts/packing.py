@@ -258,6 +258,7 @@ def pack_rollout(rollout: RolloutBatch, plan: PackingPlan) -> PackedBatch:
         sampler_log_probs=by_response(rollout.sampler_log_probs),
         advantages=by_response(rollout.advantages),
         route=route,
+        responses=plan.responses,
     )
 
 

@@ -175,6 +175,21 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class SamplesConfig:
+    """Sample responses for people to look at, with the router shift of their tokens."""
+
+    every: int | None = None
+    """Steps of reinforcement learning between sample responses in samples.jsonl; those between evaluations when absent,
+    0 for none. The first step and the last one leave some too."""
+    count: int = 8
+    """Responses of each such step."""
+
+    def __post_init__(self) -> None:
+        if (self.every is not None and self.every < 0) or self.count < 1:
+            raise ValueError(f"samples need every ≥ 0 and count ≥ 1, got {self.every} and {self.count}")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Settings of the checkpoints."""
 
@@ -229,6 +244,7 @@ class TrainerConfig:
     """Let the learning rate decay to 0 (cosine) over all steps, unless the optimizer has its own `decay_updates`."""
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     evaluation: EvaluationConfig = EvaluationConfig()
+    samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     probe_every: int = 0
     """Steps between probes of all objectives' gradients (`rspo_jax.training.probe`); 0 for none. A probe takes as long
@@ -286,6 +302,11 @@ class TrainerConfig:
     def probes(self, step: int) -> bool:
         """Return whether gradients are probed at the end of a step."""
         return self.probe_every > 0 and step % self.probe_every == 0
+
+    def leaves_samples(self, step: int) -> bool:
+        """Return whether sample responses are recorded at the end of a step."""
+        every = self.evaluation.every if self.samples.every is None else self.samples.every
+        return every > 0 and (step in (1, self.steps) or step % every == 0)
 
     @property
     def learned_rows(self) -> int:

@@ -54,7 +54,7 @@ from rspo_jax.objectives import (
     weighted_gradient,
 )
 from rspo_jax.rollouts import unpack
-from rspo_jax.routing import drift_reader, gamma_of, update_route
+from rspo_jax.routing import update_route
 from rspo_jax.sharding import MeshConfig
 from rspo_jax.training.config import LearnerConfig
 from rspo_jax.training.loss import score_rows
@@ -68,7 +68,7 @@ from rspo_jax.training.stages import (
     with_advantages,
 )
 from rspo_jax.training.state import RunState
-from rspo_jax.training.update import freeze, keep_like_params, route_to_device
+from rspo_jax.training.update import freeze, keep_like_params, rescore, route_to_device
 from rspo_jax.types import Array, Params, Policy, ScoredBatch
 
 
@@ -195,7 +195,7 @@ def probe(
     old, new = [], []
     for mini_batch in scored:
         on_device = route_to_device(mini_batch) if config.route_on_host else mini_batch
-        log_probs, gamma = _forward(policy, params, on_device, config)
+        log_probs, gamma = rescore(policy, params, on_device, config)
         bare = mini_batch._replace(old_route=None)
         old.append(_Weighed(mini_batch, *_cotangents(log_probs, gamma, bare, config.correction, tuple(PROBED.items()))))
     for mini_batch in fresh:
@@ -222,25 +222,6 @@ def probe(
 
 def _number_of_parts(batches: Sequence[ScoredBatch]) -> int:
     return sum(len(mini_batch.batch.mask) for mini_batch in batches)
-
-
-@functools.partial(jax.jit, static_argnames=("policy", "config"))
-def _forward(
-    policy: Policy, params: Params, mini_batch: ScoredBatch, config: LearnerConfig
-) -> tuple[Array, Array | None]:
-    """Return log π_θ and raw γ of each part, [parts, B, T]."""
-
-    def of_part(part: ScoredBatch) -> tuple[Array, Array | None]:
-        route, places = part.old_route, part.batch.places
-        reader = None if route is None else drift_reader(route, policy.router_score)
-        forced = update_route(config.routing, route)
-        scores, reading = score_rows(policy, params, part.batch.rows, config.temperature, reader, forced)
-        log_probs = unpack(scores.log_probs, places)
-        if route is None or reading is None:
-            return log_probs, None
-        return log_probs, unpack(gamma_of(reading, route, config.layer_aggregation), places)
-
-    return jax.lax.map(of_part, mini_batch)
 
 
 @functools.partial(jax.jit, static_argnames=("correction_config", "variants"))

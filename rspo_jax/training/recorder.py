@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -16,6 +16,7 @@ from rspo_jax.records.memory import peak_memory_gib
 from rspo_jax.records.metrics import MetricsLog
 from rspo_jax.records.progress import PhaseProgress
 from rspo_jax.records.rows import Phase
+from rspo_jax.records.samples import Sample
 from rspo_jax.stopwatch import Stopwatch
 from rspo_jax.training.state import RunState
 
@@ -60,6 +61,7 @@ class Recorder:
         step: int,
         metrics: Mapping[str, float],
         arrays: Mapping[str, np.ndarray] | None = None,
+        samples: Sequence[Sample] = (),
         beside: jax.Array | None = None,
     ) -> None:
         """Append a row of metrics, show it, and sound the alarm at signs of a collapse.
@@ -69,11 +71,12 @@ class Recorder:
           step: the step that is done.
           metrics: those of the step; time and memory are added here, and speed if there are `response_tokens`.
           arrays: those of the step.
+          samples: sample responses of the step.
           beside: something of the next step that the device was told to compute before.
         """
         assert self._progress is not None, "no phase has begun"
         metrics = {**metrics, **self.watch.take(metrics.get("response_tokens")), "peak_memory_gib": peak_memory_gib()}
-        self.log.write(phase, step, metrics, arrays)
+        self.log.write(phase, step, metrics, arrays, samples)
         self._progress.update(step, metrics)
         why = self.alarm.update({"phase": phase, "step": step, **metrics})
         if why is not None:

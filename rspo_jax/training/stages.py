@@ -79,6 +79,8 @@ class JudgedRollout(NamedTuple):
     """float32 [B]: the part of each reward that is a penalty for length."""
     refilled: bool
     """True if free slots took the next prompt."""
+    problems: list[Any]
+    """One a row."""
 
     @property
     def valid(self) -> np.ndarray | None:
@@ -133,7 +135,7 @@ def judge_drawing(setup: Setup, drawing: Drawing, lap: Lap = unmeasured) -> Judg
         rewards, overlong = rewards + penalty, np.asarray(penalty)
     rewards = rewards.reshape(-1, config.group_size)
     lap("judge")
-    return JudgedRollout(rollout, judged, rewards, overlong, drawing.refilled)
+    return JudgedRollout(rollout, judged, rewards, overlong, drawing.refilled, drawing.problems)
 
 
 def wants_more(judged: list[JudgedRollout], config: TrainerConfig) -> bool:

@@ -27,6 +27,7 @@ from rspo_jax.training.evaluation import evaluate
 from rspo_jax.training.metrics import StepMetrics, rate_change, read_statistics, reduce_statistics, rollout_metrics
 from rspo_jax.training.probe import probe_gradients
 from rspo_jax.training.recorder import Recorder, Stopped
+from rspo_jax.training.samples import sample_responses
 from rspo_jax.training.stages import (
     Setup,
     adapt_shift,
@@ -219,18 +220,19 @@ def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
             # Reduce their statistics before the device is told to draw again: what it is told last, it does last.
             reduced = reduce_statistics([*of_scoring, *of_updates, scale_shown])
             watch.lap("update")
-            # End of the step: metrics, probe, evaluation, checkpoint, stop.
+            # End of the step: metrics, samples, probe, evaluation, checkpoint, stop.
             numbers = rollout_metrics(judged, config, names) | padding | {"learning_rate": learning_rate}
             lengths = ResponseLengths(jnp.float32(numbers["response_length"]), jnp.float32(numbers["longest_response"]))
             key = jax.random.key_data(key)
             state = state._replace(train=train, key=key, step=state.step + 1, lengths=lengths)
             unwritten = StepMetrics(step, of_scoring, reduced, numbers)
+            samples = sample_responses(setup, state, judged, scored) if config.leaves_samples(step) else []
             scored = scored if config.probes(step) else []
             del drawing, judged, rollouts, rollout, mini_batches, mini_batch  # the device needs the memory
             last, stop = step == config.steps, recorder.should_stop()
             evaluating = last or step % config.evaluation.every == 0
             saving = last or stop or step % config.checkpoint.every == 0
-            if evaluating or saving or scored:
+            if evaluating or saving or scored or samples:
                 metrics, arrays = unwritten.wait(watch)
                 if scored:
                     metrics |= probe_gradients(setup, state, scored)
@@ -239,7 +241,7 @@ def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
                 if evaluating:
                     metrics |= evaluate(setup, state, final=last)
                     watch.lap("evaluate")
-                recorder.write("rl", step, metrics, arrays)
+                recorder.write("rl", step, metrics, arrays, samples)
                 stop = recorder.should_stop()  # again, because an evaluation takes its time
             if saving or stop:
                 recorder.save(state)

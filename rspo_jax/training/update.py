@@ -1,6 +1,7 @@
-"""The two device programs of a training step: score a rollout under the old policy, and update the parameters on it.
+"""The device programs of a training step: score a rollout under the old policy, update the parameters on it, and, where
+somebody wants to see it, score responses once more under the new ones.
 
-Both run the same scoring function, so that old log-probabilities and old route have the numerics of the loss. Gradients
+All run the same scoring function, so that old log-probabilities and old route have the numerics of the loss. Gradients
 are summed over micro-batches and divided once by the global weight. An update whose loss or gradient is not finite
 leaves parameters and optimizer untouched and is counted; so are the updates that learned something.
 """
@@ -15,7 +16,16 @@ import optax
 
 from rspo_jax.objectives import OBJECTIVES
 from rspo_jax.rollouts import unpack
-from rspo_jax.routing import ROUTE_AXES, mismatch_statistics, scoring_route, trace_of, trace_reader
+from rspo_jax.routing import (
+    ROUTE_AXES,
+    drift_reader,
+    gamma_of,
+    mismatch_statistics,
+    scoring_route,
+    trace_of,
+    trace_reader,
+    update_route,
+)
 from rspo_jax.sharding import MeshConfig, constrain, free_axes
 from rspo_jax.statistics import Mean, Statistic, Sum, masked_mean
 from rspo_jax.training.config import LearnerConfig, OptimizerConfig
@@ -74,6 +84,33 @@ def score(
     log_probs, reference_log_probs, route, statistics = jax.lax.map(score_part, batch)
     # The sampler's route has served its purpose: from here on the old route stands for it.
     return ScoredBatch(batch._replace(route=None), log_probs, route, reference_log_probs), statistics
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "config"))
+def rescore(policy: Policy, params: Params, batch: ScoredBatch, config: LearnerConfig) -> tuple[Array, Array | None]:
+    """Score responses once more, under other parameters than those that drew them.
+
+    Args:
+      policy: the model.
+      params: θ.
+      batch: scored responses in parts, [parts, ...].
+      config: temperature, routing and aggregation of the layers.
+
+    Returns:
+      log π_θ and raw γ of each response token, float32 [parts, B, T]; no γ for a dense model.
+    """
+
+    def of_part(part: ScoredBatch) -> tuple[Array, Array | None]:
+        route, places = part.old_route, part.batch.places
+        reader = None if route is None else drift_reader(route, policy.router_score)
+        forced = update_route(config.routing, route)
+        scores, reading = score_rows(policy, params, part.batch.rows, config.temperature, reader, forced)
+        log_probs = unpack(scores.log_probs, places)
+        if route is None or reading is None:
+            return log_probs, None
+        return log_probs, unpack(gamma_of(reading, route, config.layer_aggregation), places)
+
+    return jax.lax.map(of_part, batch)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "optimizer", "config", "mesh"), donate_argnames=("state",))

@@ -29,6 +29,7 @@ from rspo_jax.training import (
     EvaluationConfig,
     LearnerConfig,
     OptimizerConfig,
+    SamplesConfig,
     TrainerConfig,
     WarmStartConfig,
     check_learner,
@@ -622,14 +623,14 @@ def test_arrays_of_a_step_are_written_unless_they_are_switched_off(straight, tmp
 
 def test_probes_of_gradients_change_nothing_else_and_are_the_same_in_a_resumed_run(straight, tmp_path):
     _, params, rows = straight
-    config, task = change(CONFIG, probe_every=2), TranslationTask()
+    config, task = change(CONFIG, probe_every=2, samples=SamplesConfig(every=0)), TranslationTask()
     probed_params, probed_rows = run(tmp_path / "probed", config, task)
     assert probed_params == params
     assert [{name: row[name] for name in row if not name.startswith("probe_")} for row in probed_rows] == rows
     assert [row["step"] for row in probed_rows[6:] if "probe_cosine_rspo" in row] == [2, 4]
     assert all(row["probe_variance_rspo"] > 0 for row in (probed_rows[7], probed_rows[9]))
     # The prompts are those of the step, and drawn for again at its end.
-    step = prompts_before_step(2)
+    step = prompts_before_step(2) - 8  # without the samples of the first step
     assert task.seen[step : step + 8] == task.seen[step + 8 : step + 16]
     shutil.copytree(tmp_path / "probed", tmp_path / "again")
     for checkpoint in (8, 9):
@@ -717,7 +718,8 @@ def prompts_before_warm_start_step(step):
 
 
 def prompts_before_step(step):
-    return ENCODED_FIRST + 5 * 6 + EVALUATED_FIRST + (step - 1) * 8 + (step - 1) // 2 * 2 * 16
+    evaluated, sampled = (step - 1) // 2 * 2 * 16, 8 * sum(map(CONFIG.leaves_samples, range(1, step)))
+    return ENCODED_FIRST + 5 * 6 + EVALUATED_FIRST + (step - 1) * 8 + evaluated + sampled
 
 
 STOPS = {
@@ -743,7 +745,8 @@ def stopped_run(run_dir, signal_at, index, config=CONFIG, number=signal.SIGTERM)
 def test_each_phase_goes_through_all_problems_in_epochs(tmp_path):
     """The training split has each digit twice, so that ten prompts in a row are a permutation of it."""
     task = TranslationTask()
-    run(tmp_path, change(CONFIG, evaluation=EvaluationConfig(every=9, problems=16)), task)
+    without = {"evaluation": EvaluationConfig(every=9, problems=16), "samples": SamplesConfig(every=0)}
+    run(tmp_path, change(CONFIG, **without), task)
     warm_start = task.seen[ENCODED_FIRST : ENCODED_FIRST + 30]
     reinforcement = task.seen[prompts_before_step(1) : prompts_before_step(1) + 30]
     epochs = [phase[start : start + 10] for phase in (warm_start, reinforcement) for start in (0, 10, 20)]
