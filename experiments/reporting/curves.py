@@ -54,7 +54,7 @@ def plot_with_mean(axes: Axes, rows: Rows, name: str, colour: str, label: str) -
     if len(rows) < FEWEST_FOR_A_MEAN:
         plot(axes, steps, values, colour, label)
     else:
-        plot(axes, steps, values, colour, linewidth=0.8, alpha=0.3)
+        plot(axes, steps, values, colour, f"_{label}, each step", linewidth=0.8, alpha=0.3)
         plot(axes, steps, running_mean(values, mean_window(rows)), colour, label, linewidth=1.8)
 
 

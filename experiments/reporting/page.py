@@ -1,4 +1,4 @@
-"""Self-contained pages of HTML: pictures as SVG in the page's own colours, no scripts, nothing to fetch.
+"""Self-contained pages of HTML: pictures as SVG in the page's own colours, nothing to fetch.
 
 Pictures are drawn in the fixed colours of `curves`. Here these become variables of the page, so that they are light or
 dark as the page is.
@@ -16,6 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from experiments.reporting import pointer
 from experiments.reporting.curves import BLUE, BROWN, GREEN, GREY, INK, ORANGE, PURPLE, RED
 from rspo_jax.records import replace_file
 
@@ -55,19 +56,20 @@ summary { cursor: pointer; margin: 2.2rem 0 .6rem; font-weight: 600; }
 """
 
 
-def make_page(title: str, body: Iterable[str]) -> str:
+def make_page(title: str, body: Iterable[str], style: str = "") -> str:
     """Return a whole page.
 
     Args:
       title: the page's title, as text.
       body: the page's content, pieces of HTML.
+      style: rules of CSS beside those of every page.
     """
     light = " ".join(f"--{name}: {colour};" for colour, (name, _) in _VARIABLES.items())
     dark = " ".join(f"--{name}: {colour};" for name, colour in _VARIABLES.values())
-    style = _STYLE % {"light": light, "dark": dark}
+    style = _STYLE % {"light": light, "dark": dark} + pointer.STYLE + style
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     start = f'<!doctype html>\n<html lang="en"><head>{head}<style>{style}</style></head><body>\n'
-    return start + "\n".join([*body, "</body></html>\n"])
+    return start + "\n".join([*body, f"<script>{pointer.SCRIPT}</script></body></html>\n"])
 
 
 def save_page(path: epath.Path, content: str) -> None:
@@ -99,6 +101,9 @@ def figure(title: str, caption: str, draw: Callable[[Axes], None]) -> str:
         if not each.images:
             each.patch.set_visible(False)
     picture = as_svg(drawn, title)
+    lines = pointer.lines_of(drawn, _in_page_colours)
+    data = f' data-lines="{escape(lines)}" tabindex="0"' if lines else ""
+    picture = f'<div class="drawn"{data}>{picture}</div>'
     return f"<figure><h3>{escape(title)}</h3>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
@@ -120,7 +125,7 @@ def _in_page_colours(style: str) -> str:
         colour = match.group()
         return f"var(--{_VARIABLES[colour][0]})" if colour in _VARIABLES else colour
 
-    return re.sub(r"(?<=[:\s])#[0-9a-f]{6}\b", variable, style)
+    return re.sub(r"(?:(?<=[:\s])|^)#[0-9a-f]{6}\b", variable, style)
 
 
 def grid(pictures: Sequence[str]) -> str:

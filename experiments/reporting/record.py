@@ -20,6 +20,7 @@ from rspo_jax.records import (
     read_diagnostics,
     read_metrics,
 )
+from rspo_jax.records.samples import Sample, read_samples
 
 Rows = list[dict[str, Any]]
 """Metrics of steps, a dict for each step."""
@@ -65,6 +66,8 @@ class RunRecord:
     arrays: Rows
     """Arrays of the "rl" phase; empty for a run without diagnostics."""
     warned: Warned
+    samples: dict[int, list[Sample]]
+    """Step -> sample responses; empty for a run that recorded none."""
 
     @property
     def name(self) -> str:
@@ -127,11 +130,12 @@ def load_run(
       collapse_rule: the rule by which a collapse is.
 
     Raises:
-      FileNotFoundError: if there is no `metrics.jsonl`.
+      FileNotFoundError: if there is neither `metrics.jsonl` nor `samples.jsonl`.
       ValueError: if a file is damaged.
     """
     path = as_path(run_dir)
-    rows = read_metrics(path)
+    samples = read_samples(path)
+    rows = [] if samples and not (path / "metrics.jsonl").exists() else read_metrics(path)
     rl = [row for row in rows if row["phase"] == "rl"]
     config = _read_json(path / "config.json")
     if config is not None:
@@ -144,6 +148,7 @@ def load_run(
         rl,
         [row for row in read_diagnostics(path) if row["phase"] == "rl"],
         judge_alarm(rl, alarm_rule, collapse_rule),
+        samples,
     )
 
 

@@ -1,4 +1,6 @@
-"""The report on a run as one page of HTML: key numbers, all panels that its record allows, configuration, summary."""
+"""The report on a run as one page of HTML: key numbers, all panels that its record allows, sample responses,
+configuration, summary.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ from experiments.reporting import page
 from experiments.reporting.curves import ORANGE, RED
 from experiments.reporting.panels import SECTIONS, Panel, mark_events
 from experiments.reporting.record import RunRecord
+from experiments.reporting.samples import STYLE, samples_section
 from experiments.reporting.words import describe_alarm, describe_bounds, describe_collapse, describe_value
 
 
@@ -38,12 +41,16 @@ def make_report(record: RunRecord) -> str:
                 drawn.append(page.figure(panel.title, panel.caption, draw))
         if drawn:
             body += [f"<h2>{page.escape(section.title)}</h2>", page.grid(drawn)]
+        if section is SECTIONS[0] and record.samples:
+            body += samples_section(record.samples)
+    if not record.samples:
+        left_out.append(("Samples", "there is no samples.jsonl"))
     if left_out:
         body += ["<h2>Left out</h2>", page.table(("panel", "why"), left_out, numbers=False)]
     body += _details("Configuration", record.config, "the folder has no config.json")
     unfinished = "the folder has no summary.json, which comes at the end of a run"
     body += _details("Summary", record.summary or None, unfinished)
-    return page.make_page(record.name, body)
+    return page.make_page(record.name, body, STYLE)
 
 
 def _draw(axes: Axes, panel: Panel, record: RunRecord) -> None:

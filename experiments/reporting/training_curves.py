@@ -137,7 +137,7 @@ def draw_router_shift(axes: Axes, rows: Rows) -> None:
     if np.isfinite(floored).any():
         right = axes.twinx()
         right.fill_between(steps, floored, color=GREY, alpha=0.25, linewidth=0)
-        plot(right, steps, floored, GREY, linewidth=0.8)
+        plot(right, steps, floored, GREY, "_at the floor", linewidth=0.8)
         # Confined to the lowest third of the panel where possible, so that γ stays readable.
         right.set_ylim(0, np.clip(3 * np.nanmax(floored), 0.01, 1))
         right.set_ylabel("share of tokens at the floor", color=GREY)

@@ -188,8 +188,8 @@ def _row_files(run_dir: epath.Path) -> dict[str, RowFile]:
 
 class MetricsLog:
     """A log that writes a run's metrics to `metrics.jsonl` and to TensorBoard event files in `tensorboard/<phase>/`,
-    and arrays and sample responses of its steps to `diagnostics.jsonl` and `samples.jsonl`, which a run without any does
-    not have.
+    and arrays and sample responses of its steps to `diagnostics.jsonl` and `samples.jsonl`, which a run without any
+    does not have.
 
     A context manager. A run that is interrupted and resumed ends with exactly the rows of an uninterrupted one. All
     processes of a run open a log at the same point and with the same arguments, but only the first writes.

@@ -163,11 +163,9 @@ class RowFile:
         """
         if not self._path.exists():
             return []
-        rows = [
-            (line, position(row["phase"], row["step"]))
-            for line, row in read_rows(self._path, self._check, self._several)
-        ]
-        kept = [(line, at) for line, at in rows if at <= last]
+        rows = read_rows(self._path, self._check, self._several)
+        places = [(line, position(row["phase"], row["step"])) for line, row in rows]
+        kept = [(line, at) for line, at in places if at <= last]
         self._content = b"".join(line + b"\n" for line, _ in kept)
         self._digest.update(self._content)
         replace_file(self._path, self._content)

@@ -27,7 +27,8 @@ class Sample:
     """The text of all tokens after the prompt."""
     reward: float
     """Total reward, a penalty for length included."""
-    correct: bool
+    correct: bool | None
+    """None if the task does not say which responses are correct."""
     truncated: bool
     """True if the response was cut off at the limit of tokens."""
     advantage: float
@@ -95,7 +96,7 @@ def sample_of(values: Mapping[str, Any]) -> Sample:
     Raises:
       TypeError, ValueError: if a field is missing or wrong.
     """
-    return Sample(**{name: value for name, value in values.items() if name in _FITS})
+    return Sample(**({"correct": None} | {name: value for name, value in values.items() if name in _FITS}))
 
 
 def _rounded(value: Any) -> Any:
@@ -118,7 +119,7 @@ _FITS = {
     "prompt": lambda value: isinstance(value, str),
     "response": lambda value: isinstance(value, str),
     "reward": _is_number,
-    "correct": lambda value: isinstance(value, bool),
+    "correct": lambda value: value is None or isinstance(value, bool),
     "truncated": lambda value: isinstance(value, bool),
     "advantage": _is_number,
     "token_ids": lambda value: isinstance(value, list) and all(type(one) is int for one in value),

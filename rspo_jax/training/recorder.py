@@ -64,7 +64,7 @@ class Recorder:
         samples: Sequence[Sample] = (),
         beside: jax.Array | None = None,
     ) -> None:
-        """Append a row of metrics, show it, and sound the alarm at signs of a collapse.
+        """Append the rows of a step, show its metrics, and sound the alarm at signs of a collapse.
 
         Args:
           phase: the phase of the run.

@@ -16,7 +16,7 @@ from rspo_jax.sharding import constrain, fetch, parts_of
 from rspo_jax.training.stages import JudgedRollout, Setup
 from rspo_jax.training.state import RunState
 from rspo_jax.training.update import rescore, route_to_device
-from rspo_jax.types import Array, PackedRows, ScoredBatch
+from rspo_jax.types import Array, PackedRows, RewardsTask, ScoredBatch
 
 
 def sample_responses(
@@ -57,6 +57,7 @@ def sample_responses(
     correct, truncated, lengths = (
         np.concatenate([getattr(one, name) for one in verdicts]) for name in ("correct", "truncated", "lengths")
     )
+    tells_correct = not isinstance(task, RewardsTask) or task.tells_correct
     samples = []
     for index, row in enumerate(drawn[shown]):
         own = slice(lengths[row])
@@ -66,7 +67,7 @@ def sample_responses(
                 prompt=task.prompt(problems[row]),
                 response=task.tokenizer.decode(ids),
                 reward=float(rewards[row]),
-                correct=bool(correct[row]),
+                correct=bool(correct[row]) if tells_correct else None,
                 truncated=bool(truncated[row]),
                 advantage=float(batch.batch.advantages[0, index]),
                 token_ids=ids,

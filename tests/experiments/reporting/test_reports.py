@@ -1,5 +1,7 @@
 """Reports on synthetic runs: one run as a page, and several beside each other. Matplotlib's warnings are errors too."""
 
+import html
+import json
 import re
 
 import numpy as np
@@ -14,11 +16,13 @@ from experiments.reporting.panels import SECTIONS
 from experiments.reporting.record import Series, load_run
 from experiments.reporting.run_page import make_report
 from rspo_jax.records import MetricsLog, write_json
+from rspo_jax.records.samples import Sample
 from rspo_jax.routing import diagnostics
 from rspo_jax.stopwatch import STAGES
 from rspo_jax.training.probe import PROBED
 
 LAYERS, EXPERTS = 4, 16
+SAMPLE = Sample("1+1=", "2", 1.0, True, False, 0.5, [4], ["2"], [-0.5], [-0.25], [0.9])
 
 
 def interval(prefix, rate):
@@ -33,7 +37,8 @@ def fake_run(run_dir, steps=60, collapses=True, arrays=True, **config):
         log.write("rl", 0, interval("test_sampled", 0.1) | interval("eval_greedy", 0.15))
         for step in range(1, steps + 1):
             trouble = max(0.0, step - 30) / 30 if collapses else 0.0
-            log.write("rl", step, fake_metrics(rng, step, trouble), fake_arrays(rng, trouble) if arrays else None)
+            beside = (fake_arrays(rng, trouble), [SAMPLE]) if arrays else ()
+            log.write("rl", step, fake_metrics(rng, step, trouble), *beside)
     write_json(
         run_dir / "config.json",
         {"task_name": "countdown", "objective": {"objective": "grpo", "gamma_min": None}, "trainer": {"steps": steps}}
@@ -160,11 +165,12 @@ def test_a_report_is_one_file_with_all_panels(runs, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == f"report: {path}\n"
     text = path.read_text()
     for panel in PANELS:
-        assert f"<h3>{page.escape(panel.title)}</h3><svg " in text
+        assert re.search(f'<h3>{re.escape(page.escape(panel.title))}</h3><div class="drawn"[^>]*><svg ', text)
     assert text.count("<svg ") == text.count("</svg>") == len(PANELS) + 2  # and the key of alarm and collapse
-    assert "Left out" not in text
-    for fetched in ("<script", "<link", "@import", 'src="', 'href="http'):
+    assert "Left out" not in text and "<h2>Samples</h2>" in text
+    for fetched in ("<script ", "<link", "@import", 'src="', 'href="http'):
         assert fetched not in text
+    assert text.count("<script>") == 1
     assert set(re.findall(r"url\((.)", text)) == {"#"} and "data:image/png;base64" in text
     style, body = text.split("</style>", 1)
     assert "prefers-color-scheme: dark" in style and "--ink: #d6d9df" in style
@@ -199,6 +205,32 @@ def test_a_report_says_what_is_left_out_and_why(reports):
             row = f"<tr><td>{page.escape(panel.title)}</td><td>diagnostics.jsonl has no {panel.arrays[0]}</td></tr>"
             assert row in text
     assert "Configuration: the folder has no config.json" in text and "Summary: the folder has no summary.json" in text
+
+
+def test_values_under_the_pointer_are_those_of_the_rows(runs):
+    record = load_run(runs["rspo"])
+    panels = {panel.title: panel for panel in PANELS}
+    for title in ("Solve rate", "Router shift γ", "Reward"):
+        text = page.figure(title, "", lambda axes, panel=panels[title]: panel.draw(axes, record))
+        found = json.loads(html.unescape(re.search(r'data-lines="(.*?)"', text)[1]))
+        lines = {line["name"]: line for line in found["lines"]}
+        metrics = {
+            "Solve rate": {"training, each step": "solve_rate", "held-out greedy": "eval_greedy"},
+            "Router shift γ": {"mean": "gamma_mean", "at the floor": "gamma_floor_fraction"},
+            "Reward": {"training samples, each step": "reward"},
+        }[title]
+        for name, metric in metrics.items():
+            rows = [row for row in record.rl if np.isfinite(row.get(metric, np.nan)) or metric != "eval_greedy"]
+            expected = [row.get(metric, np.nan) for row in rows]
+            values = [np.nan if value is None else value for value in lines[name]["values"]]
+            assert found["grids"][lines[name]["grid"]] == [row["step"] for row in rows]
+            np.testing.assert_allclose(values, expected, rtol=1e-3)
+            assert lines[name]["percent"] == (metric not in ("gamma_mean", "reward"))
+            assert lines[name]["colour"].startswith("var(--")
+        left, top, width, height = found["frame"]
+        assert 0 < left < left + width <= 1 and 0 < top < top + height < 1
+        assert found["span"][0] <= 0 and found["span"][1] >= 60
+        assert not any(name.startswith("child") for name in lines)
 
 
 def test_alarm_and_collapse_are_told_and_marked(runs, reports):

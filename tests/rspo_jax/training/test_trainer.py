@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh
 from rspo_jax.objectives import RegularizerConfig
 from rspo_jax.records import read_diagnostics, read_metrics
 from rspo_jax.records.manifest import CheckpointMismatch
+from rspo_jax.records.samples import read_samples
 from rspo_jax.rollouts import SamplerConfig, load_problems
 from rspo_jax.routing import AdaptiveShiftConfig
 from rspo_jax.sharding import MESH_AXES
@@ -640,6 +641,78 @@ def test_probes_of_gradients_change_nothing_else_and_are_the_same_in_a_resumed_r
     assert str(again_rows) == str(probed_rows)  # by text, because NaN is not equal to itself
 
 
+# --- samples ---
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def log_prob_of(params, before, token):
+    """The log-probability of a token after another one."""
+    weights = np.exp(log_softmax(params["router"][0, before]))
+    return log_softmax(weights @ np.asarray(params["experts"], np.float64)[:, before])[token]
+
+
+def assert_verdict(sample):
+    ended = sample.token_ids[-1] == Characters.eos_id
+    assert sample.response == Characters().decode(sample.token_ids)
+    assert sample.correct == sample.reward == (ended and sample.response == LETTERS[DIGITS.index(sample.prompt)])
+    assert sample.truncated == (not ended)
+
+
+def assert_sample(sample, old, new):
+    """Everything about a sample, from its text and the parameters before and after the step."""
+    assert_verdict(sample)
+    tokens = [*Characters().encode(sample.prompt), *sample.token_ids]
+    for at, (before, token) in enumerate(itertools.pairwise(tokens)):
+        was, now = (log_softmax(params["router"][0, before]) for params in (old, new))
+        gamma = np.exp(-abs(now - was)[np.argmax(was)])
+        assert sample.gamma[at] == pytest.approx(gamma, abs=1e-3)  # the grid of the old route
+        assert sample.old_log_probs[at] == pytest.approx(log_prob_of(old, before, token), abs=1e-4)
+        assert sample.log_probs[at] == pytest.approx(log_prob_of(new, before, token), abs=1e-4)
+
+
+def test_samples_are_those_of_the_step_with_the_shift_over_all_its_updates(straight, tmp_path):
+    run_dir, _, rows = straight
+    shutil.copytree(run_dir, tmp_path / "before")
+    shutil.rmtree(tmp_path / "before" / "checkpoints" / "9")
+    (old, before, _), (new, after, _) = (
+        restore_params(POLICY, init_params, CONFIG, folder) for folder in (tmp_path / "before", run_dir)
+    )
+    samples = read_samples(run_dir)
+    assert (before, after, list(samples)) == (3, 4, [1, 2, 4])
+    assert all(len(of_step) == CONFIG.samples.count for of_step in samples.values())
+    for sample in samples[4]:
+        assert_sample(sample, old, new)
+    # The best and the worst of a group first, and the advantages of both have their signs.
+    first, second = samples[4][:2]
+    assert first.prompt == second.prompt and first.advantage > 0 > second.advantage
+    assert min(gamma for sample in samples[4] for gamma in sample.gamma) < 0.99
+    assert rows[-1]["gamma_mean"] > 0
+
+
+def test_samples_follow_the_choice_of_responses_and_change_nothing(tmp_path, start):
+    chosen = change(RL_ONLY, steps=1, learned_groups=4)
+    moved = {"learner": LearnerConfig(route_on_host=True, micro_batches=2), "init": copies_of(start)}
+    with_samples = run(tmp_path / "chosen", chosen, **moved)
+    assert with_samples == run(tmp_path / "without", change(chosen, samples=SamplesConfig(every=0)), **moved)
+    assert not (tmp_path / "without" / "samples.jsonl").exists()
+    masked = change(RL_ONLY, steps=1, dynamic_sampling=True, mask_truncated=True, samples=SamplesConfig(1, count=3))
+    run(tmp_path / "masked", masked, init=copies_of(start))
+    for name, count in (("chosen", 8), ("masked", 3)):
+        (samples,) = read_samples(tmp_path / name).values()
+        assert len(samples) == count
+        for sample in samples:
+            # The first step has drawn with the parameters that the run began with.
+            tokens = [*Characters().encode(sample.prompt), *sample.token_ids]
+            expected = [log_prob_of(start, *pair) for pair in itertools.pairwise(tokens)]
+            assert sample.old_log_probs == pytest.approx(expected, abs=1e-4)
+            assert_verdict(sample)
+
+
 def test_updates_that_are_skipped_show_in_the_rows(tmp_path, start):
     class Poison(TranslationTask):
         """Rewards that are finite, but too large for gradients to be."""
@@ -767,6 +840,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(straight, tmp_path, stop):
     resumed_params, resumed_rows = run(tmp_path, resume=True)
     assert resumed_rows == rows
     assert resumed_params == params
+    assert (tmp_path / "samples.jsonl").read_bytes() == (straight[0] / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("signal_at", [prompts_before_step(4) + 2, prompts_before_step(4) + 30])
