@@ -151,6 +151,8 @@ def routing_statistics(reading: RouterReading) -> dict[str, Statistic]:
       reading: the reading of one batch of rows.
 
     Returns:
+      The statistics by name:
+
       * `layer_drift` [L]: mean d_l in nats (RSPO, arXiv 2510.23027; `rspo_jax.routing.shift`).
       * `layer_overlap` [L]: mean |old ∩ new| / K of the active experts.
       * `layer_stays` [L]: share of the tokens whose old experts are all active still; and `route_stays`: share of the
