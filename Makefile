@@ -20,7 +20,7 @@ FAST := tests/rspo_jax/objectives tests/rspo_jax/routing tests/rspo_jax/log_prob
 	tests/experiments/tasks/mathematics/test_verifier.py tests/test_mutants.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup parity demo test test-fast test-slow mutants lint types lock clean
+.PHONY: help setup parity demo test test-fast test-slow mutants lint types docs docs-links lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,13 @@ lint: setup ## check style and formatting with ruff
 
 types: setup ## check types with pyright
 	$(RUN) pyright --project pyproject.toml $(ARGS)
+
+docs: setup ## build the site, build/docs/index.html; a warning is an error
+	$(RUN) sphinx --quiet --fail-on-warning --keep-going --jobs auto -c docs $(ARGS) . build/docs
+
+# The one check that needs the network, so no other target includes it.
+docs-links: setup ## ask every web address in the documentation whether it still answers
+	$(RUN) sphinx --builder linkcheck --quiet -c docs $(ARGS) . build/links
 
 lock: setup ## write requirements*.txt anew from pyproject.toml (ARGS=--upgrade takes newer versions)
 	$(LOCK) $(ARGS) --extra dev --output-file requirements-dev.txt pyproject.toml

@@ -23,6 +23,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 root_doc = "docs/index"
 include_patterns = [
     "docs/**",
+    "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "experiments/LOG.md",
@@ -34,7 +35,6 @@ exclude_patterns = [".*", "**/.*", "build", "runs", "**/__pycache__", "tests", "
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
-default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -49,23 +49,26 @@ html_copy_source = False
 html_show_sphinx = False
 
 
-_CODE = re.compile(r"(`+[^`]+`+)")
+_TABLE = re.compile(r"(?:^ *[|].*\n?)+", re.MULTILINE)
+_CODE = re.compile(r"`+([^`]+)`+")
 
 
 def as_rst(app, what, name, obj, options, lines: list[str]) -> None:
     """Turn a docstring, which is written as Markdown, into what Sphinx reads: escape signs, keep tables as they are."""
-    made: list[str] = []
-    for line in lines:
-        if line.lstrip().startswith("|"):
-            if not (made and made[-1].lstrip().startswith("|")):
-                made += ["::", ""]
-            made.append(f"    {line}")
-            continue
-        parts = _CODE.split(line)
-        parts[::2] = [re.sub(r"([|]|[*](?=\S))", r"\\\1", text) for text in parts[::2]]
-        made.append(re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", "".join(parts)))
+    text = "\n".join(lines)
+    made, end = [], 0
+    for match in [*_TABLE.finditer(text), None]:
+        words = _CODE.split(text[end : match.start() if match else None])
+        words[::2] = [re.sub(r"([|]|[*](?=\S))", r"\\\1", plain) for plain in words[::2]]
+        words[2::2] = [re.sub(r"^(?=\w)", r"\\ ", plain) for plain in words[2::2]]  # as in `Array`s
+        words[1::2] = [f"``{code}``" for code in words[1::2]]
+        made.append("".join(words))
+        if match:
+            made.append("::\n\n" + re.sub("^", "    ", match[0].rstrip("\n"), flags=re.MULTILINE) + "\n")
+            end = match.end()
     # Napoleon takes what is before a colon in the first line of an attribute's text for a type.
-    lines[:] = ["", *made] if what in ("attribute", "data", "property") else made
+    before = [""] if what in ("attribute", "data", "property") else []
+    lines[:] = before + "".join(made).split("\n")
 
 
 def write_redirect(app, error) -> None:
