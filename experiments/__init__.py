@@ -7,8 +7,14 @@ import sys
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from experiments.errors import complain
+
+if TYPE_CHECKING:
+    from experiments.config import PromptRun
+
+__all__ = ["PromptRun"]
 
 
 def _check_models() -> None:
@@ -58,3 +64,12 @@ if _is_command:
     sys.excepthook = _say_which_extra
 
 _check_models()
+
+
+def __getattr__(name: str) -> Any:
+    """Import `PromptRun` when it is asked for: commands that need none of it start faster."""
+    if name == "PromptRun":
+        from experiments.config import PromptRun
+
+        return PromptRun
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

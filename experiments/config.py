@@ -9,8 +9,8 @@ import functools
 import json
 import os
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -21,6 +21,8 @@ from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownConfig, CountdownReward
 from experiments.tasks.countdown.task import CountdownTask
 from experiments.tasks.mathematics.config import MathConfig
+from experiments.tasks.prompts.config import PromptsConfig
+from experiments.tasks.prompts.rewards import HandedOver, notation, parse_all
 from experiments.text import ChatConfig, HuggingFaceTokenizer
 from models.config import Dtype, Remat
 from rspo_jax.hosts import say
@@ -51,6 +53,8 @@ Place = Annotated[
 ]
 """A folder, or an address that starts with gs://."""
 if TYPE_CHECKING:
+    from experiments.trained import Trained
+
     ObjectiveName = str
 else:
     ObjectiveName = Literal[*OBJECTIVES]  # the choices of the flag come from the one table
@@ -146,6 +150,10 @@ class Run:
     def load_params(self) -> Params | None:
         """Return parameters to start from, on the mesh in use; None for fresh ones."""
         return None
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return what the run is rewarded by and its configuration does not hold: objects for `rewards.json`."""
+        return []
 
     def learner(self) -> LearnerConfig:
         """Return the part of the settings that an update needs."""
@@ -315,7 +323,79 @@ class CodeRun(FolderRun):
         return CodeTask(self.task, self.tokenizer())
 
 
-RUNS: dict[str, type[Run]] = {"countdown": CountdownRun, "mathematics": MathRun, "code": CodeRun}
+@dataclass(frozen=True)
+class PromptRun(FolderRun):
+    """Train a model from a Hugging Face folder on prompts of your own, with rewards from functions of your own.
+
+    In Python, `data` and `steps` are short for `task.data` and `trainer.steps`, and `rewards` takes functions: a list
+    of them, of texts as on the command line, or of pairs of either and a weight. Functions are called in this process.
+    """
+
+    task: PromptsConfig = PromptsConfig()
+    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
+        steps=200,
+        prompts=16,
+        group_size=8,
+        max_prompt_tokens=1024,
+        sampler=SamplerConfig(max_new_tokens=512),
+        optimizer=OptimizerConfig(learning_rate=1e-6),
+        warm_start=WarmStartConfig(steps=0),
+        evaluation=EvaluationConfig(problems=100),
+    )
+    data: InitVar[tyro.conf.Suppress[str | os.PathLike[str] | None]] = None
+    rewards: InitVar[tyro.conf.Suppress[Sequence[Any] | None]] = None
+    steps: InitVar[tyro.conf.Suppress[int | None]] = None
+
+    def __post_init__(
+        self, data: str | os.PathLike[str] | None, rewards: Sequence[Any] | None, steps: int | None
+    ) -> None:
+        changes: dict[str, Any] = {} if data is None else {"data": os.fspath(data)}
+        if rewards is not None:
+            names = tuple(map(notation, rewards))
+            in_process = self.task.rewards_in_process or any(isinstance(name, HandedOver) for name in names)
+            changes |= {"rewards": names, "rewards_in_process": in_process}
+        if changes:
+            object.__setattr__(self, "task", dataclasses.replace(self.task, **changes))
+        if steps is not None:
+            object.__setattr__(self, "trainer", dataclasses.replace(self.trainer, steps=steps))
+
+    def check(self) -> None:
+        super().check()
+        self.task.check()
+
+    def build_task(self) -> Task:
+        from experiments.tasks.prompts.task import PromptsTask
+
+        return PromptsTask(self.task, self.tokenizer())
+
+    def sources(self) -> list[dict[str, Any]]:
+        return [
+            {"reward": one.name, "place": one.place, "weight": one.weight, "sha256": one.source_digest()}
+            for one in parse_all(self.task.rewards)
+        ]
+
+    def train(self, run_dir: str | os.PathLike[str], resume: bool = False) -> "Trained":
+        """Train, as `python -m experiments.train prompts` does, and return the trained model.
+
+        Args:
+          run_dir: the folder of the run, absent or empty; or its address in a bucket.
+          resume: if True, go on with the run in the folder, or start it.
+
+        Raises:
+          UserError: for a mistake that the caller can correct, before anything is compiled.
+          Stopped: after SIGTERM or an interrupt, once the state is saved.
+        """
+        from experiments.trained import train_run
+
+        return train_run(self, run_dir, resume)
+
+
+RUNS: dict[str, type[Run]] = {
+    "countdown": CountdownRun,
+    "mathematics": MathRun,
+    "code": CodeRun,
+    "prompts": PromptRun,
+}
 """Task name -> class of its runs. The commands' choices come from this table."""
 
 

@@ -151,15 +151,16 @@ class HuggingFaceTokenizer:
           ValueError: if the folder has no chat template, or the template refuses these messages or lacks an option.
         """
         if self._chat.template == "plain":
-            # The mark that the tokenizer puts at the beginning of a text, if it does.
-            before, mark = self._backend.encode("", add_special_tokens=True).ids, self._tokenizer.bos_token
-            if mark is None or before[:1] != [self._tokenizer.bos_token_id]:
-                mark = ""
-            return mark + "\n\n".join(message["content"] for message in messages)
+            return self.plain("\n\n".join(message["content"] for message in messages))
         if self._template is None:
             self._template = self._checked_template()
             self._say_what_does_not_stop()
         return self._write(messages, add_generation_prompt=True)
+
+    def plain(self, text: str) -> str:
+        """Return a text after the mark that the tokenizer puts at the beginning of a text, if it does."""
+        before, mark = self._backend.encode("", add_special_tokens=True).ids, self._tokenizer.bos_token
+        return text if mark is None or before[:1] != [self._tokenizer.bos_token_id] else mark + text
 
     def _write(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError

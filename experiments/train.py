@@ -6,6 +6,7 @@ It joins a task, a model and the trainer; the training itself is in `rspo_jax.tr
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import os
 import sys
@@ -34,10 +35,13 @@ from rspo_jax.rollouts import Problems, check_solutions, load_problems
 from rspo_jax.sharding import make_mesh
 from rspo_jax.training import check_mesh, state_on_mesh
 from rspo_jax.training.trainer import Setup, Stopped, train
+from rspo_jax.types import Params
 
 PROG = "python -m experiments.train"
 RUNS_FOLDER = epath.Path("runs")
 CACHE_FOLDER = "compiled"
+REWARDS_FILE = "rewards.json"
+"""The rewards of a run, beside its configuration: name, place, weight, and the digest of the source of each."""
 MISTAKES = (UserError, CheckpointError, CheckpointMismatch, DamagedRows, LockHeld, LockLost)
 """Errors whose text is all that a user needs."""
 
@@ -261,6 +265,7 @@ def prepare_folder(name: str, run: Run, folder: Folder) -> epath.Path:
     if folder.resume:
         _, saved = load_config(run_dir / "config.json")
         _check_same_shapes(saved.architecture(), run.architecture())
+        _check_same_rewards(run_dir, run)
         changes = differences(saved, run)
         if changes:
             print("changed since the run was started: " + "; ".join(changes))
@@ -269,8 +274,36 @@ def prepare_folder(name: str, run: Run, folder: Folder) -> epath.Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     for path in [path for path in run_dir.iterdir() if is_leftover(path)]:
         path.unlink()
+    if sources := run.sources():
+        write_json(run_dir / REWARDS_FILE, sources)
     save_config(run_dir / "config.json", name, run)
     return run_dir
+
+
+def _check_same_rewards(run_dir: epath.Path, run: Run) -> None:
+    """Raise UserError, naming the first that differs, if a run was started with other rewards than it is to go on with.
+
+    A file may have moved, but the source in it, the weight and the order are those of the start.
+    """
+    path = run_dir / REWARDS_FILE
+    if not path.exists():
+        return
+    try:
+        started, given = (
+            [(one["reward"], one["weight"], one["sha256"]) for one in rewards]
+            for rewards in (json.loads(path.read_text()), run.sources())
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    before, after = ([name for name, _, _ in rewards] for rewards in (started, given))
+    changes = [f"its rewards were {', '.join(before)}, and are {', '.join(after)} now"] if before != after else []
+    for (name, weight, digest), (_, new_weight, new_digest) in zip(started, given, strict=False):
+        if weight != new_weight:
+            changes.append(f"the weight of the reward {name} was {weight:g}, and is {new_weight:g} now")
+        if digest != new_digest:
+            changes.append(f"the source of the reward {name} is not the one that it was started with")
+    if changes:
+        raise UserError(f"the run in {run_dir} cannot go on: {changes[0]}. Put it back, or start a new run folder")
 
 
 def _contents(run_dir: epath.Path) -> list[str]:
@@ -309,29 +342,39 @@ def train_in(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) ->
     """Train; process 0 then writes the summary and the curves and prints where they are. Return the exit code."""
     name = next(name for name, run_type in RUNS.items() if type(run) is run_type)
     say(f"run folder: {run_dir}")
-    model = run.architecture()
     try:
-        init_params = functools.partial(models.init_params, model)
-        setup = Setup(models.Transformer(model), init_params, problems, run.learner(), run.trainer, run.load_params)
-        _, seconds = train(setup, run_dir, resume)
+        train_to_the_end(run_dir, run, problems, resume)
     except Stopped as stop:
         others = "" if jax.process_count() == 1 else "    # on every host, as before"
         command = f"{sys.executable} -m experiments.train {name} --run-dir {run_dir} --resume"
         say(f"{stop}: state saved. To go on:\n  {command}{others}")
         return STOPPED
+    say(
+        "What to try next:\n"
+        f"  {sys.executable} -m experiments.evaluate {run_dir}\n"
+        f"  {sys.executable} -m experiments.train {name} --objective gmpo    # the same without router shift\n"
+        f"  {sys.executable} -m experiments.train {name} --help"
+    )
+    return 0
+
+
+def train_to_the_end(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) -> Params:
+    """Train and return the parameters; process 0 writes the summary and the curves, and prints what they say.
+
+    Raises:
+      Stopped: after a signal, once the state is saved.
+    """
+    model = run.architecture()
+    init_params = functools.partial(models.init_params, model)
+    setup = Setup(models.Transformer(model), init_params, problems, run.learner(), run.trainer, run.load_params)
+    params, seconds = train(setup, run_dir, resume)
     if is_primary():
         curves = draw_curves(run_dir)
         summary = summarize(run_dir, run, len(problems.splits["test"].problems), seconds)
         write_json(run_dir / "summary.json", summary)
         say(report(summary))
         say(f"  curves:  {curves}\n  summary: {run_dir / 'summary.json'}")
-        say(
-            "What to try next:\n"
-            f"  {sys.executable} -m experiments.evaluate {run_dir}\n"
-            f"  {sys.executable} -m experiments.train {name} --objective gmpo    # the same without router shift\n"
-            f"  {sys.executable} -m experiments.train {name} --help"
-        )
-    return 0
+    return params
 
 
 def summarize(run_dir: epath.Path, run: Run, test_problems: int, seconds: float) -> dict[str, Any]:

@@ -340,6 +340,36 @@ class RewardsTask(Task, Protocol):
 
 
 @runtime_checkable
+class TokensTask(Task, Protocol):
+    """A task whose judge also looks at the tokens that the model drew."""
+
+    def judge_tokens(
+        self, problems: Sequence[Any], responses: Sequence[Any], token_ids: Sequence[Sequence[int]]
+    ) -> list[Judgement]:
+        """Judge as `judge` does, which is asked in its place where only texts are known.
+
+        Args:
+          problems: one for each response.
+          responses: the text of each.
+          token_ids: those of each response, with the stop token if it has ended.
+        """
+        ...
+
+
+@runtime_checkable
+class StepTask(Task, Protocol):
+    """A task that wants to know the step of the run, and has metrics of its own."""
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Take note of the step, from 1, whose responses are judged next, and of the number of steps of the run."""
+        ...
+
+    def step_metrics(self) -> Mapping[str, float]:
+        """Return metrics by name of what this process has judged since `begin_step`."""
+        ...
+
+
+@runtime_checkable
 class TruncatedTask(Task, Protocol):
     """A task that may judge responses that were cut off at their limit; in other tasks they earn 0, unseen."""
 

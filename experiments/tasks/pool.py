@@ -89,6 +89,7 @@ class WorkerPool:
         time_limit: float,
         memory_limit: int | None = None,
         wall_limit: float | None = None,
+        arguments: Sequence[Any] | None = None,
     ) -> None:
         """Check the arguments; nothing is started yet.
 
@@ -99,6 +100,8 @@ class WorkerPool:
             time_limit: seconds of CPU time per item.
             memory_limit: bytes of address space of a process, including everything that it imports. None: no limit.
             wall_limit: seconds of wall time per item. None: `WALL_FACTOR` times the limit of CPU time.
+            arguments: JSON values. If they are given, the function is called with them once, before any worker is
+                forked and without limits, and what it returns is run on the items.
 
         Raises:
             ValueError: if an argument is wrong.
@@ -117,7 +120,7 @@ class WorkerPool:
         self.workers = workers
         self.time_limit = time_limit
         self.wall_limit = wall_limit
-        self._arguments = (function, time_limit, memory_limit, wall_limit)
+        self._arguments = (function, time_limit, memory_limit, wall_limit, arguments)
         self._counts: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
@@ -250,10 +253,17 @@ class WorkerPool:
 class _Server:
     """The process that forks workers, and the caller's end of its channel."""
 
-    def __init__(self, function: str, time_limit: float, memory_limit: int | None, wall_limit: float) -> None:
+    def __init__(
+        self,
+        function: str,
+        time_limit: float,
+        memory_limit: int | None,
+        wall_limit: float,
+        arguments: Sequence[Any] | None,
+    ) -> None:
         self.channel, other = socket.socketpair()
         with other:
-            setting = [other.fileno(), function, time_limit, memory_limit, wall_limit]
+            setting = [other.fileno(), function, time_limit, memory_limit, wall_limit, arguments]
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(sys.path), json.dumps(setting)],
                 stdin=subprocess.DEVNULL,
@@ -376,7 +386,7 @@ def _end_all(workers: list[_Worker], servers: list[_Server], owner: int) -> None
 
 def _serve() -> None:
     """Run the server, until its channel closes."""
-    descriptor, name, time_limit, memory_limit, wall_limit = json.loads(sys.argv[2])
+    descriptor, name, time_limit, memory_limit, wall_limit, arguments = json.loads(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_limit is not None:
         _, most = resource.getrlimit(resource.RLIMIT_AS)
@@ -389,6 +399,7 @@ def _serve() -> None:
         try:
             module, function_name = name.split(":")
             function = getattr(importlib.import_module(module), function_name)
+            function = function if arguments is None else function(*arguments)
         except Exception:
             channel.sendall(json.dumps(traceback.format_exc(limit=-3)).encode() + b"\n")
             return

@@ -13,6 +13,7 @@ therefore switches JAX's service off.
 """
 
 import signal
+import threading
 from types import FrameType
 from typing import Self
 
@@ -22,7 +23,7 @@ from rspo_jax.hosts.agreement import Agreement
 class StopSignal:
     """A context manager that catches SIGTERM and SIGINT; `requested` becomes the name of the signal.
 
-    A SIGINT after that interrupts at once, as usual.
+    A SIGINT after that interrupts at once, as usual. Outside the main thread signals cannot be caught, and none is.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,8 @@ class StopSignal:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGTERM, signal.SIGINT) if in_main_thread else ():
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

@@ -25,6 +25,7 @@ from rspo_jax.rollouts.rollout import (
     refilling_pays,
     reward_names,
     sample_in_chunks,
+    sample_texts,
     solve,
     tells_correct,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "refilling_pays",
     "reward_names",
     "sample_in_chunks",
+    "sample_texts",
     "solve",
     "take",
     "tells_correct",

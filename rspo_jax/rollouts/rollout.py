@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rspo_jax.rollouts.prompts import Prompts, encode_prompts
-from rspo_jax.rollouts.sampler import SamplerConfig, generate
+from rspo_jax.rollouts.sampler import SamplerConfig, generate, pad_prompts
 from rspo_jax.sharding import fetch, fetch_own, from_own, own_rows, parts_of
 from rspo_jax.stopwatch import Lap, unmeasured
 from rspo_jax.types import (
@@ -26,6 +26,7 @@ from rspo_jax.types import (
     Samples,
     Task,
     Tokenizer,
+    TokensTask,
     TruncatedTask,
 )
 
@@ -178,19 +179,22 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples], lap: Lap =
     # Per response: tokens, truncated, and what `judge_texts` returns.
     verdicts = np.zeros((len(chunks), rows, 7 + len(names)), np.float32)
     verdicts[..., 7:] = np.nan
-    texts = [""] * (len(chunks) * rows)
+    texts, token_ids = [""] * (len(chunks) * rows), [[] for _ in range(len(chunks) * rows)]
     for index, chunk in enumerate(chunks):
         tokens, mask = fetch_own(chunk.tokens), fetch_own(chunk.mask)
         lap("draw")
         own, judged = own_rows(rows), []
         for row in own[own < len(problems) - index * rows]:
-            length, text, stopped = _read(tokens[row][mask[row]].tolist(), task.tokenizer)
-            texts[index * rows + row] = text
+            drawn = tokens[row][mask[row]].tolist()
+            length, text, stopped = _read(drawn, task.tokenizer)
+            texts[index * rows + row], token_ids[index * rows + row] = text, drawn[:length]
             verdicts[index, row, :2] = length, not stopped
             judged += [row] if stopped or judges_truncated else []
         if judged:
             at = [index * rows + row for row in judged]
-            verdicts[index, judged, 2:] = judge_texts(task, [problems[row] for row in at], [texts[row] for row in at])
+            verdicts[index, judged, 2:] = judge_texts(
+                task, [problems[row] for row in at], [texts[row] for row in at], [token_ids[row] for row in at]
+            )
         lap("judge", beside=chunks[index + 1].tokens if index + 1 < len(chunks) else None)
     if jax.process_count() > 1:
         verdicts = fetch(from_own(verdicts, None, "rows", None))
@@ -250,13 +254,19 @@ def tells_correct(task: Task) -> bool:
     return not isinstance(task, RewardsTask) or task.tells_correct
 
 
-def judge_texts(task: Task, problems: Sequence[Any], responses: Sequence[str]) -> np.ndarray:
+def judge_texts(
+    task: Task,
+    problems: Sequence[Any],
+    responses: Sequence[str],
+    token_ids: Sequence[Sequence[int]] | None = None,
+) -> np.ndarray:
     """Return the task's judgements of responses, checked.
 
     Args:
       task: the judge.
       problems: one a response.
       responses: B texts.
+      token_ids: their tokens, for a `TokensTask`; None where they are not known.
 
     Returns:
       float32 [B, 5 + M]: the fields of `Judgement`, the last of which has M parts. The reward of a response that is
@@ -266,7 +276,11 @@ def judge_texts(task: Task, problems: Sequence[Any], responses: Sequence[str]) -
       ValueError: if the task gives a reward that is not finite, not one judgement a response, or not one part for each
         of the rewards that it names.
     """
-    name, judgements = f"{type(task).__name__}.judge", task.judge(problems, responses)
+    name = f"{type(task).__name__}.judge"
+    if token_ids is not None and isinstance(task, TokensTask):
+        judgements = task.judge_tokens(problems, responses, token_ids)
+    else:
+        judgements = task.judge(problems, responses)
     if len(judgements) != len(responses) or not all(isinstance(one, Judgement) for one in judgements):
         types = sorted({type(one).__name__ for one in judgements})
         raise ValueError(
@@ -289,6 +303,29 @@ def judge_texts(task: Task, problems: Sequence[Any], responses: Sequence[str]) -
             f"{f', with the parts {judgements[wrong[0]].parts}' if names else ''}: rewards must be finite in float32"
         )
     return checked
+
+
+def sample_texts(
+    policy: Policy, params: Params, tokenizer: Tokenizer, prompts: Sequence[str], key: Array, sampler: SamplerConfig
+) -> list[str]:
+    """Return the text of one response to each prompt, without what ends it.
+
+    Args:
+      policy: the model.
+      params: its parameters, in the form that the sampler needs.
+      tokenizer: of the model.
+      prompts: all that the model reads, chat markup included.
+      key: decides the responses.
+      sampler: temperature and limits.
+    """
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded += [encoded[-1]] * (-len(encoded) % parts_of("rows"))  # on a mesh, rows divide
+    tokens, mask = pad_prompts(encoded, max(map(len, encoded)), tokenizer.pad_id)
+    prompt_rows = Prompts(from_own(tokens, "rows", None), from_own(mask, "rows", None))
+    keys = jax.random.split(key, len(encoded))
+    (samples,) = sample_in_chunks(policy, params, prompt_rows, keys, sampler, tokenizer, 1)
+    drawn, kept = fetch(samples.tokens), fetch(samples.mask)
+    return [_read(drawn[row][kept[row]].tolist(), tokenizer)[1] for row in range(len(prompts))]
 
 
 def solve(

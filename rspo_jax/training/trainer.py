@@ -41,7 +41,7 @@ from rspo_jax.training.stages import (
 )
 from rspo_jax.training.state import RunState, copy_params, first_state, init_train_state, state_on_mesh
 from rspo_jax.training.update import route_to_device, supervised_update, update
-from rspo_jax.types import Params
+from rspo_jax.types import Params, StepTask
 
 __all__ = ["Setup", "Stopped", "train"]
 
@@ -171,7 +171,8 @@ def _warm_start(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
 def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
     """Learn from the policy's own responses, one rollout a step."""
     config, learner, optimizer, done = setup.config, setup.learner, setup.config.decaying_optimizer, int(state.step)
-    names, watch = reward_names(setup.problems.task), recorder.watch
+    task, watch = setup.problems.task, recorder.watch
+    names = reward_names(task)
     if done and done >= config.steps:
         return state
     with recorder.phase("rl", max(config.steps, 1), completed=done):
@@ -181,6 +182,8 @@ def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
             recorder.write("rl", 0, metrics)
         unwritten: StepMetrics | None = None
         for step in range(done + 1, config.steps + 1):
+            if isinstance(task, StepTask):
+                task.begin_step(step, config.steps)
             # Draw: the device starts on `group_size` responses to each of the next prompts.
             drawing, state = draw(setup, state)
             watch.lap("draw")
@@ -222,6 +225,7 @@ def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
             watch.lap("update")
             # End of the step: metrics, samples, probe, evaluation, checkpoint, stop.
             numbers = rollout_metrics(judged, config, names) | padding | {"learning_rate": learning_rate}
+            numbers = ({**task.step_metrics()} if isinstance(task, StepTask) else {}) | numbers
             lengths = ResponseLengths(jnp.float32(numbers["response_length"]), jnp.float32(numbers["longest_response"]))
             key = jax.random.key_data(key)
             state = state._replace(train=train, key=key, step=state.step + 1, lengths=lengths)
