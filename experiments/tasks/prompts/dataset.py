@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.tasks.chats import Prompt, check_one_kind, read_prompt
+from experiments.tasks.chats import Message, Prompt, check_one_kind, read_prompt
 from experiments.tasks.prompts.calling import OWN_NAMES
 from experiments.tasks.prompts.config import PromptsConfig
 from experiments.tasks.records import Mistakes, Record, read_records, splits_of
@@ -56,7 +56,7 @@ def load_splits(config: PromptsConfig) -> dict[str, list[Problem]]:
     problems |= _split(problems["train"], missing, config) if missing else {}
     overlaps = Overlaps()
     for split in SPLITS:
-        for sentence in overlaps.note(split, [problem.prompt for problem in problems[split]]) or ():
+        for sentence in overlaps.note(split, [problem.prompt for problem in problems[split]]):
             say(sentence)
     return problems
 
@@ -98,8 +98,6 @@ def _problems_of(records: dict[str, list[Record]], config: PromptsConfig) -> dic
 
 
 def _with_system(prompt: Prompt, system: str) -> Prompt:
-    from experiments.tasks.chats import Message
-
     before = Message("system", system)
     return (before, Message("user", prompt)) if isinstance(prompt, str) else (before, *prompt)
 
