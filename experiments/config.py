@@ -325,11 +325,7 @@ class CodeRun(FolderRun):
 
 @dataclass(frozen=True)
 class PromptRun(FolderRun):
-    """Train a model from a Hugging Face folder on prompts of your own, with rewards from functions of your own.
-
-    In Python, `data` and `steps` are short for `task.data` and `trainer.steps`, and `rewards` takes functions: a list
-    of them, of texts as on the command line, or of pairs of either and a weight. Functions are called in this process.
-    """
+    """Train a model from a Hugging Face folder on prompts of your own, with rewards from functions of your own."""
 
     task: PromptsConfig = PromptsConfig()
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
@@ -342,6 +338,8 @@ class PromptRun(FolderRun):
         warm_start=WarmStartConfig(steps=0),
         evaluation=EvaluationConfig(problems=100),
     )
+    # For Python: `data` and `steps` are short for `task.data` and `trainer.steps`. `rewards` is a list of functions,
+    # which are called in this process, of texts as on the command line, or of pairs of either and a weight.
     data: InitVar[tyro.conf.Suppress[str | os.PathLike[str] | None]] = None
     rewards: InitVar[tyro.conf.Suppress[Sequence[Any] | None]] = None
     steps: InitVar[tyro.conf.Suppress[int | None]] = None

@@ -28,6 +28,8 @@ FIRST = (
     "--model",
     "--task.train-path",
     "--task.test-path",
+    "--task.data",
+    "--task.rewards",
     "--objective",
     "--gamma-min",
     "--steps",
