@@ -275,7 +275,7 @@ def test_problems_prompts_and_solutions(judge, tmp_path):
         made.problems("train")
     records = [json.dumps(fields | {"prompt": [{"role": "user", "content": f"Print {n}."}]}) for n in range(99)]
     path.write_text("\n".join(records), encoding="utf-8")
-    shared = task(train_path=str(path), validation_share=0.2, test_share=0.2)
+    shared = task(train_path=str(path), test_path=None, validation_share=0.2, test_share=0.2)
     parts = [shared.problems(split) for split in ("train", "validation", "test")]
     assert all(parts) and len({one.prompt for part in parts for one in part}) == sum(map(len, parts)) == 99
     with pytest.raises(ValueError, match="test_share is a share of train_path"):
