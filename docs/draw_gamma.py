@@ -42,7 +42,9 @@ def main() -> None:
             axes.bar(expert, before, width=0.8, color="none", edgecolor=RED if was_active else GREY, linewidth=1.6)
             axes.bar(expert, after, width=0.55, color=BLUE if expert in np.argsort(-new)[:ACTIVE] else "#cfd8e3")
         axes.set(title=f"{title}\nγ = {gamma_of(distance):.2f}", xlabel="expert", ylim=(0, 0.62), xticks=range(4))
-    bars[0].text(1.55, 0.52, "outline: old policy\nred: its choice\nfilled: now\nblue: the choice now", va="top", fontsize=8)
+    bars[0].text(
+        1.55, 0.52, "outline: old policy\nred: its choice\nfilled: now\nblue: the choice now", va="top", fontsize=8
+    )
     bars[0].set_ylabel("router probability")
     distances = np.linspace(0, 1.5, 61)
     gammas = [gamma_of(distance) for distance in distances.tolist()]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.pages import read_pages
 
 from experiments.errors import MISTAKE
 
@@ -53,13 +54,12 @@ def core(tmp_path_factory):
 
 
 def test_the_first_snippet_of_the_readme_runs(core):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code, after = text.split("```python\n", 1)[1].split("```", 1)
-    assert "rspo_jax.rspo_loss(" in code
-    printed = re.search(r"It prints `([^`]+)`", after)
+    code, printed = next(
+        (code, printed) for code, printed in read_pages()["README.md"].programs() if "rspo_jax.rspo_loss(" in code
+    )
     done = core("-W", "error", "-c", code)
     assert done.returncode == 0, done.stderr
-    assert printed is not None and done.stdout.strip() == printed[1]
+    assert printed is not None and done.stdout.strip() == printed
 
 
 def test_the_core_is_small(core):
