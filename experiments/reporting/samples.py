@@ -103,6 +103,7 @@ def _response(sample: Sample, top: float, most_tokens: int) -> str:
         f"reward {_number(sample.reward)}" + (f" ({rewards})" if rewards else ""),
         *([] if sample.correct is None else ["correct" if sample.correct else "not correct"]),
         *(["cut off"] if sample.truncated else []),
+        *(["no reward applies"] if sample.left_out else []),
         f"advantage {sample.advantage:+.3g}",
         f"{len(sample.token_ids)} tokens",
         *([f"γ {np.mean(known):.4f}, lowest {min(known):.4f}"] if known else []),

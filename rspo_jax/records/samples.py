@@ -48,6 +48,8 @@ class Sample:
     rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
     """The rewards that the total is made of, by name; None for one that did not apply. Empty if the task has no names
     for them."""
+    left_out: bool = False
+    """True if no reward applied to the response, which then counted for nothing."""
     environment: list[bool] | None = None
     """True for tokens that the environment of a conversation said; None if the model said all of them."""
 
@@ -96,7 +98,8 @@ def sample_of(values: Mapping[str, Any]) -> Sample:
     Raises:
       TypeError, ValueError: if a field is missing or wrong.
     """
-    return Sample(**({"correct": None} | {name: value for name, value in values.items() if name in _FITS}))
+    known: dict[str, Any] = {"correct": None} | {name: value for name, value in values.items() if name in _FITS}
+    return Sample(**known)
 
 
 def _rounded(value: Any) -> Any:
@@ -128,6 +131,7 @@ _FITS = {
     "log_probs": _are_numbers,
     "gamma": lambda value: value is None or _are_numbers(value),
     "rewards": lambda value: isinstance(value, dict) and _are_numbers(list(value.values())),
+    "left_out": lambda value: isinstance(value, bool),
     "environment": lambda value: (
         value is None or (isinstance(value, list) and all(isinstance(one, bool) for one in value))
     ),

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rspo_jax.records.samples import Sample
-from rspo_jax.rollouts import chosen_rows, text_pieces, unpack
+from rspo_jax.rollouts import chosen_rows, reward_names, text_pieces, unpack
 from rspo_jax.sharding import constrain, fetch, parts_of
 from rspo_jax.training.stages import JudgedRollout, Setup
 from rspo_jax.training.state import RunState
 from rspo_jax.training.update import rescore, route_to_device
-from rspo_jax.types import Array, PackedRows, RewardsTask, ScoredBatch
+from rspo_jax.types import Array, PackedRows, ScoredBatch
 
 
 def sample_responses(
@@ -43,7 +43,8 @@ def sample_responses(
         drawn = chosen_rows(informative, config.wanted_groups, config.group_size)
     drawn = drawn[packed.reshape(-1)]
     rewards = np.concatenate([np.asarray(one.rewards).reshape(-1) for one in judged])
-    shown = show_first(rewards[drawn], drawn // config.group_size)[: config.samples.count]
+    left_out = np.concatenate([one.judged.left_out for one in judged])
+    shown = show_first(rewards[drawn], drawn // config.group_size, left_out[drawn])[: config.samples.count]
     # A batch of their rows alone, of a size that the mesh can share: the last one stands for those that are missing.
     size = -(-config.samples.count // parts_of("rows")) * parts_of("rows")
     filled = np.pad(shown, (0, size - len(shown)), mode="edge")
@@ -52,12 +53,12 @@ def sample_responses(
     log_probs, gamma = rescore(setup.policy, state.train.params, batch, setup.learner)
     # Host: texts and verdicts.
     batch, log_probs, gamma, tokens = _fetch_all((batch, log_probs, gamma, _targets(batch)))
-    task, verdicts = setup.problems.task, [one.judged for one in judged]
+    task, names = setup.problems.task, reward_names(setup.problems.task)
     problems = [problem for one in judged for problem in one.problems]
-    correct, truncated, lengths = (
-        np.concatenate([getattr(one, name) for one in verdicts]) for name in ("correct", "truncated", "lengths")
+    lengths, truncated, parts = (
+        np.concatenate([getattr(one.judged, name) for one in judged]) for name in ("lengths", "truncated", "parts")
     )
-    tells_correct = not isinstance(task, RewardsTask) or task.tells_correct
+    correct = np.concatenate([one.judged.correct for one in judged if one.judged.correct is not None] or [[]])
     samples = []
     for index, row in enumerate(drawn[shown]):
         own = slice(lengths[row])
@@ -67,8 +68,10 @@ def sample_responses(
                 prompt=task.prompt(problems[row]),
                 response=task.tokenizer.decode(ids),
                 reward=float(rewards[row]),
-                correct=bool(correct[row]) if tells_correct else None,
+                rewards=dict(zip(names, parts[row].tolist(), strict=True)),
+                correct=bool(correct[row]) if len(correct) else None,
                 truncated=bool(truncated[row]),
+                left_out=bool(left_out[row]),
                 advantage=float(batch.batch.advantages[0, index]),
                 token_ids=ids,
                 tokens=text_pieces(task.tokenizer.decode, ids),
@@ -80,19 +83,20 @@ def sample_responses(
     return samples
 
 
-def show_first(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def show_first(rewards: np.ndarray, groups: np.ndarray, left_out: np.ndarray) -> np.ndarray:
     """Return the order in which responses are shown: int [B], positions.
 
     The best and the worst response of each group whose rewards differ come first, then one of each other group, then
-    the rest; equals stay in their order.
+    the rest, and last those that no reward applied to; equals stay in their order.
 
     Args:
       rewards: float [B].
       groups: int [B], the group of each response.
+      left_out: bool [B]: True for a response that no reward applied to.
     """
-    rank = np.full(len(rewards), 2)
-    for group in np.unique(groups):
-        members = np.flatnonzero(groups == group)
+    rank = np.where(left_out, 3, 2)
+    for group in np.unique(groups[~left_out]):
+        members = np.flatnonzero((groups == group) & ~left_out)
         best, worst = members[np.argmax(rewards[members])], members[np.argmin(rewards[members])]
         rank[[best, worst]] = 0 if rewards[best] > rewards[worst] else 1
     return np.lexsort((-rewards, groups, rank))

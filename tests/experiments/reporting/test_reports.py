@@ -210,12 +210,12 @@ def test_a_report_says_what_is_left_out_and_why(reports):
 def test_values_under_the_pointer_are_those_of_the_rows(runs):
     record = load_run(runs["rspo"])
     panels = {panel.title: panel for panel in PANELS}
-    for title in ("Solve rate", "Router shift γ", "Reward"):
+    for title in ("Held-out problems", "Router shift γ", "Reward"):
         text = page.figure(title, "", lambda axes, panel=panels[title]: panel.draw(axes, record))
         found = json.loads(html.unescape(re.search(r'data-lines="(.*?)"', text)[1]))
         lines = {line["name"]: line for line in found["lines"]}
         metrics = {
-            "Solve rate": {"training, each step": "solve_rate", "held-out greedy": "eval_greedy"},
+            "Held-out problems": {"training, each step": "solve_rate", "held-out greedy": "eval_greedy"},
             "Router shift γ": {"mean": "gamma_mean", "at the floor": "gamma_floor_fraction"},
             "Reward": {"training samples, each step": "reward"},
         }[title]
