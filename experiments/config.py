@@ -20,6 +20,7 @@ import models
 from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownConfig, CountdownReward
 from experiments.tasks.countdown.task import CountdownTask
+from experiments.tasks.guess import GuessConfig, GuessTask, GuessTokenizer
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.prompts.config import PromptsConfig
 from experiments.tasks.prompts.rewards import HandedOver, notation, parse_all
@@ -28,7 +29,7 @@ from models.config import Dtype, Remat
 from rspo_jax.hosts import say
 from rspo_jax.objectives import OBJECTIVES, Aggregation, CorrectionConfig, GammaUse, Position, RegularizerConfig
 from rspo_jax.records import FilePath, as_path
-from rspo_jax.rollouts import SamplerConfig
+from rspo_jax.rollouts import ConversationConfig, SamplerConfig
 from rspo_jax.routing import AdaptiveShiftConfig, LayerAggregation, Routing
 from rspo_jax.training import (
     EvaluationConfig,
@@ -248,6 +249,43 @@ class CountdownRun(Run):
 
 
 @dataclass(frozen=True)
+class GuessRun(Run):
+    """Train a small Mixture-of-Experts model to guess a number with hints, in conversations of several turns."""
+
+    task: GuessConfig = GuessConfig()
+    model: Annotated[models.TransformerConfig, tyro.conf.AvoidSubcommands] = field(
+        default_factory=lambda: models.TransformerConfig(vocab_size=GuessTokenizer.vocabulary_size, expert_size=96)
+    )
+    objective: Annotated[ObjectiveOptions, tyro.conf.arg(name="")] = ObjectiveOptions()
+    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
+        steps=80,
+        prompts=64,
+        group_size=8,
+        sampler=SamplerConfig(max_new_tokens=4),
+        conversation=ConversationConfig(max_turns=4, max_tokens=34),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3),
+        decay_learning_rate=True,
+        warm_start=WarmStartConfig(steps=150, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
+        evaluation=EvaluationConfig(problems=134),
+    )
+
+    def __post_init__(self) -> None:
+        self.task.check()
+        if self.model.vocab_size != GuessTokenizer.vocabulary_size:
+            raise ValueError(
+                f"model.vocab_size is {self.model.vocab_size}, but the tokenizer of the games has "
+                f"{GuessTokenizer.vocabulary_size} tokens"
+            )
+        check_learner(self.trainer, self.learner())
+
+    def architecture(self) -> models.TransformerConfig:
+        return self.model
+
+    def build_task(self) -> GuessTask:
+        return GuessTask(self.task)
+
+
+@dataclass(frozen=True)
 class FolderRun(Run):
     """A run that starts from a model in a Hugging Face folder, and reads and writes with its tokenizer."""
 
@@ -390,6 +428,7 @@ class PromptRun(FolderRun):
 
 RUNS: dict[str, type[Run]] = {
     "countdown": CountdownRun,
+    "guess": GuessRun,
     "mathematics": MathRun,
     "code": CodeRun,
     "prompts": PromptRun,

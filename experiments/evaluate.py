@@ -25,8 +25,9 @@ from experiments.evaluation.responses import SUMMARY_FILE, Response, ResponseFol
 from experiments.evaluation.subject import Source, Subject, Votes, open_subject
 from experiments.evaluation.summary import describe_lengths, make_table, show_response, summarize_responses
 from rspo_jax.records.checkpoint import CheckpointError
-from rspo_jax.rollouts import SamplerConfig, usable_problems
+from rspo_jax.rollouts import SamplerConfig, limits_of, usable_problems
 from rspo_jax.sharding import MeshConfig, make_mesh
+from rspo_jax.types import ConversationTask
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,9 @@ def _open_folder(options: EvaluateOptions, subject: Subject, problems: Sequence[
         "contents": subject.contents | {"prompts": prompts_digest(subject.task, problems)},
     }
     judge = judge_identity(subject.task, problems) | {"votes": isinstance(subject.task, Votes)}
+    limits = limits_of(subject.task, options.sampler(subject.max_new_tokens), subject.conversation)
+    if isinstance(subject.task, ConversationTask):  # its environment takes part in what is said
+        settings["contents"] |= {"environment": judge | limits._asdict()}
     path = options.output or subject.home / f"{options.split}-{digest_of(settings)[:8]}"
     if options.output is None:
         for sentence in describe_others(path, settings):

@@ -152,9 +152,6 @@ class HuggingFaceTokenizer:
         """
         if self._chat.template == "plain":
             return self.plain("\n\n".join(message["content"] for message in messages))
-        if self._template is None:
-            self._template = self._checked_template()
-            self._say_what_does_not_stop()
         return self._write(messages, add_generation_prompt=True)
 
     def plain(self, text: str) -> str:
@@ -162,9 +159,41 @@ class HuggingFaceTokenizer:
         before, mark = self._backend.encode("", add_special_tokens=True).ids, self._tokenizer.bos_token
         return text if mark is None or before[:1] != [self._tokenizer.bos_token_id] else mark + text
 
+    def continue_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the text between two turns of the model: what ends the one, the messages, and what begins the other.
+
+        It is cut out of a chat that the folder's template writes, so an environment's answer
+        (`rspo_jax.types.ConversationTask.respond`) reads as the model knows it. The token or text that ends a turn is
+        left out, because the model has drawn it. Turns of the model stay as they were drawn, also where the template
+        would take thoughts out of earlier ones.
+
+        Args:
+          messages: at least one, each with a "role", such as "user" or "tool", and a "content".
+
+        Raises:
+          ValueError: if there are no messages; as for `chat`; or if the template does not write the model's own turns.
+        """
+        if not messages:
+            raise ValueError("nothing is said between two turns: give at least one message")
+        answer = _ANSWER
+        while any(answer in message["content"] for message in messages):
+            answer += "."
+        before = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
+        _, found, after = self.chat([*before, *messages]).partition(answer)
+        if not found:
+            raise ValueError(f"the chat template of {self._folder} leaves out what the model has said before")
+        stops = [*map(self._backend.id_to_token, self.stop_ids), *self.stop_strings]
+        for text in (after, after.lstrip()):  # a stop string may begin with a space, and a template write one before it
+            if ends := [stop for stop in stops if text.startswith(stop)]:
+                return text.removeprefix(max(ends, key=len))
+        return after
+
     def _write(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
+        if self._template is None:
+            self._template = self._checked_template()
+            self._say_what_does_not_stop()
         try:
             return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],

@@ -31,7 +31,7 @@ from rspo_jax.records.lock import LOCK_FILE, LockHeld, LockLost, RunLock
 from rspo_jax.records.manifest import CheckpointMismatch
 from rspo_jax.records.rows import DamagedRows
 from rspo_jax.records.trouble import trouble_of
-from rspo_jax.rollouts import Problems, check_solutions, load_problems
+from rspo_jax.rollouts import Problems, check_solutions, limits_of, load_problems
 from rspo_jax.sharding import make_mesh
 from rspo_jax.training import check_mesh, state_on_mesh
 from rspo_jax.training.trainer import Setup, Stopped, train
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 keep_compiled_programs(folder)
                 problems = check_data(run)
-                check_devices(run, problems.width)
+                check_devices(run, problems)
                 folder = agree_on_flags(name, run, folder)
                 assert folder.run_dir is not None
                 with RunLock(folder.run_dir):
@@ -180,19 +180,21 @@ def check_data(run: Run) -> Problems:
       The task with the problems of every split; prompts are encoded here once.
 
     Raises:
-      UserError: if there are too few problems, all of a split are too long, or a worked solution does not fit into a
-        response.
+      UserError: if there are too few problems, all of a split are too long, a worked solution does not fit into a
+        response, or the limits of conversations do not fit the task.
     """
     try:
-        problems = load_problems(run.build_task(), run.trainer.max_prompt_tokens)
+        task, sampler = run.build_task(), run.trainer.sampler
+        limits = limits_of(task, sampler, run.trainer.conversation)
+        problems = load_problems(task, run.trainer.max_prompt_tokens)
         if run.trainer.warm_start.steps:
-            check_solutions(problems.task, problems.splits["train"].problems, run.trainer.sampler.max_new_tokens)
+            check_solutions(task, problems.splits["train"].problems, sampler, limits)
     except ValueError as error:
         raise UserError(str(error)) from error
     return problems
 
 
-def check_devices(run: Run, prompt_width: int) -> None:
+def check_devices(run: Run, problems: Problems) -> None:
     """Refuse a mesh that is impossible on the devices of this machine, before anything is written or compiled.
 
     Raises:
@@ -201,7 +203,8 @@ def check_devices(run: Run, prompt_width: int) -> None:
     model = run.architecture()
     try:
         mesh = make_mesh(run.trainer.mesh)
-        check_mesh(run.trainer, run.learner(), mesh, prompt_width + run.trainer.sampler.max_new_tokens - 1)
+        limits = limits_of(problems.task, run.trainer.sampler, run.trainer.conversation)
+        check_mesh(run.trainer, run.learner(), mesh, problems.width + limits.tokens - 1)
         policy, init_params = models.Transformer(model), functools.partial(models.init_params, model)
         state_on_mesh(policy, init_params, run.trainer, mesh, run.learner().regularizers.needs_reference)
     except ValueError as error:

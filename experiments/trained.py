@@ -83,7 +83,7 @@ def train_run(run: FolderRun, run_dir: str | os.PathLike[str], resume: bool = Fa
         raise train.UserError(str(error)) from error
     folder = train.Folder(place, resume=resume and (place / "config.json").exists())
     problems = train.check_data(run)
-    train.check_devices(run, problems.width)
+    train.check_devices(run, problems)
     folder = train.agree_on_flags(name, run, folder)
     with RunLock(place):
         place = train.agree_on_folder(name, run, folder)

@@ -170,24 +170,30 @@ class Samples(NamedTuple):
     tokens: Array
     """int32 [B, R], response tokens; the padding token after the end."""
     mask: Array
-    """bool [B, R], True on response tokens, the stop token included."""
+    """bool [B, R], True on tokens that the model drew, the stop token included."""
     log_probs: Array
     """float32 [B, R], under the distribution drawn from; 0 where the mask is False."""
     route: Array | None = None
     """uint8 or uint16 [B, L, K, P + R - 1], P tokens being a prompt: the experts of every token that was read, at its
     column in prompt and response together (the last response token is never read); 0 elsewhere. None unless it was
     asked for."""
+    environment: Array | None = None
+    """bool [B, R], True on tokens that an environment wrote between the model's turns. They are in the context and
+    outside the mask. None for responses of one turn."""
 
 
 class RolloutBatch(NamedTuple):
-    """Judged responses, ready to be scored and learned from. Row b is prompt and response, left-padded."""
+    """Judged responses, ready to be scored and learned from. Row b is prompt and response, left-padded.
+
+    The response of a `ConversationTask` is all that follows the prompt: the model's turns and the environment's.
+    """
 
     tokens: Array
     """int32 [B, T + 1]: inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`."""
     segment_ids: Array
     """int32 [B, T + 1]: 1 on tokens, 0 on padding."""
     mask: Array
-    """bool [B, T], aligned with the targets: True on response tokens."""
+    """bool [B, T], aligned with the targets: True on response tokens that the model drew."""
     sampler_log_probs: Array
     """float32 [B, T], aligned with the targets; 0 where the mask is False."""
     advantages: Array
@@ -215,7 +221,7 @@ class PackedBatch(NamedTuple):
     places: Array
     """int32 [B, T]: the place in the rows that scores each response token, a flat index into [N, T of the rows]."""
     mask: Array
-    """bool [B, T]: True on response tokens; T counts them from the first."""
+    """bool [B, T]: True on response tokens that the model drew; T counts the response's tokens from the first."""
     sampler_log_probs: Array
     """float32 [B, T]; 0 where the mask is False."""
     advantages: Array
@@ -386,11 +392,25 @@ first and the last are the model's."""
 
 @runtime_checkable
 class ConversationTask(Task, Protocol):
-    """A task of several turns: its environment answers what the model says."""
+    """A task of several turns: its environment answers what the model says (`rspo_jax.rollouts.conversation`)."""
 
     def respond(self, problem: Any, conversation: Conversation) -> str | None:
         """Return what the environment says after the model's last turn, chat markup included; None if it has ended.
 
         It must be a function of its arguments alone, so that a resumed run goes on bit for bit.
+
+        Args:
+          problem: the problem that the conversation is about.
+          conversation: the texts of the turns so far. Turns of the model come without their stop tokens; a turn that
+            was cut off ends its conversation and is not answered.
         """
+        ...
+
+
+@runtime_checkable
+class DemonstrationTask(ConversationTask, Protocol):
+    """A task of several turns whose warm start imitates whole conversations, not `solution` as a single turn."""
+
+    def demonstration(self, problem: Any) -> Conversation:
+        """Return a worked conversation, for the warm start."""
         ...

@@ -17,16 +17,19 @@ import numpy as np
 from experiments.evaluation.responses import Response
 from experiments.evaluation.subject import Subject, Votes
 from rspo_jax.rollouts import (
+    FirstTurns,
     SamplerConfig,
+    converse,
     encode_prompts,
     judge,
     judge_texts,
+    limits_of,
     sample_in_chunks,
     tells_correct,
     usable_problems,
 )
 from rspo_jax.sharding import parts_of
-from rspo_jax.types import Array, Judgement, Samples, Task, TruncatedTask
+from rspo_jax.types import Array, ConversationTask, Judgement, Task, TruncatedTask
 
 Pair = tuple[int, int]
 """Index of a problem, and index of a response to it."""
@@ -66,7 +69,8 @@ class _Batch(NamedTuple):
 
     pairs: list[Pair]
     """Pairs of the first rows; the other rows only fill up the last batch."""
-    samples: Samples
+    first: FirstTurns
+    """The responses; of conversations, the first turns."""
 
 
 def draw_missing(
@@ -100,17 +104,24 @@ def draw_missing(
         keys, tokenizer = response_keys(drawing.seed, filled), subject.task.tokenizer
         (samples,) = sample_in_chunks(subject.policy, subject.params, prompts, keys, drawing.sampler, tokenizer, 1)
         if waiting is not None:
-            keep(_judge_batch(subject, problems, waiting, present))
-        waiting = _Batch(own, samples)
+            keep(_judge_batch(subject, problems, drawing.sampler, waiting, present))
+        waiting = _Batch(own, FirstTurns(prompts, keys, [samples]))
     if waiting is not None:
-        keep(_judge_batch(subject, problems, waiting, present))
+        keep(_judge_batch(subject, problems, drawing.sampler, waiting, present))
 
 
-def _judge_batch(subject: Subject, problems: Sequence[Any], batch: _Batch, present: Container[Pair]) -> list[Response]:
-    """Wait for a batch and judge it; return its responses that are not present yet."""
-    asked = [problems[problem] for problem, _ in batch.pairs]
-    judged = judge(subject.task, asked, [batch.samples])
-    answers = _answers(subject.task, asked, judged.texts, judged.truncated)
+def _judge_batch(
+    subject: Subject, problems: Sequence[Any], sampler: SamplerConfig, batch: _Batch, present: Container[Pair]
+) -> list[Response]:
+    """Wait for a batch, going on with conversations, and judge it; return its responses that are not present yet."""
+    task, asked = subject.task, [problems[problem] for problem, _ in batch.pairs]
+    if isinstance(task, ConversationTask):
+        limits = limits_of(task, sampler, subject.conversation)
+        judged = judge(task, asked, converse(subject.policy, subject.params, task, asked, batch.first, sampler, limits))
+    else:
+        judged = judge(task, asked, batch.first.chunks)
+    turns = None if judged.turns is None else [tuple(texts) for texts in judged.turns.texts]
+    answers = _answers(task, asked, turns or judged.texts, judged.truncated)
     return [
         Response(
             problem=problem,
@@ -123,6 +134,7 @@ def _judge_batch(subject: Subject, problems: Sequence[Any], batch: _Batch, prese
             left_out=bool(judged.left_out[row]),
             answer=answers[row],
             text=judged.texts[row],
+            turns=None if turns is None else turns[row],
         )
         for row, (problem, sample) in enumerate(batch.pairs)
         if (problem, sample) not in present
@@ -143,7 +155,7 @@ def judge_again(task: Task, problems: Sequence[Any], responses: Sequence[Respons
     if strange := [response.problem for response in responses if response.problem >= len(problems)]:
         raise ValueError(f"there is a response to problem {strange[0]}, but there are only {len(problems)} problems")
     asked = [problems[response.problem] for response in responses]
-    texts = [response.text for response in responses]
+    texts = [response.text if response.turns is None else response.turns for response in responses]
     truncated = np.array([response.truncated for response in responses], bool)
     judged = np.flatnonzero(~truncated | (isinstance(task, TruncatedTask) and task.judges_truncated))
     verdicts = np.zeros((len(responses), 5), np.float32)
@@ -167,7 +179,7 @@ def judge_again(task: Task, problems: Sequence[Any], responses: Sequence[Respons
 
 
 def _answers(
-    task: Task, problems: Sequence[Any], texts: Sequence[str], truncated: Sequence[bool] | np.ndarray
+    task: Task, problems: Sequence[Any], texts: Sequence[Any], truncated: Sequence[bool] | np.ndarray
 ) -> list[str | None]:
     """Return the answer that each response votes for; a response that was cut off does not vote."""
     answers: list[str | None] = [None] * len(problems)

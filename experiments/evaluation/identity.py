@@ -35,7 +35,7 @@ _NOT_OF_THE_JUDGE = {"train_path", "validation_path", "test_path", "data_dir", "
 }
 _SETTLED_NS = 2 * 10**9  # more than the resolution of a file's times on any file system in use
 _READERS, _PART = 4, 2**24
-_JUDGING = ("judge", "answers")
+_JUDGING = ("judge", "answers", "respond")
 
 
 class Stamp(NamedTuple):

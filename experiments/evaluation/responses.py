@@ -55,6 +55,8 @@ class Response:
     """True if the response lacks the text after which responses are judged."""
     left_out: bool = False
     """True if no reward applies to the response."""
+    turns: tuple[str, ...] | None = None
+    """The texts of a conversation's turns, of which `text` has a line each; None for a task of one turn."""
 
 
 class ResponseFolder:
@@ -261,13 +263,15 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "text": (str,),
     "unmarked": (bool,),
     "left_out": (bool,),
+    "turns": (list, type(None)),
 }
 
 
 def _parse(line: bytes, where: str) -> Response:
     """Read a line; `where` names it in error messages."""
     try:
-        values = {"unmarked": False, "left_out": False} | json.loads(line)  # lines of earlier versions lack them
+        values = {"unmarked": False, "left_out": False, "turns": None}  # lines of earlier versions lack them
+        values |= json.loads(line)
     except (ValueError, TypeError):
         values = None
     if (
@@ -275,6 +279,8 @@ def _parse(line: bytes, where: str) -> Response:
         or values.keys() != _FIELDS.keys()
         or not all(type(values[name]) in types for name, types in _FIELDS.items())
         or min(values["problem"], values["sample"]) < 0
+        or not all(isinstance(turn, str) for turn in values["turns"] or ())
     ):
         raise ValueError(f"{where} is not a response: repair or remove the line {line[:80]!r}")
-    return Response(**values)
+    turns = values.pop("turns")
+    return Response(**values, turns=None if turns is None else tuple(turns))

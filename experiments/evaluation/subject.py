@@ -23,6 +23,7 @@ from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.problems import SETS
 from experiments.text import ChatConfig, HuggingFaceTokenizer
 from models.hugging_face.reading import list_tensors
+from rspo_jax.rollouts import ConversationConfig
 from rspo_jax.sharding import MeshConfig
 from rspo_jax.training import sampling_params
 from rspo_jax.training.restore import restore_params
@@ -152,6 +153,8 @@ class Subject:
     """Longest prompt in tokens; problems with longer prompts are left out."""
     home: epath.Path
     """The folder that holds the folders of its evaluations."""
+    conversation: ConversationConfig = ConversationConfig()
+    """Limits of conversations, for a task of several turns."""
 
 
 def open_subject(source: Source, mesh: MeshConfig) -> Subject:
@@ -189,6 +192,7 @@ def _open_run(run_dir: epath.Path, mesh: MeshConfig) -> Subject:
         max_new_tokens=config.sampler.max_new_tokens,
         max_prompt_tokens=config.max_prompt_tokens,
         home=run_dir / HOME / f"step-{restored.step}",
+        conversation=config.conversation,
     )
 
 

@@ -1,5 +1,14 @@
 """Prompts in, judged responses out, packed into rows to learn from."""
 
+from rspo_jax.rollouts.conversation import (
+    ConversationConfig,
+    Conversations,
+    FirstTurns,
+    Limits,
+    check_solutions,
+    converse,
+    limits_of,
+)
 from rspo_jax.rollouts.groups import choose_groups, chosen_rows, is_informative, mask_rows
 from rspo_jax.rollouts.packing import Packing, pack, unpack
 from rspo_jax.rollouts.pieces import text_pieces
@@ -8,7 +17,6 @@ from rspo_jax.rollouts.prompts import (
     Problems,
     Prompts,
     UsableProblems,
-    check_solutions,
     encode_prompts,
     load_problems,
     take,
@@ -17,6 +25,7 @@ from rspo_jax.rollouts.prompts import (
 from rspo_jax.rollouts.rollout import (
     Judged,
     ResponseLengths,
+    Turns,
     assemble,
     cut,
     encode_solutions,
@@ -33,17 +42,23 @@ from rspo_jax.rollouts.sampler import SamplerConfig, generate
 
 __all__ = [
     "SPLITS",
+    "ConversationConfig",
+    "Conversations",
+    "FirstTurns",
     "Judged",
+    "Limits",
     "Packing",
     "Problems",
     "Prompts",
     "ResponseLengths",
     "SamplerConfig",
+    "Turns",
     "UsableProblems",
     "assemble",
     "check_solutions",
     "choose_groups",
     "chosen_rows",
+    "converse",
     "cut",
     "encode_prompts",
     "encode_solutions",
@@ -51,6 +66,7 @@ __all__ = [
     "is_informative",
     "judge",
     "judge_texts",
+    "limits_of",
     "load_problems",
     "mask_rows",
     "pack",

@@ -129,17 +129,3 @@ def encode_prompts(task: Task, problems: Sequence[Any], width: int, repeats: int
         whole[rows] = np.repeat(values, copies, axis=0)
         arrays.append(from_own(whole, "rows", None))
     return Prompts(*arrays)
-
-
-def check_solutions(task: Task, problems: Sequence[Any], response_width: int) -> None:
-    """Refuse worked solutions that do not fit into a response.
-
-    Raises:
-      ValueError: with the width that the longest one needs.
-    """
-    longest = max(len(task.tokenizer.encode(task.solution(problem))) for problem in problems) + 1
-    if longest > response_width:
-        raise ValueError(
-            f"the longest worked solution has {longest} tokens, but sampler.max_new_tokens is {response_width}: "
-            f"raise it to {longest} or more"
-        )

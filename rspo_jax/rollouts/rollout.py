@@ -3,8 +3,8 @@
 Sampling runs in chunks, so that the host judges one chunk while the device draws the next.
 """
 
-import bisect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from rspo_jax.rollouts.conversation import (
+    Conversations,
+    FirstTurns,
+    Limits,
+    Talk,
+    converse,
+    encode_conversation,
+    worked_conversation,
+)
 from rspo_jax.rollouts.prompts import Prompts, encode_prompts
+from rspo_jax.rollouts.reading import read_response
 from rspo_jax.rollouts.sampler import SamplerConfig, generate, pad_prompts
 from rspo_jax.sharding import fetch, fetch_own, from_own, own_rows, parts_of
 from rspo_jax.stopwatch import Lap, unmeasured
 from rspo_jax.types import (
     Array,
+    Conversation,
+    ConversationTask,
     Judgement,
     Params,
     Policy,
@@ -29,6 +41,21 @@ from rspo_jax.types import (
     TokensTask,
     TruncatedTask,
 )
+
+
+class Turns(NamedTuple):
+    """The turns of a set of conversations."""
+
+    counts: np.ndarray
+    """int32 [B]: turns of the model."""
+    tokens: np.ndarray
+    """int32 [B]: tokens after the prompt, those of the environment included."""
+    turn_limited: np.ndarray
+    """bool [B]: True if the limit of turns has ended the conversation, though the environment had more to say."""
+    token_limited: np.ndarray
+    """bool [B]: True if the limit of tokens has truncated the conversation."""
+    texts: list[Conversation]
+    """The texts of the turns; () for a row on another process's devices."""
 
 
 class Judged(NamedTuple):
@@ -50,9 +77,13 @@ class Judged(NamedTuple):
     parts: np.ndarray
     """float32 [B, M]: the M rewards that the task names, NaN where one does not apply or was not asked for."""
     lengths: np.ndarray
-    """int32 [B]: tokens of the response up to where it ends, which a stop string may put before the last one drawn."""
+    """int32 [B]: tokens that the model drew up to where the response ends, which a stop string may put before the last
+    one drawn."""
     texts: list[str]
-    """The responses, without what ends them; "" for a row on another process's devices."""
+    """The responses, without what ends them, and the turns of a conversation line by line; "" for a row on another
+    process's devices."""
+    turns: Turns | None = None
+    """The turns of conversations; None for a task without an environment."""
 
 
 class ResponseLengths(NamedTuple):
@@ -132,9 +163,10 @@ def assemble(prompts: Prompts, chunks: list[Samples]) -> RolloutBatch:
     """Join prompts and responses into rows; the advantages are 0 until the rewards are known."""
     samples = jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
     before_response = jnp.zeros((prompts.tokens.shape[0], prompts.tokens.shape[1] - 1), bool)
+    used = samples.mask if samples.environment is None else samples.mask | samples.environment
     return RolloutBatch(
         tokens=jnp.concatenate([prompts.tokens, samples.tokens], axis=1),
-        segment_ids=jnp.concatenate([prompts.mask, samples.mask], axis=1).astype(jnp.int32),
+        segment_ids=jnp.concatenate([prompts.mask, used], axis=1).astype(jnp.int32),
         mask=jnp.concatenate([before_response, samples.mask], axis=1),
         sampler_log_probs=jnp.concatenate([before_response.astype(jnp.float32), samples.log_probs], axis=1),
         advantages=jnp.zeros(prompts.tokens.shape[0]),
@@ -143,19 +175,30 @@ def assemble(prompts: Prompts, chunks: list[Samples]) -> RolloutBatch:
 
 
 def encode_solutions(task: Task, problems: Sequence[Any], width: int, response_width: int) -> RolloutBatch:
-    """Return the prompt and worked solution of each problem as a rollout; each process encodes its own rows."""
-    tokenizer = task.tokenizer
-    tokens = np.full((len(problems), response_width), tokenizer.pad_id, np.int32)
-    mask = np.zeros((len(problems), response_width), bool)
+    """Return the prompt and worked solution of each problem as a rollout; each process encodes its own rows.
+
+    Args:
+      task: writes prompts and solutions, or whole conversations (`DemonstrationTask`).
+      problems: one a row.
+      width: P, the tokens that prompts are padded to.
+      response_width: R, the limit of tokens after the prompt.
+    """
+    tokens = np.full((len(problems), response_width), task.tokenizer.pad_id, np.int32)
+    mask, environment = (np.zeros((len(problems), response_width), bool) for _ in range(2))
     for row in own_rows(len(problems)):
-        solution = [*tokenizer.encode(task.solution(problems[row])), tokenizer.eos_id]
-        tokens[row, : len(solution)] = solution
-        mask[row, : len(solution)] = True
-    samples = (from_own(array, "rows", None) for array in (tokens, mask, np.zeros(mask.shape, np.float32)))
-    return assemble(encode_prompts(task, problems, width), [Samples(*samples)])
+        ids, drawn = encode_conversation(worked_conversation(task, problems[row]), task)
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(ids)] = drawn
+        environment[row, : len(ids)] = np.logical_not(drawn)
+    arrays = (tokens, mask, np.zeros(mask.shape, np.float32), environment)
+    tokens, mask, log_probs, environment = (from_own(array, "rows", None) for array in arrays)
+    samples = Samples(tokens, mask, log_probs, environment=environment)
+    return assemble(encode_prompts(task, problems, width), [samples])
 
 
-def judge(task: Task, problems: Sequence[Any], chunks: list[Samples], lap: Lap = unmeasured) -> Judged:
+def judge(
+    task: Task, problems: Sequence[Any], chunks: Iterable[Samples | Conversations], lap: Lap = unmeasured
+) -> Judged:
     """Decode and judge the responses chunk by chunk, waiting for each only when its turn comes.
 
     Each process judges the rows on its own devices; only the verdicts cross between processes. A response ends before
@@ -165,8 +208,9 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples], lap: Lap =
     Args:
       task: the judge.
       problems: one a row, in the order of the chunks' rows. Rows without one are not judged.
-      chunks: from `sample_in_chunks`, equally long.
-      lap: told of waiting for each chunk (draw) and of judging it (judge), beside the next one that is being drawn.
+      chunks: from `sample_in_chunks`, equally long; for a `ConversationTask`, from `converse`.
+      lap: told of waiting for each chunk (draw), the environment's answers included, and of judging it (judge), beside
+        the next one that is being drawn.
 
     Returns:
       The verdicts of all processes, one a row.
@@ -174,32 +218,38 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples], lap: Lap =
     Raises:
       ValueError: if the task gives a reward that is not finite, or not one judgement a response.
     """
-    rows, names = chunks[0].tokens.shape[0], reward_names(task)
+    names, conversing = reward_names(task), isinstance(task, ConversationTask)
     judges_truncated = isinstance(task, TruncatedTask) and task.judges_truncated
-    # Per response: tokens, truncated, and what `judge_texts` returns.
-    verdicts = np.zeros((len(chunks), rows, 7 + len(names)), np.float32)
-    verdicts[..., 7:] = np.nan
-    texts, token_ids = [""] * (len(chunks) * rows), [[] for _ in range(len(chunks) * rows)]
-    for index, chunk in enumerate(chunks):
-        tokens, mask = fetch_own(chunk.tokens), fetch_own(chunk.mask)
+    # Per chunk and response: tokens, truncated, the counts of `Turns`, and what `judge_texts` returns.
+    of_chunks: list[np.ndarray] = []
+    turns: list[Conversation] = []
+    for chunk in chunks:
+        start = len(turns)
+        rows, talks = _talks(task, chunk, len(problems) - start)
         lap("draw")
-        own, judged = own_rows(rows), []
-        for row in own[own < len(problems) - index * rows]:
-            drawn = tokens[row][mask[row]].tolist()
-            length, text, stopped = _read(drawn, task.tokenizer)
-            texts[index * rows + row], token_ids[index * rows + row] = text, drawn[:length]
-            verdicts[index, row, :2] = length, not stopped
-            judged += [row] if stopped or judges_truncated else []
+        turns += [talks[row].turns if row in talks else () for row in range(rows)]
+        verdict = np.zeros((rows, 11 + len(names)), np.float32)
+        verdict[:, 11:] = np.nan
+        for row, talk in talks.items():
+            verdict[row, :2] = talk.length, not talk.stopped
+            verdict[row, 2:6] = (len(talk.turns) + 1) // 2, len(talk.token_ids), talk.turn_limited, talk.token_limited
+        judged = sorted(row for row, talk in talks.items() if talk.stopped or judges_truncated)
         if judged:
-            at = [index * rows + row for row in judged]
-            verdicts[index, judged, 2:] = judge_texts(
-                task, [problems[row] for row in at], [texts[row] for row in at], [token_ids[row] for row in at]
-            )
-        lap("judge", beside=chunks[index + 1].tokens if index + 1 < len(chunks) else None)
+            responses: list[Any] = [turns[start + row] for row in judged]
+            if not conversing:
+                responses = [text for (text,) in responses]
+            token_ids = [talks[row].token_ids for row in judged]
+            verdict[judged, 6:] = judge_texts(task, [problems[start + row] for row in judged], responses, token_ids)
+        of_chunks.append(verdict)
+        following = chunks[len(of_chunks)] if isinstance(chunks, Sequence) and len(of_chunks) < len(chunks) else None
+        lap("judge", beside=following.tokens if isinstance(following, Samples) else None)
+    verdicts = np.stack(of_chunks)
     if jax.process_count() > 1:
         verdicts = fetch(from_own(verdicts, None, "rows", None))
     verdicts = verdicts.reshape(-1, verdicts.shape[-1])
-    lengths, truncated, rewards, correct, unjudged, unmarked, left_out = verdicts[:, :7].T
+    lengths, truncated, counts, tokens, turn_limited, token_limited = verdicts[:, :6].T
+    rewards, correct, unjudged, unmarked, left_out = verdicts[:, 6:11].T
+    of_turns = Turns(counts.astype(np.int32), tokens.astype(np.int32), turn_limited > 0, token_limited > 0, turns)
     return Judged(
         rewards=rewards.copy(),
         correct=correct > 0 if tells_correct(task) else None,
@@ -207,27 +257,25 @@ def judge(task: Task, problems: Sequence[Any], chunks: list[Samples], lap: Lap =
         unjudged=unjudged > 0,
         unmarked=unmarked > 0,
         left_out=left_out > 0,
-        parts=verdicts[:, 7:].copy(),
+        parts=verdicts[:, 11:].copy(),
         lengths=lengths.astype(np.int32),
-        texts=texts,
+        texts=["\n".join(texts) for texts in turns],
+        turns=of_turns if conversing else None,
     )
 
 
-def _read(response: list[int], tokenizer: Tokenizer) -> tuple[int, str, bool]:
-    """Return the number of tokens that belong to a response, its text, and whether it has ended."""
-    stopped = response[-1] in tokenizer.stop_ids
-    text = tokenizer.decode(response[:-1] if stopped else response)
-    stop_strings = getattr(tokenizer, "stop_strings", ())
-    if not any(stop in text for stop in stop_strings):
-        return len(response), text, stopped
-
-    def contains_stop(length: int) -> bool:
-        return any(stop in tokenizer.decode(response[:length]) for stop in stop_strings)
-
-    # The token that completes a stop string is the last one, as if the sampler had seen it.
-    length = bisect.bisect_left(range(len(response)), True, key=contains_stop)
-    text = tokenizer.decode(response[:length])
-    return length, text[: min(text.index(stop) for stop in stop_strings if stop in text)], True
+def _talks(task: Task, chunk: Samples | Conversations, count: int) -> tuple[int, dict[int, Talk]]:
+    """Return the rows of a chunk, and the responses in its first `count` rows, those of this process, as text."""
+    if isinstance(chunk, Conversations):
+        return chunk.samples.tokens.shape[0], chunk.talks
+    rows, tokens, mask = chunk.tokens.shape[0], fetch_own(chunk.tokens), fetch_own(chunk.mask)
+    own = own_rows(rows)
+    talks = {}
+    for row in own[own < count].tolist():
+        drawn = tokens[row][mask[row]].tolist()
+        length, text, stopped = read_response(drawn, task.tokenizer)
+        talks[row] = Talk((text,), drawn[:length], length, stopped, False, False)
+    return rows, talks
 
 
 @jax.jit
@@ -257,7 +305,7 @@ def tells_correct(task: Task) -> bool:
 def judge_texts(
     task: Task,
     problems: Sequence[Any],
-    responses: Sequence[str],
+    responses: Sequence[Any],
     token_ids: Sequence[Sequence[int]] | None = None,
 ) -> np.ndarray:
     """Return the task's judgements of responses, checked.
@@ -265,7 +313,7 @@ def judge_texts(
     Args:
       task: the judge.
       problems: one a response.
-      responses: B texts.
+      responses: B texts; for a `ConversationTask`, the texts of the turns of B conversations.
       token_ids: their tokens, for a `TokensTask`; None where they are not known.
 
     Returns:
@@ -299,7 +347,7 @@ def judge_texts(
     wrong = np.flatnonzero(~np.isfinite(checked[:, 0]) | np.isinf(checked[:, 5:]).any(axis=1))
     if wrong.size:
         raise ValueError(
-            f"{name} gave the reward {judgements[wrong[0]].reward} to the response {responses[wrong[0]][:200]!r}"
+            f"{name} gave the reward {judgements[wrong[0]].reward} to the response {responses[wrong[0]]!r:.200}"
             f"{f', with the parts {judgements[wrong[0]].parts}' if names else ''}: rewards must be finite in float32"
         )
     return checked
@@ -325,22 +373,49 @@ def sample_texts(
     keys = jax.random.split(key, len(encoded))
     (samples,) = sample_in_chunks(policy, params, prompt_rows, keys, sampler, tokenizer, 1)
     drawn, kept = fetch(samples.tokens), fetch(samples.mask)
-    return [_read(drawn[row][kept[row]].tolist(), tokenizer)[1] for row in range(len(prompts))]
+    return [read_response(drawn[row][kept[row]].tolist(), tokenizer).text for row in range(len(prompts))]
 
 
 def solve(
-    policy: Policy, params: Params, task: Task, problems: Sequence[Any], key: Array, sampler: SamplerConfig, width: int
+    policy: Policy,
+    params: Params,
+    task: Task,
+    problems: Sequence[Any],
+    key: Array,
+    sampler: SamplerConfig,
+    width: int,
+    limits: Limits | None = None,
 ) -> Judged:
-    """Draw and judge one response to every problem, for evaluation, in batches of about 512 rows."""
+    """Draw and judge one response to every problem, for evaluation, in batches of about 512 rows.
+
+    Args:
+      policy: the model.
+      params: its parameters.
+      task: the problems' judge and, for a `ConversationTask`, their environment.
+      problems: what to solve.
+      key: of the responses' keys.
+      sampler: temperature and limits.
+      width: P, the tokens that prompts are padded to.
+      limits: those of conversations; only a `ConversationTask` needs them.
+
+    Returns:
+      The verdicts, one a problem.
+    """
     parts = parts_of("rows")
     batch_size = -(-min(512, len(problems)) // parts) * parts
-    chunks: list[Samples] = []
+    batches: list[Iterable[Samples | Conversations]] = []
     for start in range(0, len(problems), batch_size):
         # The last batch is filled up with copies, so that one shape is compiled.
         batch = [problems[min(row, len(problems) - 1)] for row in range(start, start + batch_size)]
         prompts = encode_prompts(task, batch, width)
         keys = jax.random.split(jax.random.fold_in(key, start), batch_size)
-        chunks += sample_in_chunks(policy, params, prompts, keys, sampler, task.tokenizer, 1)
-    judged = judge(task, problems, chunks)
+        chunks = sample_in_chunks(policy, params, prompts, keys, sampler, task.tokenizer, 1)
+        if isinstance(task, ConversationTask):
+            assert limits is not None, "a task of several turns has limits of its conversations"
+            own = problems[start : start + batch_size]
+            batches.append(converse(policy, params, task, own, FirstTurns(prompts, keys, chunks), sampler, limits))
+        else:
+            batches.append(chunks)
+    judged = judge(task, problems, itertools.chain.from_iterable(batches))
     own = slice(len(problems))
-    return Judged._make(None if of_responses is None else of_responses[own] for of_responses in judged)
+    return jax.tree.map(lambda values: values[own], judged, is_leaf=lambda values: isinstance(values, list))

@@ -74,6 +74,7 @@ class _Requests(NamedTuple):
     prompts: Array  # int32 [B / repeats, P], left-padded
     prompt_lengths: Array  # int32 [B / repeats]
     keys: Array  # PRNG keys [B]
+    limits: Array | None  # int32 [B], the most tokens of each response; one with 0 is not drawn
     repeats: int  # responses to each prompt: response b answers prompt b // repeats
 
     def prompt_of(self, request: Array) -> Array:
@@ -144,6 +145,7 @@ def generate(
     pad_id: int = 0,
     repeats: int = 1,
     record_route: bool = False,
+    limits: Array | None = None,
 ) -> Samples:
     """Draw `repeats` responses to each prompt, B in all.
 
@@ -158,13 +160,15 @@ def generate(
       pad_id: fills the rest of a row.
       repeats: responses to each prompt, in consecutive rows. The prompt is read once for all of them.
       record_route: if True, record the experts of every token read; the responses do not depend on it.
+      limits: int32 [B], the most tokens of each response, beside `config.max_new_tokens`. A response with 0 is not
+        drawn: its mask is empty, and no step of decoding is made for it. None for no further limits.
 
     Returns:
       `Samples` with R = `config.max_new_tokens`.
 
     Raises:
-      ValueError: if the shapes do not fit, there is not one key a response, `repeats` is not positive, or the route of
-        a model without experts is asked for.
+      ValueError: if the shapes do not fit, there is not one key a response, `repeats` is not positive, limits are given
+        for responses that wait for slots, or the route of a model without experts is asked for.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -176,8 +180,13 @@ def generate(
             f"{batch_size} responses need as many keys, [{batch_size}]; got shape {keys.shape}: "
             "make them with jax.random.split(key, number of responses)"
         )
+    if limits is not None and (limits.shape != (batch_size,) or (config.slots or batch_size) < batch_size):
+        raise ValueError(
+            f"limits need one entry and one slot a response, {batch_size}; got shape {limits.shape} and {config.slots} "
+            "slots: leave slots out"
+        )
     prompts, prompt_mask = (constrain(array, "rows", None) for array in (prompts, prompt_mask))
-    requests = _Requests(prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), keys, repeats)
+    requests = _Requests(prompts, jnp.sum(prompt_mask, axis=1, dtype=jnp.int32), keys, limits, repeats)
     model = _Model(policy, params, record_route)
     take_in = functools.partial(_take_in, requests=requests, config=config, stop_tokens=stop_tokens)
 
@@ -218,7 +227,7 @@ def _prefill(
     state = _DecodeState(
         slots=_Slots(
             request=request,
-            active=ones.astype(bool),
+            active=ones.astype(bool) if requests.limits is None else requests.limits > 0,
             segment=ones,
             fed=requests.prompt_lengths[requests.prompt_of(request)],
             drawn=zeros,
@@ -271,7 +280,10 @@ def _take_in(
     row = jnp.where(drawing, slots.request, num_requests)  # out of bounds is dropped
     drawn = slots.drawn + drawing.astype(jnp.int32)
     stops = jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32)) if stop_tokens else jnp.zeros_like(drawing)
-    done = drawing & (stops | (drawn == config.max_new_tokens))
+    at_limit = drawn == config.max_new_tokens
+    if requests.limits is not None:
+        at_limit = at_limit | (drawn == requests.limits[slots.request])
+    done = drawing & (stops | at_limit)
     next_request = state.waiting + jnp.cumsum(done, dtype=jnp.int32) - 1
     refilled = done & (next_request < num_requests)
     return _DecodeState(

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from rspo_jax.objectives import ADVANTAGES, OBJECTIVES, CorrectionConfig, RegularizerConfig
-from rspo_jax.rollouts import SamplerConfig
+from rspo_jax.rollouts import ConversationConfig, SamplerConfig
 from rspo_jax.routing import AdaptiveShiftConfig, LayerAggregation, Routing
 from rspo_jax.sharding import RULES, MeshConfig
 from rspo_jax.types import check_choice
@@ -230,7 +230,8 @@ class TrainerConfig:
     advantages: str | None = None
     """Estimator of the advantages (`rspo_jax.objectives.ADVANTAGES`); that of the objective's source when absent."""
     overlong_buffer: int = 0
-    """Tokens before `sampler.max_new_tokens` over which a penalty for length grows from 0 to 1 (DAPO); 0 for none."""
+    """Tokens before `sampler.max_new_tokens` over which a penalty for length grows from 0 to 1 (DAPO); 0 for none. For
+    conversations: tokens before `conversation.max_tokens`, those of the environment included."""
     mask_truncated: bool = False
     """Leave responses that were cut off out of the loss (DAPO's overlong filtering). Their rewards still count in the
     advantages of their groups."""
@@ -239,6 +240,8 @@ class TrainerConfig:
     seed: int = 0
     """Decides every random number of the run."""
     sampler: SamplerConfig = SamplerConfig()
+    conversation: ConversationConfig = ConversationConfig()
+    """Limits of conversations; only tasks of several turns have them."""
     optimizer: OptimizerConfig = OptimizerConfig()
     decay_learning_rate: bool = False
     """Let the learning rate decay to 0 (cosine) over all steps, unless the optimizer has its own `decay_updates`."""

@@ -15,7 +15,7 @@ MODES = {"greedy": 0.0, "sampled": 1.0}
 
 
 def evaluate(setup: Setup, state: RunState, final: bool) -> dict[str, float]:
-    """Solve held-out problems, each once greedily and once by sampling.
+    """Solve held-out problems, each once greedily and once by sampling, in conversations if the task has several turns.
 
     Args:
       setup: of the run.
@@ -42,7 +42,7 @@ def evaluate(setup: Setup, state: RunState, final: bool) -> dict[str, float]:
             sampler = SamplerConfig(config.sampler.max_new_tokens, temperature)
             key = jax.random.key(config.seed)
             task, width = setup.problems.task, setup.problems.width
-            judged = solve(setup.policy, params, task, problems, key, sampler, width)
+            judged = solve(setup.policy, params, task, problems, key, sampler, width, setup.limits)
             name, counted = f"{split}_{mode}", ~judged.left_out
             if judged.correct is not None:
                 correct = judged.correct[counted]

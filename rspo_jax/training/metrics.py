@@ -97,6 +97,12 @@ def rollout_metrics(judged: list[JudgedRollout], config: TrainerConfig, names: S
         metrics[f"rewards/{name}/mean"] = mean_of(given)
         metrics[f"rewards/{name}/std"] = given.std() if given.size else math.nan
         metrics[f"rewards/{name}/none"] = 1 - given.size / values.size
+    turns = [one.turns for one in verdicts if one.turns is not None]
+    if turns:
+        metrics["turns"] = np.concatenate([one.counts for one in turns]).mean()
+        metrics["conversation_length"] = np.concatenate([one.tokens for one in turns]).mean()
+        metrics["turn_limited_fraction"] = np.concatenate([one.turn_limited for one in turns]).mean()
+        metrics["token_limited_fraction"] = np.concatenate([one.token_limited for one in turns]).mean()
     if config.dynamic_sampling:
         metrics["rollouts"] = len(judged)
         metrics["dropped_groups"] = max(0, wanted - int(informative.sum()))

@@ -157,7 +157,7 @@ def probe_gradients(setup: Setup, state: RunState, scored: list[ScoredBatch]) ->
     key, cut_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), _PROBE))
     again = state._replace(key=jax.random.key_data(key), cursor=state.cursor - config.prompts)
     drawing, _ = draw(setup, again)
-    judged = judge_drawing(setup, drawing)
+    judged = judge_drawing(setup, state, drawing)
     rollout = choose([judged], [with_advantages(setup, judged)], config)
     mini_batches, _ = pack_mini_batches(setup, rollout, cut_key)
     fresh, _ = score_mini_batches(setup, state, mini_batches)

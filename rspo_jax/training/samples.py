@@ -59,10 +59,17 @@ def sample_responses(
         np.concatenate([getattr(one.judged, name) for one in judged]) for name in ("lengths", "truncated", "parts")
     )
     correct = np.concatenate([one.judged.correct for one in judged if one.judged.correct is not None] or [[]])
+    # Of a conversation: all tokens, and which of them the model drew.
+    said: np.ndarray | None = None
+    turns = [one.judged.turns for one in judged if one.judged.turns is not None]
+    if turns:
+        lengths = np.concatenate([one.tokens for one in turns])
+        said = fetch(_rows_of([one.rollout.mask for one in judged], drawn[shown]))[:, -setup.limits.tokens :]
     samples = []
     for index, row in enumerate(drawn[shown]):
         own = slice(lengths[row])
         ids = tokens[0, index, own].tolist()
+        drawn_here = np.ones(len(ids), bool) if said is None else said[index, own]
         samples.append(
             Sample(
                 prompt=task.prompt(problems[row]),
@@ -75,12 +82,23 @@ def sample_responses(
                 advantage=float(batch.batch.advantages[0, index]),
                 token_ids=ids,
                 tokens=text_pieces(task.tokenizer.decode, ids),
-                old_log_probs=batch.old_log_probs[0, index, own].tolist(),
-                log_probs=log_probs[0, index, own].tolist(),
-                gamma=None if gamma is None else gamma[0, index, own].tolist(),
+                old_log_probs=_where(drawn_here, batch.old_log_probs[0, index, own]),
+                log_probs=_where(drawn_here, log_probs[0, index, own]),
+                gamma=None if gamma is None else _where(drawn_here, gamma[0, index, own]),
+                environment=None if said is None else (~drawn_here).tolist(),
             )
         )
     return samples
+
+
+@jax.jit
+def _rows_of(masks: list[Array], rows: Any) -> Array:
+    return jnp.concatenate(masks)[rows]
+
+
+def _where(drawn: np.ndarray, values: np.ndarray) -> list[float | None]:
+    """Return values of tokens, None for those that the model did not draw."""
+    return [value if own else None for own, value in zip(drawn.tolist(), values.tolist(), strict=True)]
 
 
 def show_first(rewards: np.ndarray, groups: np.ndarray, left_out: np.ndarray) -> np.ndarray:

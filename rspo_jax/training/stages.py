@@ -5,6 +5,7 @@ this order.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,15 +16,19 @@ import numpy as np
 
 from rspo_jax.objectives import ADVANTAGES, OBJECTIVES, overlong_penalty
 from rspo_jax.rollouts import (
+    FirstTurns,
     Judged,
+    Limits,
     Packing,
     Problems,
     assemble,
     choose_groups,
+    converse,
     cut,
     encode_prompts,
     is_informative,
     judge,
+    limits_of,
     mask_rows,
     pack,
     refilling_pays,
@@ -36,7 +41,7 @@ from rspo_jax.stopwatch import Lap, unmeasured
 from rspo_jax.training.config import LearnerConfig, TrainerConfig
 from rspo_jax.training.state import RunState, sampling_params
 from rspo_jax.training.update import route_to_host, score, split_parts
-from rspo_jax.types import Array, PackedBatch, Params, Policy, RolloutBatch, ScoredBatch
+from rspo_jax.types import Array, ConversationTask, PackedBatch, Params, Policy, RolloutBatch, ScoredBatch
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,23 @@ class Setup:
     """Returns the parameters to begin with, of the shapes of `init_params`, on the mesh in use; None for fresh ones. A
     run that goes on does not call it."""
 
+    @property
+    def limits(self) -> Limits:
+        """The turns and tokens of a response.
+
+        Raises:
+          ValueError: if the config's limits do not fit together or to the task.
+        """
+        return limits_of(self.problems.task, self.config.sampler, self.config.conversation)
+
 
 class Drawing(NamedTuple):
     """Responses that the device may still be drawing."""
 
     problems: list[Any]
     """One a row: each problem `group_size` times."""
-    rollout: RolloutBatch
-    chunks: list[Any]
+    first: FirstTurns
+    """The responses; of conversations, the first turns."""
     refilled: bool
     """True if free slots took the next prompt."""
 
@@ -104,13 +118,16 @@ def draw(setup: Setup, state: RunState) -> tuple[Drawing, RunState]:
     # Fewer slots than responses: refill them if the last rollout says that this is faster, else draw batch after batch.
     chunks, sampler, refilled = config.rollout_chunks, config.sampler, False
     if sampler.slots is not None and sampler.slots < config.rollout_rows // chunks:
-        refilled = refilling_pays(float(jnp.sum(prompts.mask) / prompts.mask.shape[0]), state.lengths)
+        # Conversations are drawn turn by turn, and free slots wait for the next turn.
+        if not isinstance(task, ConversationTask):
+            refilled = refilling_pays(float(jnp.sum(prompts.mask) / prompts.mask.shape[0]), state.lengths)
         chunks = chunks if refilled else config.rollout_rows // sampler.slots
+    keys = jax.random.split(sample_key, prompts.tokens.shape[0])
     samples = sample_in_chunks(
         setup.policy,
         sampling_params(setup.policy, state.train.params, config),
         prompts,
-        jax.random.split(sample_key, prompts.tokens.shape[0]),
+        keys,
         sampler,
         task.tokenizer,
         chunks,
@@ -119,19 +136,34 @@ def draw(setup: Setup, state: RunState) -> tuple[Drawing, RunState]:
     )
     repeated = [problem for problem in problems for _ in range(config.group_size)]
     state = state._replace(key=jax.random.key_data(key), cursor=state.cursor + config.prompts)
-    return Drawing(repeated, assemble(prompts, samples), samples, refilled), state
+    return Drawing(repeated, FirstTurns(prompts, keys, samples), refilled), state
 
 
-def judge_drawing(setup: Setup, drawing: Drawing, lap: Lap = unmeasured) -> JudgedRollout:
-    """Wait for the responses chunk by chunk, and reward each; `lap` measures both."""
-    config, rollout = setup.config, drawing.rollout
-    judged = judge(setup.problems.task, drawing.problems, drawing.chunks, lap)
-    if getattr(setup.problems.task.tokenizer, "stop_strings", ()):
-        rollout = cut(rollout, judged.lengths)
+def judge_drawing(setup: Setup, state: RunState, drawing: Drawing, lap: Lap = unmeasured) -> JudgedRollout:
+    """Wait for the responses chunk by chunk, going on with conversations to their ends, and reward each.
+
+    Args:
+      setup: of the run.
+      state: holds the parameters that the drawing began with.
+      drawing: from `draw`.
+      lap: measures both.
+    """
+    config, task, prompts = setup.config, setup.problems.task, drawing.first.prompts
+    if isinstance(task, ConversationTask):
+        params = sampling_params(setup.policy, state.train.params, config)
+        conversing = converse(setup.policy, params, task, drawing.problems, drawing.first, config.sampler, setup.limits)
+        to_judge, conversations = itertools.tee(conversing)
+        judged = judge(task, drawing.problems, to_judge, lap)
+        rollout = assemble(prompts, [chunk.samples for chunk in conversations])
+    else:
+        rollout = assemble(prompts, drawing.first.chunks)
+        judged = judge(task, drawing.problems, drawing.first.chunks, lap)
+        if getattr(task.tokenizer, "stop_strings", ()):
+            rollout = cut(rollout, judged.lengths)
     rewards, overlong = jnp.asarray(judged.rewards), np.zeros_like(judged.rewards)
     if config.overlong_buffer:
-        lengths = jnp.asarray(judged.lengths)
-        penalty = overlong_penalty(lengths, config.sampler.max_new_tokens, config.overlong_buffer)
+        lengths = jnp.asarray(judged.lengths if judged.turns is None else judged.turns.tokens)
+        penalty = overlong_penalty(lengths, setup.limits.tokens, config.overlong_buffer)
         rewards, overlong = rewards + penalty, np.asarray(penalty)
     rewards = rewards.reshape(-1, config.group_size)
     lap("judge")
@@ -175,7 +207,7 @@ def pack_mini_batches(
     config, learner = setup.config, setup.learner
     order = np.asarray(jax.random.permutation(key, config.learned_rows))
     packing = Packing(config.mini_batches, learner.micro_batches, learner.row_length)
-    batch, metrics = pack(rollout, config.sampler.max_new_tokens, order, packing)
+    batch, metrics = pack(rollout, setup.limits.tokens, order, packing)
     return split_parts(batch, config.mini_batches), metrics
 
 

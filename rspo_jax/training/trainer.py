@@ -82,7 +82,7 @@ def train(setup: Setup, run_dir: FilePath, resume: bool = False) -> tuple[Params
                 f"their prompts have more than {config.max_prompt_tokens} tokens (max_prompt_tokens)"
             )
     mesh = make_mesh(config.mesh)
-    check_mesh(config, learner, mesh, problems.width + config.sampler.max_new_tokens - 1)
+    check_mesh(config, learner, mesh, problems.width + setup.limits.tokens - 1)
     with (
         jax.set_mesh(mesh),
         Preemption() as preemption,
@@ -135,8 +135,8 @@ def _warm_start(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
     done, problems = int(state.warm_start_step), setup.problems.splits["train"].problems
     if done >= warm_start.steps or int(state.step):
         return state
-    response_width, packing = config.sampler.max_new_tokens, Packing(row_length=setup.learner.row_length)
-    check_solutions(task, problems, response_width)
+    response_width, packing = setup.limits.tokens, Packing(row_length=setup.learner.row_length)
+    check_solutions(task, problems, config.sampler, setup.limits)
     with recorder.phase("warm_start", warm_start.steps, completed=done):
         for step in range(done + 1, warm_start.steps + 1):
             # Prompts and worked solutions, packed into rows.
@@ -189,13 +189,13 @@ def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
             watch.lap("draw")
             # Meanwhile the host finishes the step before.
             if unwritten is not None:
-                recorder.write("rl", unwritten.step, *unwritten.wait(watch), beside=drawing.chunks[0].tokens)
+                recorder.write("rl", unwritten.step, *unwritten.wait(watch), beside=drawing.first.chunks[0].tokens)
             # Judge the responses chunk by chunk, as they are ready; dynamic sampling may draw more of them.
-            judged = [judge_drawing(setup, drawing, watch.lap)]
+            judged = [judge_drawing(setup, state, drawing, watch.lap)]
             while wants_more(judged, config):
                 more, state = draw(setup, state)
                 watch.lap("draw")
-                judged.append(judge_drawing(setup, more, watch.lap))
+                judged.append(judge_drawing(setup, state, more, watch.lap))
             # Advantages: each response is compared with the others of its group.
             rollouts = [with_advantages(setup, one) for one in judged]
             # Choose the groups to learn from: those whose rewards differ first.

@@ -11,6 +11,7 @@ from experiments.config import (
     RUNS,
     CodeRun,
     CountdownRun,
+    GuessRun,
     MathRun,
     ObjectiveOptions,
     differences,
@@ -153,7 +154,7 @@ CODE_RUN = CodeRun(
 
 
 def test_every_task_has_a_run_with_defaults():
-    assert {"countdown": CountdownRun, "mathematics": MathRun, "code": CodeRun} == RUNS
+    assert {"countdown": CountdownRun, "guess": GuessRun, "mathematics": MathRun, "code": CodeRun} == RUNS
     assert all(run_type().learner().objective == "rspo" for run_type in RUNS.values())
 
 
@@ -167,7 +168,13 @@ def test_a_run_from_a_folder_needs_one(run_type, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "run"),
-    [("countdown", CountdownRun()), ("countdown", OTHER_RUN), ("mathematics", MATH_RUN), ("code", CODE_RUN)],
+    [
+        ("countdown", CountdownRun()),
+        ("countdown", OTHER_RUN),
+        ("guess", GuessRun()),
+        ("mathematics", MATH_RUN),
+        ("code", CODE_RUN),
+    ],
 )
 def test_there_and_back(tmp_path, name, run):
     path = tmp_path / "config.json"

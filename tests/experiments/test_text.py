@@ -305,6 +305,75 @@ def test_a_template_without_today(copy):
         HuggingFaceTokenizer(copy).chat([USER])
 
 
+LLAMA_LIKE = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{{ message.content | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL_LIKE = (
+    "{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }}[/INST]"
+    "{% elif message.role == 'assistant' %} {{ message.content }} <|im_end|>"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+WITHOUT_STOPS = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+HINT = [{"role": "user", "content": "An answer? An answer.. higher "}]
+
+
+@pytest.mark.parametrize(
+    ("template", "config", "expected"),
+    [
+        (
+            TEMPLATE,
+            {"options": ("enable_thinking=false",)},
+            "\n<|im_start|>user\nAn answer? An answer.. higher <|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        ),
+        (
+            LLAMA_LIKE,
+            {},
+            "<|start_header_id|>user<|end_header_id|>\n\nAn answer? An answer.. higher<|im_end|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (MISTRAL_LIKE, {}, "[INST] An answer? An answer.. higher [/INST]"),
+        (WITHOUT_STOPS, {}, "\nuser: An answer? An answer.. higher \nassistant:"),
+        (WITHOUT_STOPS, {"stop_strings": ("user:",)}, " An answer? An answer.. higher \nassistant:"),
+        (WITHOUT_STOPS, {"stop_strings": ("\nuser:",)}, " An answer? An answer.. higher \nassistant:"),
+        (TEMPLATE, {"template": "plain"}, "\n\nAn answer? An answer.. higher "),
+    ],
+    ids=["ChatML", "Llama-like", "Mistral-like", "no stop", "stop string", "stop string with a space", "plain"],
+)
+def test_the_text_between_two_turns_is_the_templates_own(folder, tmp_path, template, config, expected):
+    copy = write_folder(tmp_path / "model", template)
+    assert HuggingFaceTokenizer(copy, ChatConfig(**config)).continue_chat(HINT) == expected
+
+
+def test_a_prompt_a_turn_and_the_text_between_are_the_chat_that_the_template_writes(folder):
+    tokenizer = HuggingFaceTokenizer(folder)
+    question, hints = {"role": "user", "content": "Guess"}, [{"role": "tool", "content": "12"}, HINT[0]]
+    text = tokenizer.chat([question]) + "Seven" + END + tokenizer.continue_chat(hints)
+    assert text == tokenizer.chat([question, {"role": "assistant", "content": "Seven"}, *hints])
+    assert tokenizer.encode(text) == [
+        *tokenizer.encode(tokenizer.chat([question])),
+        *tokenizer.encode("Seven" + END),
+        *tokenizer.encode(tokenizer.continue_chat(hints)),
+    ]
+
+
+def test_what_cannot_be_said_between_two_turns(folder, tmp_path):
+    with pytest.raises(ValueError, match="nothing is said between two turns: give at least one message"):
+        HuggingFaceTokenizer(folder).continue_chat([])
+    with pytest.raises(ValueError, match=r"refuses messages of user, assistant, tool: only user and assistant"):
+        HuggingFaceTokenizer(write_folder(tmp_path / "a", MISTRAL_LIKE)).continue_chat(
+            [{"role": "tool", "content": ""}]
+        )
+    last_only = "{{ messages[-1].content }}"
+    with pytest.raises(ValueError, match="leaves out what the model has said before"):
+        HuggingFaceTokenizer(write_folder(tmp_path / "b", last_only)).continue_chat(HINT)
+
+
 def test_a_folder_without_a_template(tmp_path):
     folder = write_folder(tmp_path / "model", template=None)
     with pytest.raises(ValueError, match=r"model has no chat template: set chat\.template to plain, or put"):

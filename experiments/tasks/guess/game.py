@@ -1,0 +1,144 @@
+"""Guess a number: a task of several turns (`rspo_jax.types.DemonstrationTask`).
+
+The prompt names a range, such as "35-50:". The model guesses, the environment answers "higher" or "lower", and so on
+until the number is found or the turns are used up. A guess that is no number ends the game.
+
+    35-50:  42  higher  47  lower  45
+
+Four guesses reach 15 of 16 numbers, if each halves what is left. The worked conversations of the warm start only guess
+at random among the numbers that the hints have left, and often run out of turns. The rest is for the policy to find.
+"""
+
+import dataclasses
+import functools
+import random
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rspo_jax.types import Conversation, Judgement
+
+_CHARACTERS = "0123456789-:higherlow"
+_IDS = {character: index for index, character in enumerate(dict.fromkeys(_CHARACTERS), start=2)}
+_TEXTS = {index: character for character, index in _IDS.items()}
+_SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
+
+
+class Problem(NamedTuple):
+    """One game: a number between `low` and `high`, both of which are possible too."""
+
+    low: int
+    high: int
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GuessConfig:
+    """The settings of the games. Each pair of a range and a number in it is one problem."""
+
+    size: int = 16
+    """Numbers in a range."""
+    highest: int = 99
+    """The largest number; the smallest is 1."""
+    guesses: int = 4
+    """Guesses of a worked conversation, at most. (conversation.max_turns is the limit of the model's.)"""
+    seed: int = 0
+    """Decides which problems are for training, and the guesses of worked conversations."""
+
+    def check(self) -> None:
+        """Raise ValueError, naming the mistake and the way out, if there are no such games."""
+        if not 2 <= self.size <= self.highest:
+            raise ValueError(
+                f"a range needs 2 or more numbers, up to {self.highest} (task.highest); task.size is {self.size}"
+            )
+        if self.guesses < 1:
+            raise ValueError(f"task.guesses must be at least 1, got {self.guesses}")
+        for split in _SHARES:
+            if not _problems(self, split):
+                raise ValueError(f"these ranges are too few to leave games for the {split} split: raise task.highest")
+
+
+class GuessTokenizer:
+    """A tokenizer that maps each character of the games to one id.
+
+    Attributes:
+        pad_id: the padding of a batch; it stands for no text.
+        eos_id: the id that ends a guess; it stands for no text.
+        stop_ids: all ids that end a guess: `eos_id` alone.
+        vocabulary_size: number of ids, which run from 0 to vocabulary_size - 1.
+    """
+
+    pad_id: int = 0
+    eos_id: int = 1
+    stop_ids: tuple[int, ...] = (1,)
+    vocabulary_size: int = 2 + len(_IDS)
+
+    def encode(self, text: str) -> list[int]:
+        """Return one id for each character, without an end id."""
+        return [_IDS[character] for character in text]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of the ids, without padding and ends."""
+        return "".join(_TEXTS.get(int(token), "") for token in ids)
+
+
+@functools.lru_cache(maxsize=6)
+def _problems(config: GuessConfig, split: str) -> list[Problem]:
+    """Return the problems of a split: its share of all pairs of a range and a number, shuffled."""
+    lows = range(1, config.highest - config.size + 2)
+    problems = [Problem(low, low + config.size - 1, low + step) for low in lows for step in range(config.size)]
+    random.Random(config.seed).shuffle(problems)
+    start = 0
+    for name, share in _SHARES.items():
+        end = start + round(share * len(problems))
+        if name == split:
+            return problems[start:end]
+        start = end
+    raise ValueError(f"there is no split {split!r}; there are {', '.join(_SHARES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GuessTask:
+    """An `rspo_jax.types.DemonstrationTask`."""
+
+    config: GuessConfig = GuessConfig()
+
+    @property
+    def tokenizer(self) -> GuessTokenizer:
+        return GuessTokenizer()
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        return _problems(self.config, split)
+
+    def prompt(self, problem: Problem) -> str:
+        return f"{problem.low}-{problem.high}:"
+
+    def respond(self, problem: Problem, conversation: Conversation) -> str | None:
+        guess = _number(conversation[-1])
+        if guess is None or guess == problem.number:
+            return None
+        return "higher" if guess < problem.number else "lower"
+
+    def judge(self, problems: Sequence[Problem], responses: Sequence[Conversation]) -> list[Judgement]:
+        found = [_number(turns[-1]) == problem.number for problem, turns in zip(problems, responses, strict=True)]
+        return [Judgement(float(one), one) for one in found]
+
+    def solution(self, problem: Problem) -> str:
+        return str(problem.number)
+
+    def demonstration(self, problem: Problem) -> Conversation:
+        """Return a game of guesses at random among the numbers that are still possible, which may be lost."""
+        chance = random.Random(f"{self.config.seed} {problem}")
+        low, high, turns = problem.low, problem.high, list[str]()
+        while True:
+            guess = chance.randint(low, high)
+            turns.append(str(guess))
+            hint = self.respond(problem, turns)
+            if hint is None or len(turns) == 2 * self.config.guesses - 1:
+                return turns
+            turns.append(hint)
+            low, high = (guess + 1, high) if hint == "higher" else (low, guess - 1)
+
+
+def _number(guess: str) -> int | None:
+    """Return the number that a guess is, or None: only digits count, and few enough of them for Python to read."""
+    return int(guess) if guess.isascii() and guess.isdecimal() and len(guess) < 10 else None
