@@ -225,8 +225,7 @@ def judge(
     turns: list[Conversation] = []
     for chunk in chunks:
         start = len(turns)
-        rows, talks = _talks(task, chunk, len(problems) - start)
-        lap("draw")
+        rows, talks = _talks(task, chunk, len(problems) - start, lap)
         turns += [talks[row].turns if row in talks else () for row in range(rows)]
         verdict = np.zeros((rows, 11 + len(names)), np.float32)
         verdict[:, 11:] = np.nan
@@ -264,11 +263,13 @@ def judge(
     )
 
 
-def _talks(task: Task, chunk: Samples | Conversations, count: int) -> tuple[int, dict[int, Talk]]:
+def _talks(task: Task, chunk: Samples | Conversations, count: int, lap: Lap) -> tuple[int, dict[int, Talk]]:
     """Return the rows of a chunk, and the responses in its first `count` rows, those of this process, as text."""
     if isinstance(chunk, Conversations):
+        lap("draw")
         return chunk.samples.tokens.shape[0], chunk.talks
     rows, tokens, mask = chunk.tokens.shape[0], fetch_own(chunk.tokens), fetch_own(chunk.mask)
+    lap("draw")
     own = own_rows(rows)
     talks = {}
     for row in own[own < count].tolist():

@@ -19,6 +19,7 @@ from rspo_jax.records.compiling import CompileWatch
 from rspo_jax.records.files import FilePath, as_path
 from rspo_jax.records.lock import RunLock
 from rspo_jax.records.metrics import MetricsLog, check_record, read_metrics
+from rspo_jax.records.samples import Sample
 from rspo_jax.rollouts import Packing, ResponseLengths, check_solutions, encode_solutions, pack, reward_names, take
 from rspo_jax.sharding import make_mesh
 from rspo_jax.stopwatch import Stopwatch
@@ -230,18 +231,22 @@ def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
             key = jax.random.key_data(key)
             state = state._replace(train=train, key=key, step=state.step + 1, lengths=lengths)
             unwritten = StepMetrics(step, of_scoring, reduced, numbers)
-            samples = sample_responses(setup, state, judged, scored) if config.leaves_samples(step) else []
-            scored = scored if config.probes(step) else []
-            del drawing, judged, rollouts, rollout, mini_batches, mini_batch  # the device needs the memory
+            sampling, probing = config.leaves_samples(step), config.probes(step)
+            judged, scored = judged if sampling else [], scored if sampling or probing else []
+            del drawing, rollouts, rollout, mini_batches, mini_batch  # the device needs the memory
             last, stop = step == config.steps, recorder.should_stop()
             evaluating = last or step % config.evaluation.every == 0
             saving = last or stop or step % config.checkpoint.every == 0
-            if evaluating or saving or scored or samples:
+            if evaluating or saving or sampling or probing:
                 metrics, arrays = unwritten.wait(watch)
-                if scored:
+                samples: list[Sample] = []
+                if sampling:
+                    samples = sample_responses(setup, state, judged, scored)
+                    watch.lap("write")
+                if probing:
                     metrics |= probe_gradients(setup, state, scored)
                     watch.lap("probe")
-                unwritten, scored = None, []
+                unwritten, judged, scored = None, [], []
                 if evaluating:
                     metrics |= evaluate(setup, state, final=last)
                     watch.lap("evaluate")
