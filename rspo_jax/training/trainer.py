@@ -51,6 +51,7 @@ PROGRAMS = {
     "generate": "the sampler",
     "score": "the scoring pass",
     "update": "the update",
+    "rescore": "the scoring of samples",
 }
 """The programs that take long to compile: name of the jitted function -> what the progress display calls it."""
 
