@@ -13,6 +13,7 @@ from support.tasks import Characters
 from rspo_jax.records import read_metrics
 from rspo_jax.rollouts import ConversationConfig, SamplerConfig, load_problems
 from rspo_jax.sharding import make_mesh
+from rspo_jax.stopwatch import STAGES
 from rspo_jax.training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -26,7 +27,8 @@ from rspo_jax.training.state import fresh_state
 from rspo_jax.training.trainer import Stopped, train
 from rspo_jax.types import Judgement
 
-TIMINGS = {"step_seconds", "tokens_per_second"}
+TIMINGS = {"step_seconds", "tokens_per_second", "compile_seconds", "overlapped_seconds", "peak_memory_gib"}
+TIMINGS |= {f"seconds_{stage}" for stage in STAGES}
 NUMBERS = "1234"
 
 
