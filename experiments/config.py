@@ -8,15 +8,15 @@ import dataclasses
 import functools
 import json
 import os
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from etils import epath
 
 import models
+from experiments.config_fields import differences, flatten, make, read_fields, words_of
 from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownConfig, CountdownReward
 from experiments.tasks.countdown.task import CountdownTask
@@ -41,7 +41,6 @@ from rspo_jax.training import (
 )
 from rspo_jax.types import Params, Task
 
-Config = TypeVar("Config")
 Place = Annotated[
     epath.Path,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -465,13 +464,13 @@ def load_config(path: FilePath) -> tuple[str, Run]:
     except (ValueError, RecursionError) as error:  # from decoding, or from JSON
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds {_words(values)}, not an object with fields")
+        raise ValueError(f"{path} is damaged: it holds {words_of(values)}, not an object with fields")
     name, count = values.pop("task_name", None), values.pop(FIELD_COUNT, None)
     if not isinstance(name, str) or name not in RUNS:
         raise ValueError(f"{path} is for the unknown task {name!r}; known: {', '.join(RUNS)}")
     mistakes: list[str] = []
     missing: list[str] = []
-    fields = _read_fields(RUNS[name], values, "", mistakes, missing)
+    fields = read_fields(RUNS[name], values, "", mistakes, missing)
     if count is not None and (mistakes or count != len(flatten(values))):
         mistakes += [f"{field} is missing" for field in missing]
     if mistakes:
@@ -479,7 +478,7 @@ def load_config(path: FilePath) -> tuple[str, Run]:
     if missing:
         _say_once(f"{path} was written before there were {', '.join(missing)}: the run has their defaults")
     try:
-        return name, _make(RUNS[name], fields)
+        return name, make(RUNS[name], fields)
     except ValueError as error:
         raise ValueError(f"{path} holds an impossible run: {error}") from error
 
@@ -488,77 +487,3 @@ def load_config(path: FilePath) -> tuple[str, Run]:
 def _say_once(sentence: str) -> None:
     """Print a sentence in the first process; a start reads a run's configuration several times."""
     say(sentence)
-
-
-def _read_fields(
-    config_type: type, values: Mapping[str, Any], prefix: str, mistakes: list[str], missing: list[str]
-) -> dict[str, Any]:
-    """Return the fields of a config by name: values of the right types, and the fields of nested configs.
-
-    Unknown fields and wrong types are added to `mistakes`, the names of absent fields to `missing`.
-    """
-    hints, fields = typing.get_type_hints(config_type), {}
-    mistakes += [f"{prefix}{name} is an unknown field" for name in values if name not in hints]
-    for option in dataclasses.fields(config_type):
-        name, hint = f"{prefix}{option.name}", hints[option.name]
-        if option.name not in values:
-            missing.append(name)
-            continue
-        value, nested = values[option.name], _nested(hint)
-        if nested is not None and isinstance(value, dict):
-            fields[option.name] = _read_fields(nested, value, f"{name}.", mistakes, missing)
-        elif _fits(value, hint):
-            fields[option.name] = tuple(value) if isinstance(value, list) else value
-        else:
-            text = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            mistakes.append(f"{name} is {_words(value)}, not {text if nested is None else 'an object with fields'}")
-    return fields
-
-
-def _make(config_type: type[Config], fields: Mapping[str, Any]) -> Config:
-    """Return a config of what `_read_fields` read."""
-    hints = typing.get_type_hints(config_type)
-    nested = {name: _make(_nested(hints[name]), value) for name, value in fields.items() if isinstance(value, dict)}
-    return config_type(**(dict(fields) | nested))
-
-
-def _nested(hint: Any) -> Any:
-    """Return the config type among the types of a field; None if it has none."""
-    return next((option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)), None)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value from JSON is one of a field's type. A boolean is no number, and an integer is a float."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return isinstance(value, str) and value in options
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(one, options[0]) for one in value)
-    if options:
-        return any(_fits(value, option) for option in options)
-    return value is None if hint is type(None) else type(value) in ((int, float) if hint is float else (hint,))
-
-
-def _words(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Return one line for each field in which two configs of a type differ: "steps: 100 -> 200"."""
-    lines = []
-    for option in dataclasses.fields(old):
-        before, after = getattr(old, option.name), getattr(new, option.name)
-        if dataclasses.is_dataclass(before) and type(before) is type(after):
-            lines += differences(before, after, f"{prefix}{option.name}.")
-        elif before != after:
-            lines.append(f"{prefix}{option.name}: {before} -> {after}")
-    return lines
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by their dotted names: {"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

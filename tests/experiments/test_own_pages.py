@@ -24,7 +24,8 @@ FLAGS = "--steps 1 --prompts 4 --group-size 4 --mini-batches 2 --sampler.max-new
 
 def blocks_of(page, language):
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [code for found, code in blocks if found == language]
 
 
 @pytest.fixture(autouse=True)

@@ -123,7 +123,10 @@ class InWorkers:
         self._asynchronous: list[bool] = []
 
     def mistakes(self, columns: Sequence[str]) -> list[str]:
-        (found,) = self._pool.map([{"columns": list(columns)}])
+        try:
+            (found,) = self._pool.map([{"columns": list(columns)}])
+        except RuntimeError as error:
+            return [f"the processes of the rewards do not start: {error}"]
         if found.failure:
             return [f"the processes of the rewards do not start: {found.detail}"]
         self._asynchronous = found.value["asynchronous"]

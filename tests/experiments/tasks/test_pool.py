@@ -47,6 +47,11 @@ def work(item):
             open(path, "w").write(str(child.pid))
             time.sleep(60)
     return item
+
+def make(first, second):
+    """Return a function that adds what was made before any worker was."""
+    made = [first, second, os.getpid()]
+    return lambda item: [*made, os.getppid(), item]
 '''
 
 
@@ -146,6 +151,18 @@ def test_the_time_limit_counts_the_work_of_the_process_and_not_its_waiting(funct
         outcomes = pool.map(["loop", ["pause", 0.6, str(tmp_path / "pid")], "power"])
     out_of_time = Outcome(None, "time limit", "no answer within 0.3 s of CPU time")
     assert outcomes == [out_of_time, Outcome("paused"), out_of_time]
+
+
+def test_a_function_that_is_made_once_before_the_workers(functions):
+    with WorkerPool("pool_functions:make", 2, LIMIT, arguments=[1, "two"]) as pool:
+        found = values(pool.map(["a", "b"]))
+    assert [one[:2] + one[4:] for one in found] == [[1, "two", "a"], [1, "two", "b"]]
+    assert {one[2] for one in found} == {one[3] for one in found}  # made in the server, the parent of both
+    with (
+        WorkerPool("pool_functions:make", 1, LIMIT, arguments=[1]) as pool,
+        pytest.raises(RuntimeError, match=r"make\(\)"),
+    ):
+        pool.map(["a"])
 
 
 def test_many_failures_in_a_row(shared):

@@ -4,6 +4,7 @@ Signals to one of several real processes stop all of them at the same step."""
 import os
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.processes import Member, finish, free_port
@@ -32,6 +33,15 @@ def test_a_signal_becomes_a_flag(number):
         send(number)
         assert preemption.requested == number.name
     assert preemption.requested == number.name
+
+
+def test_outside_the_main_thread_nothing_is_caught():
+    def enter():
+        with Preemption() as preemption:
+            return preemption.requested
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(enter).result() is None
 
 
 def test_a_second_sigterm_waits_for_the_loop():

@@ -18,9 +18,11 @@ from rspo_jax.rollouts import (
     encode_prompts,
     encode_solutions,
     judge,
+    judge_texts,
     pack,
     refilling_pays,
     sample_in_chunks,
+    sample_texts,
     solve,
     usable_problems,
 )
@@ -226,6 +228,25 @@ def test_mistakes_of_a_task_that_names_its_rewards(judgement, message):
 
     with pytest.raises(ValueError, match=message):
         judge(Broken(), ["e"], [samples("f.")])
+
+
+def test_a_judge_may_look_at_the_tokens():
+    class TokensTask(ReciteTask):
+        def judge_tokens(self, problems, responses, token_ids):
+            seen.append((list(problems), list(responses), list(token_ids)))
+            return [Judgement(float(len(ids)), False) for ids in token_ids]
+
+    seen = []
+    judged = judge(TokensTask(), ["c", "c", "e"], [samples("def.", "cdef", "f.")])
+    np.testing.assert_array_equal(judged.rewards, [4, 0, 2])
+    assert seen == [(["c", "e"], ["def", "f"], [[5, 6, 7, EOS], [7, EOS]])]
+    # Where only texts are known, the other judge is asked.
+    np.testing.assert_array_equal(judge_texts(TokensTask(), ["e"], ["f"])[:, 0], [1.5])
+
+
+def test_texts_for_prompts_without_a_task():
+    texts = sample_texts(POLICY, alphabet_table(), Letters(), ["abc", "e", "f"], jax.random.key(0), GREEDY)
+    assert texts == ["def", "f", ""]
 
 
 class Pairs(Letters):

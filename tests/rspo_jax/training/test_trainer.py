@@ -561,6 +561,25 @@ def test_responses_that_no_reward_applies_to_count_for_nothing(tmp_path, start):
     assert (row["rewards/right/none"], row["rewards/short/none"]) == (0, pytest.approx(np.isnan(short).mean()))
 
 
+def test_a_task_is_told_the_step_and_has_metrics_of_its_own(tmp_path, start):
+    class Stepping(TranslationTask):
+        def __init__(self):
+            super().__init__()
+            self.steps = []
+
+        def begin_step(self, step, steps):
+            self.steps.append((step, steps))
+
+        def step_metrics(self):
+            return {"task/step": float(len(self.steps)), "reward": -9.0}
+
+    task = Stepping()
+    _, rows = run(tmp_path, RL_ONLY, task, init=copies_of(start))
+    assert task.steps == [(1, 2), (2, 2)]
+    assert [row.get("task/step") for row in rows] == [None, 1.0, 2.0]
+    assert all(row["reward"] >= 0 for row in rows[1:])  # the trainer's own metrics stay
+
+
 def test_long_responses_lose_reward(tmp_path, start):
     class Nothing(TranslationTask):
         def reward(self, problem, correct):
