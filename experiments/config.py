@@ -375,8 +375,8 @@ class PromptRun(FolderRun):
         warm_start=WarmStartConfig(steps=0),
         evaluation=EvaluationConfig(problems=100),
     )
-    # For Python: `data` and `steps` are short for `task.data` and `trainer.steps`. `rewards` is a list of functions,
-    # which are called in this process, of texts as on the command line, or of pairs of either and a weight.
+    # For Python: `data` and `steps` are short for `task.data` and `trainer.steps`. `rewards` are functions, which are
+    # called in this process, texts as on the command line, or pairs of either and a weight; a list of them, or one.
     data: InitVar[tyro.conf.Suppress[str | os.PathLike[str] | None]] = None
     rewards: InitVar[tyro.conf.Suppress[Sequence[Any] | None]] = None
     steps: InitVar[tyro.conf.Suppress[int | None]] = None
@@ -386,7 +386,7 @@ class PromptRun(FolderRun):
     ) -> None:
         changes: dict[str, Any] = {} if data is None else {"data": os.fspath(data)}
         if rewards is not None:
-            names = tuple(map(notation, rewards))
+            names = tuple(map(notation, [rewards] if callable(rewards) or isinstance(rewards, str) else rewards))
             in_process = self.task.rewards_in_process or any(isinstance(name, HandedOver) for name in names)
             changes |= {"rewards": names, "rewards_in_process": in_process}
         if changes:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from experiments.config import (
     GuessRun,
     MathRun,
     ObjectiveOptions,
+    PromptRun,
     differences,
     flatten,
     load_config,
@@ -23,6 +25,7 @@ from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.code.sandbox import Limits
 from experiments.tasks.countdown import CharacterTokenizer, CountdownConfig, CountdownReward
 from experiments.tasks.mathematics.config import MathConfig
+from experiments.tasks.prompts.config import PromptsConfig
 from experiments.text import ChatConfig
 from rspo_jax.objectives import OBJECTIVES, GRPOConfig, GSPOConfig, RSPOConfig
 from rspo_jax.rollouts import SamplerConfig
@@ -154,11 +157,37 @@ CODE_RUN = CodeRun(
 
 
 def test_every_task_has_a_run_with_defaults():
-    assert {"countdown": CountdownRun, "guess": GuessRun, "mathematics": MathRun, "code": CodeRun} == RUNS
+    assert {
+        "countdown": CountdownRun,
+        "guess": GuessRun,
+        "mathematics": MathRun,
+        "code": CodeRun,
+        "prompts": PromptRun,
+    }.items() <= RUNS.items()
     assert all(run_type().learner().objective == "rspo" for run_type in RUNS.values())
 
 
-@pytest.mark.parametrize("run_type", [MathRun, CodeRun])
+def some_reward(completions, **_):
+    return [1.0] * len(completions)
+
+
+def test_a_run_of_prompts_in_python(tmp_path):
+    """What is given in short is in the fields, also after a change of others and in `config.json`."""
+    run = PromptRun(model="folder", data=Path("data.jsonl"), rewards=[some_reward, ("a.py:f", 0.2)], steps=7)
+    assert (run.task.data, run.trainer.steps, run.task.rewards_in_process) == ("data.jsonl", 7, True)
+    assert run.task.rewards == (f"{__name__}:some_reward", "a.py:f@0.2")
+    changed = dataclasses.replace(run, dtype="bfloat16")
+    assert changed.task == run.task and changed.task.rewards[0].function is some_reward
+    assert [one["reward"] for one in PromptRun(rewards=some_reward).sources()] == ["some_reward"]
+    save_config(tmp_path / "config.json", "prompts", run)
+    assert load_config(tmp_path / "config.json") == ("prompts", run)
+    named = PromptRun(model="folder", task=PromptsConfig(data="data.jsonl", rewards=("a.py:f",)))
+    assert named == PromptRun(model="folder", data="data.jsonl", rewards="a.py:f") and not named.task.rewards_in_process
+    with pytest.raises(ValueError, match="name its Hugging Face folder"):
+        PromptRun(data="data.jsonl").check()
+
+
+@pytest.mark.parametrize("run_type", [MathRun, CodeRun, PromptRun])
 def test_a_run_from_a_folder_needs_one(run_type, tmp_path):
     with pytest.raises(ValueError, match="name its Hugging Face folder with --model"):
         run_type().check()

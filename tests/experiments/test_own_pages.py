@@ -12,6 +12,7 @@ from support.folders import write_model
 
 import experiments
 from experiments import evaluate, export, train
+from experiments.errors import MISTAKE
 from rspo_jax.records import read_metrics
 from rspo_jax.rollouts import SamplerConfig
 
@@ -65,10 +66,10 @@ def test_your_own_reward(place, capsys):
     (place / "rewards.py").write_text(rewards.replace("/ 100", "/ 50"))
     again = [*trained, *FLAGS.split(), "--resume"]
     capsys.readouterr()
-    assert train.main(again) == train.MISTAKE
+    assert train.main(again) == MISTAKE
     assert "the source of the reward correct is not the one that it was started with" in capsys.readouterr().err
     (place / "rewards.py").write_text(rewards)
-    assert train.main([word.replace("@0.2", "@0.3") for word in again]) == train.MISTAKE
+    assert train.main([word.replace("@0.2", "@0.3") for word in again]) == MISTAKE
     assert "the weight of the reward brief was 0.2, and is 0.3 now" in capsys.readouterr().err
     assert train.main(again) == 0
 
