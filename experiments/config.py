@@ -19,6 +19,7 @@ import models
 from experiments.config_fields import differences, flatten, make, read_fields, words_of
 from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.countdown import SPLITS, CharacterTokenizer, CountdownConfig, CountdownReward
+from experiments.tasks.countdown.chat import ChatCountdownConfig, ChatCountdownTask
 from experiments.tasks.countdown.task import CountdownTask
 from experiments.tasks.guess import GuessConfig, GuessTask, GuessTokenizer
 from experiments.tasks.mathematics.config import MathConfig
@@ -425,12 +426,36 @@ class PromptRun(FolderRun):
         return train_run(self, run_dir, resume)
 
 
+@dataclass(frozen=True)
+class ChatCountdownRun(FolderRun):
+    """Train a chat model from a Hugging Face folder on Countdown, with answers between <answer> and </answer>."""
+
+    task: ChatCountdownConfig = ChatCountdownConfig()
+    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
+        steps=200,
+        prompts=128,
+        max_prompt_tokens=256,
+        sampler=SamplerConfig(max_new_tokens=1024),
+        optimizer=OptimizerConfig(learning_rate=1e-6),
+        warm_start=WarmStartConfig(steps=0),
+        evaluation=EvaluationConfig(problems=200),
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.task.check()
+
+    def build_task(self) -> Task:
+        return ChatCountdownTask(self.task, self.tokenizer())
+
+
 RUNS: dict[str, type[Run]] = {
     "countdown": CountdownRun,
     "guess": GuessRun,
     "mathematics": MathRun,
     "code": CodeRun,
     "prompts": PromptRun,
+    "countdown_chat": ChatCountdownRun,
 }
 """Task name -> class of its runs. The commands' choices come from this table."""
 

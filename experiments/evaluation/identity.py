@@ -31,7 +31,7 @@ from rspo_jax.types import Task
 _SHARED_SOURCES = [*Path(experiments.tasks.__path__[0]).glob("*.py"), Path(rspo_jax.rollouts.rollout.__file__)]
 # Settings of tasks that show in prompts or problems, which have digests of their own, or that change no verdict.
 _NOT_OF_THE_JUDGE = {"train_path", "validation_path", "test_path", "data_dir", "prompt", "system", "workers"} | {
-    *("prompt_field", "answer_field", "validation_share", "test_share")
+    *("prompt_field", "answer_field", "validation_share", "test_share", "numbers_field", "target_field", "begin")
 }
 _SETTLED_NS = 2 * 10**9  # more than the resolution of a file's times on any file system in use
 _READERS, _PART = 4, 2**24

@@ -19,6 +19,7 @@ import models
 from experiments.config import FolderRun, Place, load_config
 from experiments.evaluation.identity import FileDigests, list_files, stamps_of
 from experiments.tasks.code.config import CodeConfig
+from experiments.tasks.countdown.chat import ChatCountdownConfig, ChatCountdownTask
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.problems import SETS
 from experiments.text import ChatConfig, HuggingFaceTokenizer
@@ -69,9 +70,16 @@ def _code_task(name: str, source: "Source", tokenizer: HuggingFaceTokenizer) -> 
     return CodeTask(config, tokenizer)
 
 
+def _countdown_task(name: str, source: "Source", tokenizer: HuggingFaceTokenizer) -> Task:
+    del name
+    config = ChatCountdownConfig(test_path=source.problems, judge_after=source.judge_after, **source.texts())
+    return ChatCountdownTask(config, tokenizer)
+
+
 FOLDER_TASKS: dict[str, Callable[[str, "Source", HuggingFaceTokenizer], Task]] = {
     **dict.fromkeys((*SETS, "mathematics"), _math_task),
     "code": _code_task,
+    "countdown_chat": _countdown_task,
 }
 """Tasks for a model from a Hugging Face folder: name -> function that makes the task."""
 DEFAULT_MAX_NEW_TOKENS = 3072
@@ -91,7 +99,7 @@ class Source:
     """The task that the model is to solve."""
     problems: str | None = None
     """The file or folder of the problems, in any format of docs/data.md. Only gsm8k works without, through TensorFlow
-    Datasets."""
+    Datasets, and countdown_chat, which generates them."""
     prompt_field: str | None = None
     """The field of the prompts in files of another layout than that of --task; "prompt", or else "messages", where
     --task is mathematics."""
