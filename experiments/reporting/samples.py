@@ -40,7 +40,9 @@ STYLE = """
 
 
 def samples_section(samples: Mapping[int, Sequence[Sample]]) -> list[str]:
-    """Return the samples of a run as pieces of HTML: the scale of colours, then each step, folded but the last.
+    """Return the samples of a run as pieces of HTML: the scale of colours, then each step, the last one first.
+
+    All steps are folded but the last, and the one in which the routers moved most.
 
     Args:
       samples: step -> responses, of one step or more. Of many steps a part is shown, evenly spread, and of long
@@ -50,7 +52,8 @@ def samples_section(samples: Mapping[int, Sequence[Sample]]) -> list[str]:
     if len(steps) > _MOST_STEPS:
         steps = [steps[at] for at in np.linspace(0, len(steps) - 1, _MOST_STEPS).round().astype(int)]
     most_tokens = max(_MOST_TOKENS // sum(len(samples[step]) for step in steps), 100)
-    drifts = [-math.log(max(gamma, 1e-30)) for step in steps for one in samples[step] for gamma in _known(one.gamma)]
+    gammas = {step: [gamma for one in samples[step] for gamma in _known(one.gamma)] for step in steps}
+    drifts = [-math.log(max(gamma, 1e-30)) for known in gammas.values() for gamma in known]
     top = max(float(np.quantile(drifts, 0.99)), 1e-4) if drifts else 0.0
     body = ['<h2>Samples</h2><div class="samples">']
     if len(steps) < len(samples):
@@ -58,10 +61,11 @@ def samples_section(samples: Mapping[int, Sequence[Sample]]) -> list[str]:
     body += [_scale(top) if drifts else '<p class="quiet">This model has no routers, so its tokens have no γ.</p>']
     if any(one.environment for step in steps for one in samples[step]):
         body += ['<p class="quiet">Dots underline what the environment said.</p>']
+    unfolded = {steps[-1], min(steps, key=lambda step: np.mean(gammas[step] or [math.inf]))}
     for step in reversed(steps):
-        known = [gamma for one in samples[step] for gamma in _known(one.gamma)]
+        known = gammas[step]
         words = f"mean γ {np.mean(known):.4f}, lowest {min(known):.4f}" if known else ""
-        body += [f"<details{' open' if step == steps[-1] else ''}><summary>Step {step} <span>{words}</span></summary>"]
+        body += [f"<details{' open' if step in unfolded else ''}><summary>Step {step} <span>{words}</span></summary>"]
         cards = []
         for prompt, responses in itertools.groupby(samples[step], key=lambda one: one.prompt):
             asked = f'<pre class="text prompt" dir="auto">{escape(visible(prompt))}</pre>'
