@@ -25,6 +25,8 @@ from experiments.tasks.guess import GuessConfig, GuessTask, GuessTokenizer
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.prompts.config import PromptsConfig
 from experiments.tasks.prompts.rewards import HandedOver, notation, parse_all
+from experiments.tasks.reasoning_gym.config import ReasoningGymConfig
+from experiments.tasks.reasoning_gym.text import GymTokenizer
 from experiments.text import ChatConfig, HuggingFaceTokenizer
 from models.config import Dtype, Remat
 from rspo_jax.hosts import say
@@ -136,6 +138,11 @@ class Run:
 
     objective: Annotated[ObjectiveOptions, tyro.conf.arg(name="")] = ObjectiveOptions()
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig()
+
+    @classmethod
+    def default(cls, arguments: Sequence[str]) -> "Run":
+        """Return the run that the flags of a new run change; it may depend on which of them are given."""
+        return cls()
 
     def check(self) -> None:
         """Raise ValueError if a setting without a default is missing, or a file shows that the run is impossible."""
@@ -324,7 +331,7 @@ class FolderRun(Run):
         """Read the folder's tokenizer."""
         return HuggingFaceTokenizer(self.model, self.chat)
 
-    def load_params(self) -> Params:
+    def load_params(self) -> Params | None:
         rules = self.trainer.mesh.parameter_rules
         return models.load_hf(self.model, self.dtype, self.param_dtype, rules=rules)[1]
 
@@ -449,6 +456,66 @@ class ChatCountdownRun(FolderRun):
         return ChatCountdownTask(self.task, self.tokenizer())
 
 
+@dataclass(frozen=True)
+class GymRun(FolderRun):
+    """Train on data sets of the library reasoning-gym: the model of a Hugging Face folder, or a small one from scratch,
+    which reads and writes characters."""
+
+    task: ReasoningGymConfig = ReasoningGymConfig()
+    model: str = ""
+    """The folder of a chat model: config.json, *.safetensors and the tokenizer. When absent, the small model is trained
+    from scratch. The other defaults of a run depend on this flag."""
+    small_model: models.TransformerConfig = field(
+        default_factory=lambda: models.TransformerConfig(vocab_size=GymTokenizer.vocabulary_size, expert_size=96)
+    )
+    """The small model, where no folder is named."""
+    trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
+        steps=150,
+        prompts=128,
+        group_size=8,
+        max_prompt_tokens=512,
+        sampler=SamplerConfig(max_new_tokens=32),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3),
+        decay_learning_rate=True,
+        warm_start=WarmStartConfig(steps=300, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
+        evaluation=EvaluationConfig(problems=200),
+    )
+
+    @classmethod
+    def default(cls, arguments: Sequence[str]) -> "GymRun":
+        has_folder = any(argument == "--model" or argument.startswith("--model=") for argument in arguments)
+        return cls(trainer=FolderRun().trainer) if has_folder else cls()
+
+    def __post_init__(self) -> None:
+        if self.small_model.vocab_size != GymTokenizer.vocabulary_size:
+            raise ValueError(
+                f"small_model.vocab_size is {self.small_model.vocab_size}, but the tokenizer of characters has "
+                f"{GymTokenizer.vocabulary_size} tokens"
+            )
+        check_learner(self.trainer, self.learner())
+
+    def check(self) -> None:
+        if self.model:
+            super().check()
+        self.task.check()
+        if self.trainer.evaluation.problems > self.task.validation:
+            raise ValueError(
+                f"evaluation.problems is {self.trainer.evaluation.problems}, but the validation split has only "
+                f"{self.task.validation} (task.validation)"
+            )
+
+    def architecture(self) -> models.TransformerConfig:
+        return super().architecture() if self.model else self.small_model
+
+    def build_task(self) -> Task:
+        from experiments.tasks.reasoning_gym.task import GymTask
+
+        return GymTask(self.task, self.tokenizer() if self.model else GymTokenizer())
+
+    def load_params(self) -> Params | None:
+        return super().load_params() if self.model else None
+
+
 RUNS: dict[str, type[Run]] = {
     "countdown": CountdownRun,
     "guess": GuessRun,
@@ -456,6 +523,7 @@ RUNS: dict[str, type[Run]] = {
     "code": CodeRun,
     "prompts": PromptRun,
     "countdown_chat": ChatCountdownRun,
+    "reasoning_gym": GymRun,
 }
 """Task name -> class of its runs. The commands' choices come from this table."""
 

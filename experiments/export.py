@@ -65,7 +65,7 @@ def write(export: Export) -> int:
         export.run_dir,
         run.learner().regularizers.needs_reference,
     )
-    source = run.model if isinstance(run, FolderRun) else None
+    source = (run.model or None) if isinstance(run, FolderRun) else None
     dtype = export.dtype or (None if source is None else model.dtype)
     models.save_hf(export.folder, model, restored.params, source, dtype)
     return restored.step

@@ -31,7 +31,7 @@ from rspo_jax.records.lock import LOCK_FILE, LockHeld, LockLost, RunLock
 from rspo_jax.records.manifest import CheckpointMismatch
 from rspo_jax.records.rows import DamagedRows
 from rspo_jax.records.trouble import trouble_of
-from rspo_jax.rollouts import Problems, check_solutions, limits_of, load_problems
+from rspo_jax.rollouts import Problems, limits_of, load_problems, with_solutions
 from rspo_jax.sharding import make_mesh
 from rspo_jax.training import check_mesh, state_on_mesh
 from rspo_jax.training.trainer import Setup, Stopped, train
@@ -112,7 +112,7 @@ def parse(arguments: list[str]) -> tuple[str, Run, Folder]:
     if not arguments:
         arguments = ["--help"]
     try:
-        defaults = {name: run_type() for name, run_type in RUNS.items()}
+        defaults = {name: run_type.default(arguments) for name, run_type in RUNS.items()}
         resumed = _resumed_folder(arguments) if arguments[0] in RUNS else None
         if resumed is not None:
             name, defaults[arguments[0]] = load_config(resumed / "config.json")
@@ -188,7 +188,7 @@ def check_data(run: Run) -> Problems:
         limits = limits_of(task, sampler, run.trainer.conversation)
         problems = load_problems(task, run.trainer.max_prompt_tokens)
         if run.trainer.warm_start.steps:
-            check_solutions(task, problems.splits["train"].problems, sampler, limits)
+            with_solutions(task, problems.train, sampler, limits)
     except ValueError as error:
         raise UserError(str(error)) from error
     return problems
@@ -373,7 +373,7 @@ def train_to_the_end(run_dir: epath.Path, run: Run, problems: Problems, resume: 
     params, seconds = train(setup, run_dir, resume)
     if is_primary():
         curves = draw_curves(run_dir)
-        summary = summarize(run_dir, run, len(problems.splits["test"].problems), seconds)
+        summary = summarize(run_dir, run, len(problems.held_out["test"].problems), seconds)
         write_json(run_dir / "summary.json", summary)
         say(report(summary))
         say(f"  curves:  {curves}\n  summary: {run_dir / 'summary.json'}")

@@ -297,14 +297,33 @@ class Judgement(NamedTuple):
     does not apply. Empty for a task that does not name its rewards."""
 
 
+@runtime_checkable
+class ProblemStream(Protocol):
+    """Endless problems to train on, in place of a sequence of them."""
+
+    def draw(self, seed: tuple[int, ...], positions: Sequence[int]) -> list[Any]:
+        """Return the problems at some positions of the stream that a seed names.
+
+        Each must be a function of seed and position alone, so that a resumed run goes on with the very next problem.
+
+        Args:
+          seed: the run's seed, and the phase: 0 for the warm start, 1 for reinforcement learning.
+          positions: each 0 or more.
+
+        Returns:
+          One problem a position; None where there is none to train on, for example because it is held out.
+        """
+        ...
+
+
 class Task(Protocol):
     """Problems and the judge of their answers."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
 
-    def problems(self, split: str) -> Sequence[Any]:
-        """Return the problems of "train", "validation" or "test"."""
+    def problems(self, split: str) -> Sequence[Any] | ProblemStream:
+        """Return the problems of "train", "validation" or "test"; only those of "train" may be a stream."""
         ...
 
     def prompt(self, problem: Any) -> str:
@@ -382,6 +401,15 @@ class TruncatedTask(Task, Protocol):
     @property
     def judges_truncated(self) -> bool:
         """True if responses that were cut off are judged like all others."""
+        ...
+
+
+@runtime_checkable
+class KindsTask(Task, Protocol):
+    """A task whose problems are of several kinds, which metrics and evaluations show one by one."""
+
+    def kind(self, problem: Any) -> str:
+        """Return the name of a problem's kind, which becomes part of the names of metrics."""
         ...
 
 

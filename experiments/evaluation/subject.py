@@ -185,7 +185,7 @@ def _open_run(run_dir: epath.Path, mesh: MeshConfig) -> Subject:
     config, model = dataclasses.replace(run.trainer, mesh=mesh), run.architecture()
     policy = models.Transformer(model)
     init_params, regularizers = functools.partial(models.init_params, model), run.learner().regularizers
-    tokenizer_files = _tokenizer_files(epath.Path(run.model)) if isinstance(run, FolderRun) else {}
+    tokenizer_files = _tokenizer_files(epath.Path(run.model)) if isinstance(run, FolderRun) and run.model else {}
     seen = stamps_of(list_files(run_dir / "checkpoints")) | stamps_of(tokenizer_files)
     task = run.build_task()
     restored = restore_params(policy, init_params, config, run_dir, regularizers.needs_reference)

@@ -36,7 +36,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 FAILURES = ("time limit", "died", "error")
@@ -90,6 +90,7 @@ class WorkerPool:
         memory_limit: int | None = None,
         wall_limit: float | None = None,
         arguments: Sequence[Any] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Check the arguments; nothing is started yet.
 
@@ -102,6 +103,7 @@ class WorkerPool:
             wall_limit: seconds of wall time per item. None: `WALL_FACTOR` times the limit of CPU time.
             arguments: JSON values. If they are given, the function is called with them once, before any worker is
                 forked and without limits, and what it returns is run on the items.
+            environment: variables of the processes' environment, beside those of the caller's.
 
         Raises:
             ValueError: if an argument is wrong.
@@ -120,7 +122,7 @@ class WorkerPool:
         self.workers = workers
         self.time_limit = time_limit
         self.wall_limit = wall_limit
-        self._arguments = (function, time_limit, memory_limit, wall_limit, arguments)
+        self._arguments = (function, time_limit, memory_limit, wall_limit, arguments, dict(environment or {}))
         self._counts: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
@@ -260,6 +262,7 @@ class _Server:
         memory_limit: int | None,
         wall_limit: float,
         arguments: Sequence[Any] | None,
+        environment: Mapping[str, str],
     ) -> None:
         self.channel, other = socket.socketpair()
         with other:
@@ -269,6 +272,7 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                env=os.environ | environment,
                 pass_fds=[other.fileno()],
                 start_new_session=True,  # Ctrl-C is for the caller
             )

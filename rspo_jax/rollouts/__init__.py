@@ -5,9 +5,9 @@ from rspo_jax.rollouts.conversation import (
     Conversations,
     FirstTurns,
     Limits,
-    check_solutions,
     converse,
     limits_of,
+    with_solutions,
 )
 from rspo_jax.rollouts.groups import choose_groups, chosen_rows, is_informative, mask_rows
 from rspo_jax.rollouts.packing import Packing, pack, unpack
@@ -17,6 +17,7 @@ from rspo_jax.rollouts.prompts import (
     Problems,
     Prompts,
     UsableProblems,
+    UsableStream,
     encode_prompts,
     load_problems,
     take,
@@ -54,8 +55,8 @@ __all__ = [
     "SamplerConfig",
     "Turns",
     "UsableProblems",
+    "UsableStream",
     "assemble",
-    "check_solutions",
     "choose_groups",
     "chosen_rows",
     "converse",
@@ -80,4 +81,5 @@ __all__ = [
     "text_pieces",
     "unpack",
     "usable_problems",
+    "with_solutions",
 ]

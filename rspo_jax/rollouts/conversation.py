@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rspo_jax.rollouts.prompts import Prompts
+from rspo_jax.rollouts.prompts import Prompts, UsableProblems, UsableStream
 from rspo_jax.rollouts.reading import read_response
 from rspo_jax.rollouts.sampler import SamplerConfig, generate
 from rspo_jax.sharding import fetch, fetch_own, from_own, own_rows
@@ -346,6 +346,23 @@ def encode_conversation(turns: Conversation, task: Task) -> tuple[list[int], lis
         ids += encoded
         own += [is_own] * len(encoded)
     return ids, own
+
+
+def with_solutions(
+    task: Task, problems: UsableProblems | UsableStream, sampler: SamplerConfig, limits: Limits
+) -> UsableProblems | UsableStream:
+    """Return the problems of a warm start; a stream then skips those without a worked solution within the limits.
+
+    Raises:
+      ValueError: if a solution of a finite split does not fit, with the limit that the longest one needs; if hardly any
+        of a stream fits.
+    """
+    if isinstance(problems, UsableProblems):
+        check_solutions(task, problems.problems, sampler, limits)
+        return problems
+    stream = problems._replace(check=lambda problem: check_solutions(task, [problem], sampler, limits))
+    stream.take((0, 0), 0, 1)
+    return stream
 
 
 def check_solutions(task: Task, problems: Sequence[Any], sampler: SamplerConfig, limits: Limits) -> None:

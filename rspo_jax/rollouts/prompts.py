@@ -4,16 +4,26 @@ Text becomes tokens here, and only here; every process encodes the rows that lie
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rspo_jax.rollouts.sampler import pad_prompts
 from rspo_jax.sharding import from_own, own_rows
-from rspo_jax.types import Array, Task
+from rspo_jax.types import Array, ProblemStream, Task
 
 SPLITS = ("train", "validation", "test")
+_MOST_SKIPPED = 1000
+"""Problems of a stream in a row that may be skipped."""
+
+
+class Taken(NamedTuple):
+    """Problems that were taken from a split."""
+
+    problems: list[Any]
+    cursor: int
+    """The position at which the next ones are taken."""
 
 
 class UsableProblems(NamedTuple):
@@ -26,18 +36,74 @@ class UsableProblems(NamedTuple):
     dropped: int
     """Number of problems left out."""
 
+    def take(self, seed: tuple[int, ...], cursor: int, size: int) -> Taken:
+        """Take problems at `cursor` of an endless stream of shuffled epochs, which a seed names (`take`)."""
+        rows = take(len(self.problems), seed, cursor, size)
+        return Taken([self.problems[row] for row in rows], cursor + size)
+
+
+class UsableStream(NamedTuple):
+    """An endless stream of training problems, of which a run skips those that do not fit.
+
+    Positions count what was skipped as well, so that seed and cursor alone say which problems come next.
+    """
+
+    task: Task
+    stream: ProblemStream
+    width: int
+    """The longest prompt in tokens; problems with longer ones are skipped."""
+    check: Callable[[Any], None] | None = None
+    """Raises ValueError for a problem that is to be skipped, because its worked solution does not fit; None: all fit."""
+
+    def take(self, seed: tuple[int, ...], cursor: int, size: int) -> Taken:
+        """Take the next problems that fit.
+
+        Args:
+          seed: names the stream.
+          cursor: the position to begin at.
+          size: number of problems.
+
+        Raises:
+          ValueError: if hardly any problem fits.
+        """
+        taken, skipped = [], 0
+        while len(taken) < size:
+            positions = range(cursor, cursor + size - len(taken))
+            found = [problem for problem in self.stream.draw(seed, positions) if self._fits(problem)]
+            taken, cursor = taken + found, positions.stop
+            skipped = 0 if found else skipped + len(positions)
+            if skipped >= _MOST_SKIPPED:
+                limits = f"max_prompt_tokens, {self.width}"
+                limits += ", or no worked solution within the limits of responses" if self.check else ""
+                raise ValueError(
+                    f"{skipped} problems in a row were skipped, because they are held out or have no prompt of at most "
+                    f"{limits}: raise the limits, or widen the range of the problems"
+                )
+        return Taken(taken, cursor)
+
+    def _fits(self, problem: Any) -> bool:
+        if problem is None or len(self.task.tokenizer.encode(self.task.prompt(problem))) > self.width:
+            return False
+        try:
+            if self.check is not None:
+                self.check(problem)
+        except ValueError:
+            return False
+        return True
+
 
 class Problems(NamedTuple):
     """A task with all the problems that a run uses."""
 
     task: Task
-    splits: dict[str, UsableProblems]
-    """Split (`SPLITS`) -> its usable problems."""
+    train: UsableProblems | UsableStream
+    held_out: dict[str, UsableProblems]
+    """"validation" and "test" -> their usable problems."""
 
     @property
     def width(self) -> int:
         """Tokens that every prompt is padded to: one width for a whole run, so that it compiles once."""
-        return max(split.width for split in self.splits.values())
+        return max(split.width for split in (self.train, *self.held_out.values()))
 
 
 class Prompts(NamedTuple):
@@ -52,25 +118,43 @@ class Prompts(NamedTuple):
 def load_problems(task: Task, max_prompt_tokens: int | None = None) -> Problems:
     """Read every split of a task and leave out the problems whose prompts are too long.
 
-    Every prompt is encoded once to know its length, which takes minutes on a large data set: load the problems once and
-    hand them on.
+    The problems of a stream are made as the run takes them. All others are encoded once to know their lengths, which
+    takes minutes on a large data set: load the problems once and hand them on.
 
     Args:
       task: the source of the problems.
-      max_prompt_tokens: the limit; None for no limit.
+      max_prompt_tokens: the limit; None for no limit, which a stream of problems does not allow.
 
     Raises:
-      ValueError: if nothing is left of a split.
+      ValueError: if nothing is left of a split, or there is no limit for the prompts of a stream.
     """
-    return Problems(task, {split: usable_problems(task, task.problems(split), max_prompt_tokens) for split in SPLITS})
+    train = task.problems("train")
+    if not isinstance(train, ProblemStream):
+        usable = usable_problems(task, train, max_prompt_tokens)
+    elif max_prompt_tokens is None:
+        raise ValueError(
+            f"the training problems of {type(task).__name__} are an endless stream, of which nobody knows the longest "
+            "prompt: set max_prompt_tokens"
+        )
+    else:
+        usable = UsableStream(task, train, max_prompt_tokens)
+    held_out = {split: usable_problems(task, task.problems(split), max_prompt_tokens) for split in SPLITS[1:]}
+    return Problems(task, usable, held_out)
 
 
-def usable_problems(task: Task, problems: Sequence[Any], max_prompt_tokens: int | None = None) -> UsableProblems:
+def usable_problems(
+    task: Task, problems: Sequence[Any] | ProblemStream, max_prompt_tokens: int | None = None
+) -> UsableProblems:
     """Leave out the problems whose prompts are too long. A prompt is never cut, because its end asks the question.
 
     Raises:
-      ValueError: if nothing is left.
+      ValueError: if nothing is left, or the problems are an endless stream.
     """
+    if isinstance(problems, ProblemStream):
+        raise ValueError(
+            f"these problems of {type(task).__name__} are an endless stream, of which there is no first to last: "
+            "choose the split validation or test"
+        )
     lengths = [len(task.tokenizer.encode(task.prompt(problem))) for problem in problems]
     if not lengths:
         raise ValueError(f"{type(task).__name__} has no problems in this split")

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rspo_jax.rollouts import UsableProblems, UsableStream
 from rspo_jax.routing import numbers_and_arrays
 from rspo_jax.statistics import Statistic, reduce
 from rspo_jax.stopwatch import Stopwatch
 from rspo_jax.training.config import TrainerConfig
 from rspo_jax.training.stages import JudgedRollout
 from rspo_jax.training.state import RunState
-from rspo_jax.types import Array
+from rspo_jax.types import Array, KindsTask, Task
 
 Numbers = dict[str, float]
 Arrays = dict[str, np.ndarray]
@@ -116,6 +117,34 @@ def rollout_metrics(judged: list[JudgedRollout], config: TrainerConfig, names: S
 def mean_of(values: np.ndarray) -> Any:
     """Return the mean of some values; NaN without any."""
     return values.mean() if values.size else math.nan
+
+
+def metrics_by_kind(task: Task, judged: list[JudgedRollout]) -> Numbers:
+    """Return mean reward and solve rate of each kind of problems; none for a task that tells no kinds apart."""
+    if not isinstance(task, KindsTask):
+        return {}
+    verdicts = [one.judged for one in judged]
+    counted = ~np.concatenate([one.left_out for one in verdicts])
+    kinds = np.array([task.kind(problem) for one in judged for problem in one.problems])[counted]
+    metrics = mean_by_kind("reward", kinds, np.concatenate([one.rewards for one in verdicts])[counted])
+    correct = [one.correct for one in verdicts if one.correct is not None]
+    return metrics | (mean_by_kind("solve_rate", kinds, np.concatenate(correct)[counted]) if correct else {})
+
+
+def mean_by_kind(name: str, kinds: np.ndarray, values: np.ndarray) -> Numbers:
+    """Return the metrics `kinds/KIND/name`: the mean of the values [B] over the responses to problems of each kind.
+
+    Args:
+      name: of the values.
+      kinds: of the problem of each response, str [B].
+      values: one a response.
+    """
+    return {f"kinds/{kind}/{name}": float(values[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))}
+
+
+def skipped_problems(problems: UsableProblems | UsableStream, skipped: int) -> Numbers:
+    """Return the metric of the problems that a step has skipped, which only a stream has."""
+    return {"skipped_problems": float(skipped)} if isinstance(problems, UsableStream) else {}
 
 
 def rate_change(rows: Sequence[Mapping[str, Any]], config: TrainerConfig, state: RunState) -> str:

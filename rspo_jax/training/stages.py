@@ -33,7 +33,6 @@ from rspo_jax.rollouts import (
     pack,
     refilling_pays,
     sample_in_chunks,
-    take,
 )
 from rspo_jax.routing import next_log_scale, records_route
 from rspo_jax.statistics import Maximum, Statistic, reduce
@@ -111,9 +110,7 @@ def draw(setup: Setup, state: RunState) -> tuple[Drawing, RunState]:
     """Start to draw `group_size` responses to each of the next prompts, without waiting for the device."""
     config, task = setup.config, setup.problems.task
     key, sample_key = jax.random.split(jax.random.wrap_key_data(state.key))
-    train_problems = setup.problems.splits["train"].problems
-    rows = take(len(train_problems), (config.seed, 1), int(state.cursor), config.prompts)
-    problems = [train_problems[row] for row in rows]
+    problems, cursor = setup.problems.train.take((config.seed, 1), int(state.cursor), config.prompts)
     prompts = encode_prompts(task, problems, setup.problems.width, repeats=config.group_size)
     # Fewer slots than responses: refill them if the last rollout says that this is faster, else draw batch after batch.
     chunks, sampler, refilled = config.rollout_chunks, config.sampler, False
@@ -135,7 +132,7 @@ def draw(setup: Setup, state: RunState) -> tuple[Drawing, RunState]:
         records_route(setup.learner.routing),
     )
     repeated = [problem for problem in problems for _ in range(config.group_size)]
-    state = state._replace(key=jax.random.key_data(key), cursor=state.cursor + config.prompts)
+    state = state._replace(key=jax.random.key_data(key), cursor=jnp.int32(cursor))
     return Drawing(repeated, FirstTurns(prompts, keys, samples), refilled), state
 
 

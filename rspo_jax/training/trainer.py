@@ -20,12 +20,28 @@ from rspo_jax.records.files import FilePath, as_path
 from rspo_jax.records.lock import RunLock
 from rspo_jax.records.metrics import MetricsLog, check_record, read_metrics
 from rspo_jax.records.samples import Sample
-from rspo_jax.rollouts import Packing, ResponseLengths, check_solutions, encode_solutions, pack, reward_names, take
+from rspo_jax.rollouts import (
+    Packing,
+    ResponseLengths,
+    UsableProblems,
+    encode_solutions,
+    pack,
+    reward_names,
+    with_solutions,
+)
 from rspo_jax.sharding import make_mesh
 from rspo_jax.stopwatch import Stopwatch
 from rspo_jax.training.config import check_learner, check_mesh
 from rspo_jax.training.evaluation import evaluate
-from rspo_jax.training.metrics import StepMetrics, rate_change, read_statistics, reduce_statistics, rollout_metrics
+from rspo_jax.training.metrics import (
+    StepMetrics,
+    metrics_by_kind,
+    rate_change,
+    read_statistics,
+    reduce_statistics,
+    rollout_metrics,
+    skipped_problems,
+)
 from rspo_jax.training.probe import probe_gradients
 from rspo_jax.training.recorder import Recorder, Stopped
 from rspo_jax.training.samples import sample_responses
@@ -77,8 +93,9 @@ def train(setup: Setup, run_dir: FilePath, resume: bool = False) -> tuple[Params
     """
     problems, learner, config = setup.problems, setup.learner, setup.config
     check_learner(config, learner)
-    for name, split in problems.splits.items():
-        if split.dropped:
+    finite = {"train": problems.train} | problems.held_out
+    for name, split in finite.items():
+        if isinstance(split, UsableProblems) and split.dropped:
             say(
                 f"{name}: {split.dropped} of {split.dropped + len(split.problems)} problems are left out, because "
                 f"their prompts have more than {config.max_prompt_tokens} tokens (max_prompt_tokens)"
@@ -134,29 +151,28 @@ def _alarm_after(rows: list[dict[str, Any]]) -> Alarm:
 def _warm_start(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
     """Imitate worked solutions, then hand over to reinforcement learning with a fresh optimizer."""
     config, warm_start, task, watch = setup.config, setup.config.warm_start, setup.problems.task, recorder.watch
-    done, problems = int(state.warm_start_step), setup.problems.splits["train"].problems
+    done = int(state.warm_start_step)
     if done >= warm_start.steps or int(state.step):
         return state
     response_width, packing = setup.limits.tokens, Packing(row_length=setup.learner.row_length)
-    check_solutions(task, problems, config.sampler, setup.limits)
+    problems = with_solutions(task, setup.problems.train, config.sampler, setup.limits)
     with recorder.phase("warm_start", warm_start.steps, completed=done):
         for step in range(done + 1, warm_start.steps + 1):
             # Prompts and worked solutions, packed into rows.
-            rows = take(len(problems), (config.seed, 0), int(state.cursor), warm_start.batch_size)
-            chosen = [problems[row] for row in rows]
+            chosen, cursor = problems.take((config.seed, 0), int(state.cursor), warm_start.batch_size)
             solutions = encode_solutions(task, chosen, setup.problems.width, response_width)
-            batch, padding = pack(solutions, response_width, np.arange(len(rows)), packing)
-            tokens = {"response_tokens": int(jnp.sum(solutions.mask))}
+            batch, padding = pack(solutions, response_width, np.arange(len(chosen)), packing)
+            counted = {"response_tokens": int(jnp.sum(solutions.mask))}
+            counted |= skipped_problems(problems, cursor - int(state.cursor) - len(chosen))
             watch.lap("other")
             # Update.
             optimizer = warm_start.decaying_optimizer
             train_state, statistics = supervised_update(setup.policy, optimizer, state.train, batch, config.mesh)
-            cursor = state.cursor + warm_start.batch_size
-            state = state._replace(train=train_state, cursor=cursor, warm_start_step=jnp.int32(step))
+            state = state._replace(train=train_state, cursor=jnp.int32(cursor), warm_start_step=jnp.int32(step))
             numbers, _ = read_statistics([statistics])
             watch.lap("update")
             # End of the step: metrics, hand-over after the last one, checkpoint, stop.
-            metrics = numbers | padding | tokens | {"learning_rate": optimizer.learning_rate_at(step - 1)}
+            metrics = numbers | padding | counted | {"learning_rate": optimizer.learning_rate_at(step - 1)}
             recorder.write("warm_start", step, metrics)
             if step == warm_start.steps:
                 train_state = init_train_state(state.train.params, config.decaying_optimizer)
@@ -187,6 +203,7 @@ def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
             if isinstance(task, StepTask):
                 task.begin_step(step, config.steps)
             # Draw: the device starts on `group_size` responses to each of the next prompts.
+            before = int(state.cursor)
             drawing, state = draw(setup, state)
             watch.lap("draw")
             # Meanwhile the host finishes the step before.
@@ -228,6 +245,8 @@ def _reinforce(setup: Setup, state: RunState, recorder: Recorder) -> RunState:
             # End of the step: metrics, samples, probe, evaluation, checkpoint, stop.
             numbers = rollout_metrics(judged, config, names) | padding | {"learning_rate": learning_rate}
             numbers = ({**task.step_metrics()} if isinstance(task, StepTask) else {}) | numbers
+            numbers |= metrics_by_kind(task, judged)
+            numbers |= skipped_problems(setup.problems.train, int(state.cursor) - before - len(judged) * config.prompts)
             lengths = ResponseLengths(jnp.float32(numbers["response_length"]), jnp.float32(numbers["longest_response"]))
             key = jax.random.key_data(key)
             state = state._replace(train=train, key=key, step=state.step + 1, lengths=lengths)

@@ -1,9 +1,14 @@
-"""The stream of problem indices: shuffled epochs, a function of seed and cursor alone. Knows no problem."""
+"""The problems of a step: shuffled epochs of problem indices, and endless streams of problems.
+
+Both are functions of seed and cursor alone.
+"""
 
 import numpy as np
 import pytest
+from support.tasks import Characters
 
-from rspo_jax.rollouts import take
+from rspo_jax.rollouts import UsableStream, load_problems, take, usable_problems, with_solutions
+from rspo_jax.types import ProblemStream
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
@@ -45,3 +50,68 @@ def test_plain_integers_and_nothing_for_nothing():
 def test_first_indices_are_uniform():
     counts = np.bincount([take(4, (seed,), 0, 1)[0] for seed in range(2000)], minlength=4)
     assert np.sum((counts - 500) ** 2 / 500) < 16.27  # the 0.999 quantile of chi-square with 3 degrees of freedom
+
+
+class Numbers:
+    """A task and its stream: position p of the stream of seed (s, phase) is the text of 10 s + p; tens are held out."""
+
+    tokenizer = Characters("0123456789")
+
+    def problems(self, split):
+        return self if split == "train" else ["10", "20"]
+
+    def prompt(self, problem):
+        return problem
+
+    def solution(self, problem):
+        if problem.endswith("3"):
+            raise ValueError("no solution")
+        return problem * int(problem[-1])
+
+    def judge(self, problems, responses):
+        raise NotImplementedError
+
+    def draw(self, seed, positions):
+        numbers = [10 * seed[0] + position for position in positions]
+        return [None if number % 10 == 0 else str(number) for number in numbers]
+
+
+def test_a_stream_is_taken_in_order_without_what_does_not_fit():
+    stream = load_problems(Numbers(), 2).train
+    assert isinstance(stream, UsableStream) and isinstance(Numbers(), ProblemStream)
+    # 0, 10 and 20 are held out; the cursor goes on after the last position that was looked at.
+    assert stream.take((0, 1), 0, 12) == (["1", "2", "3", "4", "5", "6", "7", "8", "9", "11", "12", "13"], 14)
+    # Two digits fit, so of the stream from 95 on nothing comes after 99.
+    assert stream.take((9, 1), 5, 4) == (["95", "96", "97", "98"], 9)
+    with pytest.raises(ValueError, match=r"1000 problems in a row were skipped.*max_prompt_tokens, 2: raise"):
+        stream.take((9, 1), 5, 6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1, 1), (3, 4), (6, 1)])
+def test_a_stream_taken_in_parts_is_the_stream_taken_at_once(sizes):
+    stream, cursor, parts = load_problems(Numbers(), 4).train, 0, []
+    for size in sizes:
+        problems, cursor = stream.take((4, 0), cursor, size)
+        parts += problems
+    assert parts == stream.take((4, 0), 0, 7).problems == ["41", "42", "43", "44", "45", "46", "47"]
+
+
+def test_a_warm_start_skips_the_problems_of_a_stream_without_a_solution_that_fits():
+    stream = with_solutions(Numbers(), load_problems(Numbers(), 2).train, 5)
+    # Two digits twice are four tokens, and the end is the fifth: "2" and "12" fit, "3" and "13" have no solution.
+    assert stream.take((0, 0), 0, 6).problems == ["1", "2", "4", "11", "12", "21"]
+    with pytest.raises(ValueError, match="no worked solution of at most 1"):
+        with_solutions(Numbers(), load_problems(Numbers(), 2).train, 1)
+
+
+def test_an_endless_stream_is_refused_where_its_end_matters():
+    with pytest.raises(ValueError, match=r"endless stream.*set max_prompt_tokens"):
+        load_problems(Numbers())
+    with pytest.raises(ValueError, match=r"endless stream.*validation or test"):
+        usable_problems(Numbers(), Numbers().problems("train"), 2)
+    problems = load_problems(Numbers(), 4)
+    assert problems.width == 4  # problems to come may need all of it
+    assert {split: found.problems for split, found in problems.held_out.items()} == {
+        "validation": ["10", "20"],
+        "test": ["10", "20"],
+    }

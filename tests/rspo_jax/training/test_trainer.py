@@ -866,6 +866,44 @@ def test_a_stopped_run_ends_like_one_that_was_not(straight, tmp_path, stop):
 
 
 @pytest.mark.parametrize("signal_at", [prompts_before_step(4) + 2, prompts_before_step(4) + 30])
+class EndlessDigits(TranslationTask):
+    """Problem p of a stream is the digit (seed + phase + p) mod 5, of which 3 is held out; digits are even or odd."""
+
+    def problems(self, split):
+        return self if split == "train" else super().problems(split)
+
+    def draw(self, seed, positions):
+        digits = [str((sum(seed) + position) % 5) for position in positions]
+        return [None if digit == "3" else digit for digit in digits]
+
+    def kind(self, problem):
+        return "even" if problem in "024" else "odd"
+
+
+def test_an_endless_stream_is_used_up_in_order_and_a_resumed_run_goes_on_in_it(tmp_path):
+    config = change(CONFIG, max_prompt_tokens=1)
+    straight = run(tmp_path / "straight", config, EndlessDigits())
+    task = EndlessDigits(signal_at=100)
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", config, task)
+    assert run(tmp_path / "stopped", config, EndlessDigits(), resume=True) == straight
+    warm_start = [row for row in straight[1] if row["phase"] == "warm_start"]
+    learning = [row for row in straight[1] if row["phase"] == "rl" and row["step"]]
+    # 5 steps of 6 and 4 steps of 8 problems; a 3 in every five places, first at the fourth and at the third.
+    assert [row["skipped_problems"] for row in warm_start] == [1, 2, 1, 2, 1]
+    assert [row["skipped_problems"] for row in learning] == [2, 2, 2, 2]
+    for row in learning:
+        assert row["kinds/even/solve_rate"] == pytest.approx(row["kinds/even/reward"])
+        assert min(row["kinds/even/solve_rate"], row["kinds/odd/solve_rate"]) <= row["solve_rate"]
+        assert max(row["kinds/even/solve_rate"], row["kinds/odd/solve_rate"]) >= row["solve_rate"]
+    last = straight[1][-1]
+    # The first 16 validation problems are the digits in turn: 10 even ones and 6 odd ones.
+    assert 10 * last["kinds/even/eval_greedy"] + 6 * last["kinds/odd/eval_greedy"] == pytest.approx(
+        16 * last["eval_greedy"]
+    )
+    assert "dropped_test_problems" in last and "dropped_train_problems" not in last
+
+
 def test_a_signal_in_the_last_step_lets_the_run_finish(straight, tmp_path, signal_at):
     _, params, rows = straight
     assert run(tmp_path, task=TranslationTask(signal_at)) == (params, rows)
