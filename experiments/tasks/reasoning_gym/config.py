@@ -90,8 +90,8 @@ class ReasoningGymConfig:
         mistakes = []
         if not installed_version():
             mistakes.append(
-                f"the task reasoning_gym needs {DISTRIBUTION}, which the extra of this name brings (a part of it needs a C "
-                f"compiler): pip install 'rspo-jax[{DISTRIBUTION}]'"
+                f"the task reasoning_gym needs {DISTRIBUTION}, which the extra of this name brings (a part of it needs "
+                f"a C compiler): pip install 'rspo-jax[{DISTRIBUTION}]'"
             )
         elif self.version != installed_version():
             mistakes.append(
@@ -136,7 +136,7 @@ class ReasoningGymConfig:
                 mistake = "sets a level, which is a whole number from 0 on"
             elif path and name not in found:
                 mistake = f"is for {name}, which is not among task.datasets"
-            elif path and path[0] in _RESERVED:
+            elif path and not is_level and path[0] in _RESERVED:
                 mistake = f"sets no difficulty: {_RESERVED[path[0]]}"
             if mistake is not None:
                 mistakes.append(f"task.difficulty {entry!r} {mistake}")

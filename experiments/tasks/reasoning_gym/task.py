@@ -118,10 +118,10 @@ class GymTask:
     def _hold_out(self) -> dict[str, list[GymProblem]]:
         """Draw the problems of validation and test, all of them different; each data set gives its share."""
         splits: dict[str, list[tuple[float, GymProblem]]] = {"validation": [], "test": []}
-        total = sum(one.weight for one in self._data_sets.values())
+        total, asked = sum(one.weight for one in self._data_sets.values()), set()
         for one in self._data_sets.values():
             sizes = [max(1, round(size * one.weight / total)) for size in (self.config.validation, self.config.test)]
-            found = self._different(one, sum(sizes))
+            found = self._different(one, sum(sizes), asked)
             if len(found) < sum(sizes):
                 share = sizes[0] / sum(sizes)
                 sizes[0] = min(len(found) - 1, max(1, round(share * len(found))))
@@ -134,30 +134,35 @@ class GymTask:
             for split, problems in splits.items()
         }
 
-    def _different(self, data_set: DataSet, wanted: int) -> list[GymProblem]:
-        """Draw different problems of a data set to hold out; fewer than wanted, and a half of those found, if it has so
-        few that they repeat."""
-        start = _hash(self.config.seed) % _STARTS
-        found: dict[str, GymProblem] = {}
+    def _different(self, data_set: DataSet, wanted: int, asked: set[str]) -> list[GymProblem]:
+        """Draw problems of a data set to hold out, whose questions are not among those asked and are added to them.
+
+        Fewer than wanted, and a half of those found, if it has so few that they repeat.
+        """
+        start = _hash(self.config.seed, data_set.name) % _STARTS
+        found: list[GymProblem] = []
         drawn = repeated = failed = 0
         while len(found) < wanted and repeated <= max(1, drawn // _REPEATED):
             numbers = range(start + drawn, start + drawn + min(_DRAWN_AT_ONCE, wanted - len(found)))
             for problem in self._make([(data_set.name, number) for number in numbers]):
                 drawn += 1
-                failed += problem is None
-                repeated += problem is not None and problem.question in found
-                if problem is not None and repeated <= max(1, drawn // _REPEATED):
-                    found.setdefault(problem.question, problem)
+                if problem is None:
+                    failed += 1
+                elif problem.question in asked:
+                    repeated += 1
+                elif repeated <= max(1, drawn // _REPEATED):
+                    asked.add(problem.question)
+                    found.append(problem)
             if failed > drawn / 2:
                 raise ValueError(self._why_unusable(data_set, numbers[0]))
         if len(found) >= wanted:
-            return list(found.values())
-        kept = list(found.values())[: max(2, len(found) // 2)]
+            return found
         if len(found) < 4:
             raise ValueError(
                 f"{data_set.name} has only {len(found)} different problems with these settings, too few to hold some "
                 "out: widen its options with task.difficulty"
             )
+        kept = found[: len(found) // 2]
         say(
             f"{data_set.name}: {len(kept)} problems are held out, not {wanted}, because it has few: {repeated} of "
             f"{drawn} drawn were repeated"
