@@ -20,10 +20,10 @@ FAST := tests/rspo_jax/objectives tests/rspo_jax/routing tests/rspo_jax/log_prob
 	tests/experiments/tasks/mathematics/test_verifier.py tests/test_mutants.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup parity demo test test-fast test-slow mutants lint types docs docs-links lock clean
+.PHONY: help setup parity reasoning-gym demo test test-fast test-slow mutants lint types docs docs-links lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv from requirements-dev.txt (PYTHON=python3.12 chooses the interpreter)
 
@@ -31,6 +31,10 @@ setup: $(STAMP) ## make .venv from requirements-dev.txt (PYTHON=python3.12 choos
 # is given one (`pip config set global.find-links`, say).
 parity: setup ## add torch to .venv, which the families of models are compared with
 	@$(RUN) pip install --quiet --disable-pip-version-check torch==2.13.0
+
+# Outside the lock too: pycosat, which it requires, has no wheel, and setup must not need a C compiler.
+reasoning-gym: setup ## add reasoning-gym to .venv, for the task of this name (needs a C compiler)
+	@$(RUN) uv pip install --quiet --python $(VENV)/bin/python reasoning-gym==0.1.25
 
 demo: setup ## train a small mixture of experts on Countdown with RSPO
 	$(RUN) experiments.train countdown $(ARGS)

@@ -53,7 +53,7 @@ class UsableStream(NamedTuple):
     width: int
     """The longest prompt in tokens; problems with longer ones are skipped."""
     check: Callable[[Any], None] | None = None
-    """Raises ValueError for a problem that is to be skipped, because its worked solution does not fit; None: all fit."""
+    """Raises ValueError for a problem to skip, because its worked solution does not fit. None: all fit."""
 
     def take(self, seed: tuple[int, ...], cursor: int, size: int) -> Taken:
         """Take the next problems that fit.

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from support.tasks import Characters
 
-from rspo_jax.rollouts import UsableStream, load_problems, take, usable_problems, with_solutions
+from rspo_jax.rollouts import SamplerConfig, UsableStream, load_problems, take, usable_problems, with_solutions
+from rspo_jax.rollouts.conversation import ConversationConfig, limits_of
 from rspo_jax.types import ProblemStream
 
 
@@ -97,11 +98,15 @@ def test_a_stream_taken_in_parts_is_the_stream_taken_at_once(sizes):
 
 
 def test_a_warm_start_skips_the_problems_of_a_stream_without_a_solution_that_fits():
-    stream = with_solutions(Numbers(), load_problems(Numbers(), 2).train, 5)
+    def warm_start(tokens):
+        sampler = SamplerConfig(tokens)
+        limits = limits_of(Numbers(), sampler, ConversationConfig())
+        return with_solutions(Numbers(), load_problems(Numbers(), 2).train, sampler, limits)
+
     # Two digits twice are four tokens, and the end is the fifth: "2" and "12" fit, "3" and "13" have no solution.
-    assert stream.take((0, 0), 0, 6).problems == ["1", "2", "4", "11", "12", "21"]
-    with pytest.raises(ValueError, match="no worked solution of at most 1"):
-        with_solutions(Numbers(), load_problems(Numbers(), 2).train, 1)
+    assert warm_start(5).take((0, 0), 0, 6).problems == ["1", "2", "4", "11", "12", "21"]
+    with pytest.raises(ValueError, match="no worked solution within the limits of responses"):
+        warm_start(1)
 
 
 def test_an_endless_stream_is_refused_where_its_end_matters():

@@ -13,7 +13,8 @@ import support
 from experiments.tasks.reasoning_gym.config import ReasoningGymConfig
 from experiments.tasks.reasoning_gym.task import GymTask
 from experiments.tasks.reasoning_gym.text import GymTokenizer
-from rspo_jax.rollouts import load_problems, with_solutions
+from rspo_jax.rollouts import SamplerConfig, load_problems, with_solutions
+from rspo_jax.rollouts.conversation import ConversationConfig, limits_of
 from rspo_jax.types import Judgement, KindsTask, ProblemStream
 
 STAND_INS = Path(support.__file__).parent / "stand_ins"
@@ -153,7 +154,9 @@ def test_prompts_and_answers_of_both_kinds_of_model():
     with pytest.raises(ValueError, match=r"task\.system is 'defualt'; choose one of default, direct"):
         make_task("sums", tokenizer=Chat(), system="defualt")
     # The stream of a warm start has problems with answers only.
-    warm = with_solutions(small, load_problems(small, 20).train, 20).take((0, 0), 0, 20).problems
+    sampler = SamplerConfig(20)
+    limits = limits_of(small, sampler, ConversationConfig())
+    warm = with_solutions(small, load_problems(small, 20).train, sampler, limits).take((0, 0), 0, 20).problems
     assert {problem.name for problem in warm} == {"sums"}
 
 
