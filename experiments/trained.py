@@ -11,6 +11,7 @@ import jax
 import models
 from experiments import train
 from experiments.config import RUNS, FolderRun
+from experiments.errors import UserError
 from rspo_jax.records import FilePath, as_path
 from rspo_jax.records.lock import RunLock
 from rspo_jax.rollouts import SamplerConfig, sample_texts
@@ -80,7 +81,7 @@ def train_run(run: FolderRun, run_dir: str | os.PathLike[str], resume: bool = Fa
     try:
         run.check()
     except ValueError as error:
-        raise train.UserError(str(error)) from error
+        raise UserError(str(error)) from error
     folder = train.Folder(place, resume=resume and (place / "config.json").exists())
     problems = train.check_data(run)
     train.check_devices(run, problems)

@@ -8,7 +8,7 @@ from experiments.tasks.chats import Message, Prompt, check_one_kind, read_prompt
 from experiments.tasks.prompts.calling import OWN_NAMES
 from experiments.tasks.prompts.config import PromptsConfig
 from experiments.tasks.records import Mistakes, Record, read_records, splits_of
-from experiments.tasks.splits import SPLITS, Overlaps, check_split, rank_of
+from experiments.tasks.splits import SPLITS, Overlaps, rank_of
 from rspo_jax.hosts import say
 
 NO_COLUMNS = ("prompt", "completion", *OWN_NAMES)
@@ -59,12 +59,6 @@ def load_splits(config: PromptsConfig) -> dict[str, list[Problem]]:
         for sentence in overlaps.note(split, [problem.prompt for problem in problems[split]]):
             say(sentence)
     return problems
-
-
-def load_problems(config: PromptsConfig, split: str) -> list[Problem]:
-    """Read the problems of one split; raise ValueError as `load_splits` does, or if there is no such split."""
-    check_split(split)
-    return load_splits(config)[split]
 
 
 def column_names(problems: Sequence[Problem]) -> list[str]:
