@@ -20,7 +20,7 @@ FAST := tests/rspo_jax/objectives tests/rspo_jax/routing tests/rspo_jax/log_prob
 	tests/experiments/tasks/mathematics/test_verifier.py tests/test_mutants.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup parity reasoning-gym demo test test-fast test-slow mutants lint types docs docs-links lock clean
+.PHONY: help setup parity reasoning-gym demo test test-fast test-slow trackers-test mutants lint types docs docs-links lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,14 @@ parity: setup ## add torch to .venv, which the families of models are compared w
 # Outside the lock too: pycosat, which it requires, has no wheel, and setup must not need a C compiler.
 reasoning-gym: setup ## add reasoning-gym to .venv, for the task of this name (needs a C compiler)
 	@$(RUN) uv pip install --quiet --python $(VENV)/bin/python reasoning-gym==0.1.25
+
+# The packages come into an environment of their own, which sees the packages of .venv.
+trackers-test: setup ## test the trackers with their real packages, offline, in .venv-trackers
+	@test -x .venv-trackers/bin/python || "$(VENV)/bin/python" -m venv .venv-trackers
+	@$(RUN) uv pip install --quiet --python .venv-trackers/bin/python 'wandb>=0.28' 'trackio>=0.40'
+	@$(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])' > "$$(.venv-trackers/bin/python -c \
+		'import site; print(site.getsitepackages()[0])')/of_venv.pth"
+	.venv-trackers/bin/python -m pytest tests/rspo_jax/records/test_trackers_live.py $(ARGS)
 
 demo: setup ## train a small mixture of experts on Countdown with RSPO
 	$(RUN) experiments.train countdown $(ARGS)
@@ -72,7 +80,7 @@ lock: setup ## write requirements*.txt anew from pyproject.toml (ARGS=--upgrade 
 	$(LOCK) --constraints requirements-dev.txt --extra train --output-file requirements.txt pyproject.toml
 
 clean: ## remove .venv, builds and caches; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trackers build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last. Without it, or with a newer lock, the environment is made from nothing,

@@ -417,12 +417,13 @@ class PromptRun(FolderRun):
             for one in parse_all(self.task.rewards)
         ]
 
-    def train(self, run_dir: str | os.PathLike[str], resume: bool = False) -> "Trained":
+    def train(self, run_dir: str | os.PathLike[str], resume: bool = False, trackers: Sequence[str] = ()) -> "Trained":
         """Train, as `python -m experiments.train prompts` does, and return the trained model.
 
         Args:
           run_dir: the folder of the run, absent or empty; or its address in a bucket.
           resume: if True, go on with the run in the folder, or start it.
+          trackers: places to show the run in beside TensorBoard, such as "wandb" and "trackio".
 
         Raises:
           UserError: for a mistake that the caller can correct, before anything is compiled.
@@ -430,7 +431,7 @@ class PromptRun(FolderRun):
         """
         from experiments.trained import train_run
 
-        return train_run(self, run_dir, resume)
+        return train_run(self, run_dir, resume, trackers)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax
 import tyro
@@ -30,6 +30,7 @@ from rspo_jax.records.checkpoint import CheckpointError
 from rspo_jax.records.lock import LOCK_FILE, LockHeld, LockLost, RunLock
 from rspo_jax.records.manifest import CheckpointMismatch
 from rspo_jax.records.rows import DamagedRows
+from rspo_jax.records.trackers import TRACKERS, check_trackers
 from rspo_jax.records.trouble import trouble_of
 from rspo_jax.rollouts import Problems, limits_of, load_problems, with_solutions
 from rspo_jax.sharding import make_mesh
@@ -37,6 +38,10 @@ from rspo_jax.training import check_mesh, state_on_mesh
 from rspo_jax.training.trainer import Setup, Stopped, train
 from rspo_jax.types import Params
 
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    TrackerName = Literal[*TRACKERS]  # the choices of the flag come from the one table
 PROG = "python -m experiments.train"
 RUNS_FOLDER = epath.Path("runs")
 CACHE_FOLDER = "compiled"
@@ -59,6 +64,8 @@ class Folder:
     resume_or_start: bool = False
     """Continue the run in run_dir if there is one, and start one if not: for scripts that restart a run until it is
     done."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Places to show the run in beside TensorBoard, each an optional package (docs/tracking.md)."""
     compilation_cache: Place | None = None
     """The folder that keeps compiled programs for the next start. When absent: JAX_COMPILATION_CACHE_DIR, or else
     compiled/ beside run_dir, but none on CPUs, where a program runs only on the processor that it was compiled for."""
@@ -82,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
                 folder = agree_on_flags(name, run, folder)
                 assert folder.run_dir is not None
                 with RunLock(folder.run_dir):
-                    return train_in(agree_on_folder(name, run, folder), run, problems, folder.resume)
+                    return train_in(agree_on_folder(name, run, folder), run, problems, folder)
             except (*MISTAKES, OSError) as error:
                 return membership.give_up(str(error), _complain_or_raise(error))
             except KeyboardInterrupt:
@@ -129,6 +136,7 @@ def parse(arguments: list[str]) -> tuple[str, Run, Folder]:
                 description="Train with reinforcement learning. TASK --help shows the flags of a task.",
             )
         run.check()
+        check_trackers(folder.trackers)
     except ValueError as error:
         raise UserError(str(error)) from error
     return name, run, folder if resumed is None else dataclasses.replace(folder, run_dir=resumed, resume=True)
@@ -341,12 +349,12 @@ def _check_same_shapes(saved: models.TransformerConfig, given: models.Transforme
             )
 
 
-def train_in(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) -> int:
+def train_in(run_dir: epath.Path, run: Run, problems: Problems, folder: Folder) -> int:
     """Train; process 0 then writes the summary and the curves and prints where they are. Return the exit code."""
     name = next(name for name, run_type in RUNS.items() if type(run) is run_type)
     say(f"run folder: {run_dir}")
     try:
-        train_to_the_end(run_dir, run, problems, resume)
+        train_to_the_end(run_dir, run, problems, folder)
     except Stopped as stop:
         others = "" if jax.process_count() == 1 else "    # on every host, as before"
         command = f"{sys.executable} -m experiments.train {name} --run-dir {run_dir} --resume"
@@ -361,7 +369,7 @@ def train_in(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) ->
     return 0
 
 
-def train_to_the_end(run_dir: epath.Path, run: Run, problems: Problems, resume: bool) -> Params:
+def train_to_the_end(run_dir: epath.Path, run: Run, problems: Problems, folder: Folder) -> Params:
     """Train and return the parameters; process 0 writes the summary and the curves, and prints what they say.
 
     Raises:
@@ -370,7 +378,7 @@ def train_to_the_end(run_dir: epath.Path, run: Run, problems: Problems, resume: 
     model = run.architecture()
     init_params = functools.partial(models.init_params, model)
     setup = Setup(models.Transformer(model), init_params, problems, run.learner(), run.trainer, run.load_params)
-    params, seconds = train(setup, run_dir, resume)
+    params, seconds = train(setup, run_dir, folder.resume, folder.trackers)
     if is_primary():
         curves = draw_curves(run_dir)
         summary = summarize(run_dir, run, len(problems.held_out["test"].problems), seconds)

@@ -14,6 +14,7 @@ from experiments.config import RUNS, FolderRun
 from experiments.errors import UserError
 from rspo_jax.records import FilePath, as_path
 from rspo_jax.records.lock import RunLock
+from rspo_jax.records.trackers import check_trackers
 from rspo_jax.rollouts import SamplerConfig, sample_texts
 from rspo_jax.sharding import make_mesh
 from rspo_jax.training import sampling_params
@@ -65,13 +66,16 @@ class Trained:
             return sample_texts(policy, params, tokenizer, texts, key, sampler)
 
 
-def train_run(run: FolderRun, run_dir: str | os.PathLike[str], resume: bool = False) -> Trained:
+def train_run(
+    run: FolderRun, run_dir: str | os.PathLike[str], resume: bool = False, trackers: Sequence[str] = ()
+) -> Trained:
     """Train in a folder, and return the model.
 
     Args:
       run: the configuration.
       run_dir: the folder, absent or empty, or its address in a bucket.
       resume: if True, go on with the run in the folder, or start it if there is none.
+      trackers: places to show the run in, `rspo_jax.records.trackers.TRACKERS`.
 
     Raises:
       UserError: for a mistake in the configuration, the data or the folder, before anything is compiled.
@@ -80,12 +84,13 @@ def train_run(run: FolderRun, run_dir: str | os.PathLike[str], resume: bool = Fa
     name, place = next(name for name, run_type in RUNS.items() if type(run) is run_type), as_path(run_dir)
     try:
         run.check()
+        check_trackers(trackers)
     except ValueError as error:
         raise UserError(str(error)) from error
-    folder = train.Folder(place, resume=resume and (place / "config.json").exists())
+    folder = train.Folder(place, resume=resume and (place / "config.json").exists(), trackers=tuple(trackers))
     problems = train.check_data(run)
     train.check_devices(run, problems)
     folder = train.agree_on_flags(name, run, folder)
     with RunLock(place):
         place = train.agree_on_folder(name, run, folder)
-        return Trained(run, place, train.train_to_the_end(place, run, problems, folder.resume))
+        return Trained(run, place, train.train_to_the_end(place, run, problems, folder))

@@ -24,6 +24,7 @@ from rspo_jax.records.board import Board
 from rspo_jax.records.files import FilePath, GrowingFiles, as_path, replace_file
 from rspo_jax.records.rows import PHASES, POSITION_NAMES, Phase, RowFile, missing_rows, position, read_rows
 from rspo_jax.records.samples import SAMPLES_FILE, Sample, sample_of
+from rspo_jax.records.trackers import Trackers
 
 _METRICS_FILE = "metrics.jsonl"
 _DIAGNOSTICS_FILE = "diagnostics.jsonl"
@@ -204,6 +205,7 @@ class MetricsLog:
         resume_after: tuple[Phase, int] | None,
         digests: Mapping[str, str] | None = None,
         check: Callable[[], object] = lambda: None,
+        trackers: Sequence[str] = (),
     ) -> None:
         """Open the log; for a run that is resumed, roll it back first.
 
@@ -215,6 +217,7 @@ class MetricsLog:
             the log; without digests, only rows that `metrics.jsonl` has lost.
           check: called in the first process before anything is written; raises an error, such as `LockLost`, if this
             run must not write.
+          trackers: names in `rspo_jax.records.trackers.TRACKERS`; they are shown numbers and samples too.
 
         Raises:
           FileExistsError: if `resume_after` is None and the folder holds rows already.
@@ -230,13 +233,13 @@ class MetricsLog:
         self._open_files = contextlib.ExitStack()
         self._closed = False
         self._writes = is_primary()
-        Agreement("metrics").from_primary(functools.partial(self._open, resume_after, digests or {}))
+        Agreement("metrics").from_primary(functools.partial(self._open, resume_after, digests or {}, trackers))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(0 if error is None else 1)
 
     def write(
         self,
@@ -281,6 +284,7 @@ class MetricsLog:
             return
         board = self._boards.get(phase) or self._open_board(phase)
         board.add({f"{phase}/{name}": value for name, value in finite.items()}, step)
+        self._trackers.log(phase, step, finite, samples)
         self._files.copy_soon()
 
     def flush(self) -> dict[str, str]:
@@ -298,13 +302,18 @@ class MetricsLog:
         self._files.copy()
         return {name: file.digest for name, file in self._rows.items()}
 
-    def close(self) -> None:
-        """Close all files; a second call does nothing."""
+    def close(self, exit_code: int = 0) -> None:
+        """Close all files and tell the trackers that the run has ended; a second call does nothing."""
         self._closed = True
-        self._open_files.close()
+        try:
+            self._open_files.close()
+        finally:
+            if self._writes:
+                self._trackers.finish(exit_code)
 
-    def _open(self, resume_after: tuple[str, int] | None, digests: Mapping[str, str]) -> None:
+    def _open(self, resume_after: tuple[str, int] | None, digests: Mapping[str, str], trackers: Sequence[str]) -> None:
         self._check()
+        told = None if resume_after is None else self._rows[_METRICS_FILE].last_position()
         for name, file in self._rows.items():
             if resume_after is None:
                 file.refuse_old_rows()
@@ -333,6 +342,7 @@ class MetricsLog:
         for index, phase in enumerate(PHASES):
             if index >= last_phase and self._event_files(phase):
                 self._open_board(phase, purge_step=last_step + 1 if index == last_phase else 0)
+        self._trackers = Trackers(trackers, self._run_dir, told)
 
     def _event_files(self, phase: str) -> list[epath.Path]:
         return list((self._run_dir / "tensorboard" / phase).glob("events.out.tfevents.*"))

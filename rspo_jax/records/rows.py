@@ -149,6 +149,15 @@ class RowFile:
         if self._path.exists():
             read_rows(self._path, self._check, self._several)
 
+    def last_position(self) -> tuple[int, int] | None:
+        """Return the position of the last row; None if there is none.
+
+        Raises:
+          DamagedRows: if a line is not a row, or rows are doubled or in a wrong order.
+        """
+        rows = read_rows(self._path, self._check, self._several) if self._path.exists() else []
+        return position(rows[-1][1]["phase"], rows[-1][1]["step"]) if rows else None
+
     def roll_back(self, last: tuple[int, int]) -> list[tuple[int, int]]:
         """Remove the rows after a position from which a run goes on.
 

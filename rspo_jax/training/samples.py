@@ -51,22 +51,42 @@ def sample_responses(
     mini_batch = route_to_device(mini_batch) if setup.learner.route_on_host else mini_batch
     batch = _take(mini_batch, *np.divmod(filled, packed.shape[1]))
     log_probs, gamma = rescore(setup.policy, state.train.params, batch, setup.learner)
-    # Host: texts and verdicts.
-    batch, log_probs, gamma, tokens = _fetch_all((batch, log_probs, gamma, _targets(batch)))
+    fetched = jax.tree.map(fetch, (batch, log_probs, gamma, _targets(batch)))
+    return _read(setup, judged, drawn[shown], rewards, fetched)
+
+
+def _read(
+    setup: Setup,
+    judged: list[JudgedRollout],
+    rows: np.ndarray,
+    rewards: np.ndarray,
+    fetched: tuple[ScoredBatch, Array, Array | None, Array],
+) -> list[Sample]:
+    """Return the samples with their texts and verdicts.
+
+    Args:
+      setup: of the run.
+      judged: the rollouts of the step.
+      rows: int [n], the responses to show, counted through all rollouts.
+      rewards: float [B], those of all responses.
+      fetched: the batch of these responses, their log-probabilities and γ after the step, and their tokens.
+    """
+    batch, log_probs, gamma, tokens = fetched
     task, names = setup.problems.task, reward_names(setup.problems.task)
     problems = [problem for one in judged for problem in one.problems]
     lengths, truncated, parts = (
         np.concatenate([getattr(one.judged, name) for one in judged]) for name in ("lengths", "truncated", "parts")
     )
+    left_out = np.concatenate([one.judged.left_out for one in judged])
     correct = np.concatenate([one.judged.correct for one in judged if one.judged.correct is not None] or [[]])
     # Of a conversation: all tokens, and which of them the model drew.
     said: np.ndarray | None = None
     turns = [one.judged.turns for one in judged if one.judged.turns is not None]
     if turns:
         lengths = np.concatenate([one.tokens for one in turns])
-        said = fetch(_rows_of([one.rollout.mask for one in judged], drawn[shown]))[:, -setup.limits.tokens :]
+        said = fetch(_rows_of([one.rollout.mask for one in judged], rows))[:, -setup.limits.tokens :]
     samples = []
-    for index, row in enumerate(drawn[shown]):
+    for index, row in enumerate(rows):
         own = slice(lengths[row])
         ids = tokens[0, index, own].tolist()
         drawn_here = np.ones(len(ids), bool) if said is None else said[index, own]
@@ -154,7 +174,3 @@ def _take(mini_batch: ScoredBatch, parts: Any, responses: Any) -> ScoredBatch:
 def _targets(batch: ScoredBatch) -> Array:
     """Return the response tokens of each part, int32 [parts, B, T]."""
     return jax.vmap(unpack)(batch.batch.rows.targets, batch.batch.places)
-
-
-def _fetch_all(tree: Any) -> Any:
-    return jax.tree.map(fetch, tree)

@@ -6,6 +6,7 @@ PRNG key, data cursor and step counts.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from rspo_jax.records.files import FilePath, as_path
 from rspo_jax.records.lock import RunLock
 from rspo_jax.records.metrics import MetricsLog, check_record, read_metrics
 from rspo_jax.records.samples import Sample
+from rspo_jax.records.trackers import check_trackers
 from rspo_jax.rollouts import (
     Packing,
     ResponseLengths,
@@ -72,7 +74,7 @@ PROGRAMS = {
 """The programs that take long to compile: name of the jitted function -> what the progress display calls it."""
 
 
-def train(setup: Setup, run_dir: FilePath, resume: bool = False) -> tuple[Params, float]:
+def train(setup: Setup, run_dir: FilePath, resume: bool = False, trackers: Sequence[str] = ()) -> tuple[Params, float]:
     """Run both phases to their end.
 
     Args:
@@ -80,6 +82,7 @@ def train(setup: Setup, run_dir: FilePath, resume: bool = False) -> tuple[Params
       run_dir: a folder, or an address of `rspo_jax.records.files.as_path`; gets `metrics.jsonl`, `tensorboard/` and
         `checkpoints/`.
       resume: if True, go on from the newest checkpoint in `run_dir`, or start if there is none.
+      trackers: names in `rspo_jax.records.trackers.TRACKERS`, which are shown the run beside TensorBoard.
 
     Returns:
       The final parameters, and the seconds that the run took.
@@ -93,6 +96,7 @@ def train(setup: Setup, run_dir: FilePath, resume: bool = False) -> tuple[Params
     """
     problems, learner, config = setup.problems, setup.learner, setup.config
     check_learner(config, learner)
+    check_trackers(trackers)
     finite = {"train": problems.train} | problems.held_out
     for name, split in finite.items():
         if isinstance(split, UsableProblems) and split.dropped:
@@ -123,7 +127,7 @@ def train(setup: Setup, run_dir: FilePath, resume: bool = False) -> tuple[Params
         if resume:
             say(f"going on after {int(state.warm_start_step)} warm-start steps and {int(state.step)} steps")
         last_row = ("rl", int(state.step)) if int(state.step) else ("warm_start", int(state.warm_start_step))
-        with MetricsLog(run_dir, last_row if resume else None, metadata.get("digests"), lock.check) as log:
+        with MetricsLog(run_dir, last_row if resume else None, metadata.get("digests"), lock.check, trackers) as log:
             rows = _earlier_rows(run_dir) if resume else []
             if change := rate_change(rows, config, state):
                 say(change)
