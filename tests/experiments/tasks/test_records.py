@@ -1,12 +1,17 @@
 """Records are read alike from every format, and what is wrong with a file is said at once, with its place."""
 
+import importlib
 import json
 import os
 import sys
+import threading
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from etils import epath
+from etils.epath import backend
+from support.buckets import Client, Store, use_stand_in
 from support.data_sets import save_to_disk
 
 from experiments.tasks.records import digest_records, make_all, read_records, require, splits_of
@@ -177,3 +182,31 @@ def test_a_digest_tells_contents_apart_and_nothing_else(tmp_path):
     assert before == digest_records(again)
     os.rename(os.path.join(first, "data-00000-of-00002.arrow"), os.path.join(first, "renamed.arrow"))
     assert digest_records(first) != before
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A stand-in for a bucket, at gs://bucket."""
+    with Store() as server:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+        use_stand_in()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield epath.Path("gs://bucket")
+        server.shutdown()
+    for name in Client.protocol:
+        importlib.import_module("fsspec.registry")._registry.pop(name)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_data_in_a_bucket_is_read_like_that_of_a_disk(tmp_path, bucket):
+    save_to_disk(tmp_path / "all", {"train": ROWS[:1], "test": ROWS})
+    write(tmp_path / "all" / "lines.jsonl", "\n".join(map(json.dumps, ROWS)))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "all" / "data.parquet")
+    for path in [path for path in (tmp_path / "all").rglob("*") if path.is_file()]:
+        (bucket / path.relative_to(tmp_path)).write_bytes(path.read_bytes())
+    for name in ("lines.jsonl", "data.parquet", "test"):
+        assert rows(f"gs://bucket/all/{name}") == ROWS
+    assert rows("gs://bucket/all", "test") == ROWS
+    assert digest_records("gs://bucket/all") == digest_records(str(tmp_path / "all"))
+    with pytest.raises(ValueError, match=r"there is no file or folder gs://bucket/none"):
+        read_records("gs://bucket/none.jsonl")
