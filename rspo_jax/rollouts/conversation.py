@@ -74,7 +74,9 @@ def limits_of(task: Task, sampler: SamplerConfig, config: ConversationConfig) ->
     if not isinstance(task, ConversationTask):
         if hasattr(task, "respond"):
             missing = [
-                name for name in ("tokenizer", "problems", "prompt", "solution", "judge") if not hasattr(task, name)
+                name
+                for name in ("tokenizer", "problems", "prompt", "solution", "judge")
+                if getattr(task, name, None) is None
             ]
             raise ValueError(
                 f"{type(task).__name__} answers in turns, but is no task yet: it lacks {', '.join(missing)}"
