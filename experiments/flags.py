@@ -102,7 +102,8 @@ def answer_help(prog: str, command: Callable[..., Any], arguments: Sequence[str]
     asked = [number for number, argument in enumerate(arguments) if argument in HELP]
     if asked:
         word = next(iter(arguments[asked[0] + 1 :]), None)
-        print_help(prog, (command.__doc__ or "").strip(), flags_of(command), word)
+        about, *_ = (command.__doc__ or "").strip().split("\n\n")
+        print_help(prog, about, flags_of(command), word)
         sys.exit(0)
 
 

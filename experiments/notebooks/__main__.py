@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,37 @@ STAMP = "rspo_jax"
 """The entry of a notebook's metadata with the digest of the code that its outputs came from."""
 PALETTE_SIZE = 256
 """Number of colours of a picture, the most that a palette holds."""
+PYPROJECT = FOLDER.parents[1] / "pyproject.toml"
+SETUP = """\
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# The address in [project.urls] of pyproject.toml, written here by `python -m experiments.notebooks`.
+REPOSITORY = "{repository}"
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # everything here is small
+
+if importlib.util.find_spec("rspo_jax") is None:
+    folders = [Path.cwd(), *Path.cwd().parents]
+    checkout = next((folder for folder in folders if (folder / "rspo_jax" / "__init__.py").is_file()), None)
+    if "google.colab" in sys.modules and (checkout or REPOSITORY):
+        source = checkout.as_uri() if checkout else f"git+{{REPOSITORY}}"
+        package = f"rspo-jax[train] @ {{source}}"
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)
+        importlib.invalidate_caches()  # if Colab asks for a restart now, restart and run all cells again
+    elif checkout:
+        sys.path.insert(0, str(checkout))
+        os.environ["PYTHONPATH"] = str(checkout)  # for the processes that a study starts
+    else:
+        raise ModuleNotFoundError(
+            "rspo_jax is not installed here: run this notebook in a checkout of the repository or in an environment "
+            "with rspo-jax[train], or, on Colab, set REPOSITORY in this cell to the address of the repository"
+        )"""
+"""The first cell of code of every notebook, but for the address."""
 _TIMEOUT = 1200  # seconds for the start, and for each cell
 _MACHINE_PATH = re.compile(r"(?<![\w./:])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|content)/[\w.-]+")
 
@@ -56,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.names or known:
         started = time.monotonic()
         notebook = nbformat.read(known[name], as_version=4)
+        if PYPROJECT.exists():  # not where the package is installed
+            next(cell for cell in notebook.cells if cell.cell_type == "code").source = setup_cell()
         try:
             # All cells run in a new process and an empty folder.
             with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nbformat.write(notebook, target)
         print(f"{name}: {time.monotonic() - started:.0f} s, {target.stat().st_size / 1024:.0f} KiB", flush=True)
     return 0
+
+
+def setup_cell() -> str:
+    """Return the first cell of code, with the address of the repository that pyproject.toml gives."""
+    urls = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"].get("urls", {})
+    return SETUP.format(repository=urls.get("Repository", ""))
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:

@@ -67,40 +67,59 @@ def test_notebooks_stay_small():
     assert sum(path.stat().st_size for path in command.FOLDER.glob("*.ipynb")) < 2**20
 
 
-def test_both_notebooks_are_set_up_alike():
-    first, second = (code_cells(read(name))[0] for name in PICTURES)
-    assert first.source == second.source
-    assert not first.outputs and not second.outputs
+def test_the_notebooks_are_set_up_as_pyproject_says():
+    for name in PICTURES:
+        first = code_cells(read(name))[0]
+        assert first.source == command.setup_cell(), "run python -m experiments.notebooks"
+        assert not first.outputs
+
+
+def test_the_address_stands_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "PYPROJECT", tmp_path / "pyproject.toml")
+    command.PYPROJECT.write_text('[project]\nname = "x"\n[project.urls]\nRepository = "https://host.example/a/b"\n')
+    assert 'REPOSITORY = "https://host.example/a/b"\n' in command.setup_cell()
+    command.PYPROJECT.write_text('[project]\nname = "x"\n')
+    assert 'REPOSITORY = ""\n' in command.setup_cell()
 
 
 @pytest.fixture
-def setup(monkeypatch):
-    """A function that runs the first cell as if the package were missing, on Colab or not, and returns calls of pip."""
-    source = code_cells(read("rspo_loss"))[0].source
+def setup(monkeypatch, tmp_path):
+    """A function that runs the first cell as if the package were missing, on Colab or not, in a checkout or elsewhere,
+    and returns the packages that it installs and the folders that it adds to the path."""
 
-    def run(colab=True, installed=False, repository=""):
-        calls = []
+    def run(colab=True, installed=False, repository="", checkout=False):
+        calls, place = [], tmp_path / ("checkout" if checkout else "elsewhere") / "experiments" / "notebooks"
+        place.mkdir(parents=True, exist_ok=True)
+        if checkout:
+            (place.parents[1] / "rspo_jax").mkdir(exist_ok=True)
+            (place.parents[1] / "rspo_jax" / "__init__.py").touch()
         with monkeypatch.context() as patch:
+            patch.chdir(place)
             patch.setenv("JAX_PLATFORMS", "cpu")
+            patch.setenv("PYTHONPATH", "")
+            patch.setattr(sys, "path", list(sys.path))
+            before = set(sys.path)
             patch.setattr(subprocess, "run", lambda arguments, check: calls.append(arguments))
             if not installed:
                 patch.setattr(importlib.util, "find_spec", lambda name: None)
             if colab:
                 patch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-            assert source.count('REPOSITORY = ""\n') == 1
-            exec(source.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}"), {})
-        return calls
+            exec(command.SETUP.format(repository=repository), {})
+            assert all(call[:5] == [sys.executable, "-m", "pip", "install", "--quiet"] for call in calls)
+            return [call[5] for call in calls], sorted(set(sys.path) - before)
 
     return run
 
 
-def test_the_first_cell_installs_only_on_colab_and_only_what_is_missing(setup):
-    assert setup(installed=True, repository="an address") == []
-    assert setup(repository="an address") == [[sys.executable, "-m", "pip", "install", "--quiet", "an address"]]
-    with pytest.raises(ValueError, match="set REPOSITORY"):
-        setup()
-    with pytest.raises(ModuleNotFoundError, match="not installed here"):
-        setup(colab=False, repository="an address")
+def test_the_first_cell_installs_only_on_colab_and_only_what_is_missing(setup, tmp_path):
+    address, checkout = "https://host.example/a/b", tmp_path / "checkout"
+    assert setup(installed=True, repository=address) == ([], [])
+    assert setup(repository=address) == ([f"rspo-jax[train] @ git+{address}"], [])
+    assert setup(checkout=True) == ([f"rspo-jax[train] @ {checkout.as_uri()}"], [])
+    assert setup(colab=False, checkout=True) == ([], [str(checkout)])
+    for options in ({}, {"colab": False}, {"colab": False, "repository": address}):
+        with pytest.raises(ModuleNotFoundError, match=r"in a checkout .* or, on Colab, set REPOSITORY in this cell"):
+            setup(**options)
 
 
 def test_the_study_can_be_run_and_its_figures_are_shown(tmp_path):
