@@ -107,7 +107,7 @@ def test_arguments_that_ask_for_no_help(commands):
         ("--step", "--steps"),
         ("--trainer.steps", "--steps"),
         ("--group_siz", "--group-size"),
-        ("--max-tokens", "--sampler.max-new-tokens"),
+        ("--max-new-token", "--sampler.max-new-tokens"),
         ("--rundir", "--run-dir"),
         ("--no-resum", "--no-resume"),
         ("--temperature", "--sampler.temperature"),
