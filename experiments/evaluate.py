@@ -23,11 +23,18 @@ from experiments.evaluation.identity import digest_of, judge_identity, prompts_d
 from experiments.evaluation.progress import EvaluationProgress, describe_throughput, make_console, print_plain
 from experiments.evaluation.responses import SUMMARY_FILE, Response, ResponseFolder, describe_others, shorten
 from experiments.evaluation.subject import Source, Subject, Votes, open_subject
-from experiments.evaluation.summary import describe_lengths, make_table, show_response, summarize_responses
+from experiments.evaluation.summary import (
+    describe_lengths,
+    make_kinds_table,
+    make_table,
+    show_response,
+    summarize_kinds,
+    summarize_responses,
+)
 from rspo_jax.records.checkpoint import CheckpointError
 from rspo_jax.rollouts import SamplerConfig, limits_of, usable_problems
 from rspo_jax.sharding import MeshConfig, make_mesh
-from rspo_jax.types import ConversationTask
+from rspo_jax.types import ConversationTask, KindsTask
 
 
 @dataclass(frozen=True)
@@ -170,11 +177,16 @@ def evaluate(options: EvaluateOptions, subject: Subject, problems: Sequence[Any]
     if progress.throughput is not None:
         throughput = progress.throughput._asdict()
     found = summarize_responses(folder.responses, len(problems), samples, isinstance(subject.task, Votes))
+    if isinstance(subject.task, KindsTask):
+        kinds = [subject.task.kind(problem) for problem in problems]
+        found["kinds"] = summarize_kinds(folder.responses, kinds, samples)
     about = {"title": subject.title, "settings": folder.settings}
     folder.write_summary(about | found | {"throughput": throughput})
     how = f"{samples} samples at temperature {options.temperature:g}" if options.temperature else "greedy"
     print_plain(console, f"{subject.title}: {len(problems)} {options.split} problems, {how}")
     console.print(make_table(found))
+    if "kinds" in found:
+        console.print(make_kinds_table(found["kinds"]))
     print_plain(console, describe_lengths(found["lengths"]))
     print_plain(console, describe_throughput(len(wanted) - len(present), progress.throughput))
     print_plain(console, f"summary: {folder.path / SUMMARY_FILE}")

@@ -22,6 +22,7 @@ from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.countdown.chat import ChatCountdownConfig, ChatCountdownTask
 from experiments.tasks.mathematics.config import MathConfig
 from experiments.tasks.mathematics.problems import SETS
+from experiments.tasks.reasoning_gym.config import ReasoningGymConfig
 from experiments.text import ChatConfig, HuggingFaceTokenizer
 from models.hugging_face.reading import list_tensors
 from rspo_jax.rollouts import ConversationConfig
@@ -76,10 +77,23 @@ def _countdown_task(name: str, source: "Source", tokenizer: HuggingFaceTokenizer
     return ChatCountdownTask(config, tokenizer)
 
 
+def _gym_task(name: str, source: "Source", tokenizer: HuggingFaceTokenizer) -> Task:
+    from experiments.tasks.reasoning_gym.task import GymTask
+
+    del name
+    for flag in ("problems", "prompt_field", "answer_field", "prompt", "judge_after"):
+        if getattr(source, flag):
+            flag = flag.replace("_", "-")
+            raise ValueError(f"problems and judge of reasoning_gym come from its library: leave --{flag} out")
+    config = ReasoningGymConfig(source.datasets, source.difficulty)
+    return GymTask(config if source.system is None else dataclasses.replace(config, system=source.system), tokenizer)
+
+
 FOLDER_TASKS: dict[str, Callable[[str, "Source", HuggingFaceTokenizer], Task]] = {
     **dict.fromkeys((*SETS, "mathematics"), _math_task),
     "code": _code_task,
     "countdown_chat": _countdown_task,
+    "reasoning_gym": _gym_task,
 }
 """Tasks for a model from a Hugging Face folder: name -> function that makes the task."""
 DEFAULT_MAX_NEW_TOKENS = 3072
@@ -110,6 +124,10 @@ class Source:
     """The user's message, with {problem} in place of the problem; that of --task by default."""
     system: str | None = None
     """The system message of all prompts; that of --task by default."""
+    datasets: tuple[str, ...] = ()
+    """The data sets of the task reasoning_gym, each NAME or NAME:WEIGHT."""
+    difficulty: tuple[str, ...] = ()
+    """Their difficulty, as in training: level=1, NAME.level=1, NAME.ATTRIBUTE.level=1 or NAME.OPTION=VALUE."""
     chat: ChatConfig = ChatConfig()
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the model's activations and parameters; that of the folder's weights by default."""
@@ -125,7 +143,8 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.run_dir is not None:
-            for name in ("judge_after", "problems", "prompt_field", "answer_field", "prompt", "system"):
+            texts = ("judge_after", "problems", "prompt_field", "answer_field", "prompt", "system")
+            for name in (*texts, "datasets", "difficulty"):
                 if getattr(self, name):
                     flag = f"--{name.replace('_', '-')}"
                     raise ValueError(f"a run has its own problems and judge: {flag} is for --task, so leave it out")

@@ -1,6 +1,6 @@
 """The summary of an evaluation's responses: estimates with intervals, as JSON and as a table."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,40 @@ def summarize_responses(
             "mean_if_wrong": float(tokens[~correct].mean()) if told and not correct.all() else None,
         },
     }
+
+
+def summarize_kinds(
+    responses: Mapping[tuple[int, int], Response], kinds: Sequence[str], samples: int
+) -> dict[str, dict[str, Any]]:
+    """Return for each kind of problems their number and the estimates of the mean reward and of pass@1.
+
+    Args:
+      responses: as `summarize_responses` takes them.
+      kinds: that of each problem.
+      samples: number of responses to each problem that count.
+    """
+    found = {}
+    for kind in sorted(set(kinds)):
+        rows = [row for row, other in enumerate(kinds) if other == kind]
+        own = {(place, sample): responses[row, sample] for place, row in enumerate(rows) for sample in range(samples)}
+        estimates = summarize_responses(own, len(rows), samples, votes=False)["estimates"]
+        shown = {name: estimates[name] for name in ("pass@1", "reward") if name in estimates}
+        found[kind] = {"problems": len(rows), "estimates": shown}
+    return found
+
+
+def make_kinds_table(kinds: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
+    """Return the estimates of `summarize_kinds` as a table, one line a kind."""
+    table = rich.table.Table()
+    for column in ("", "problems", "pass@1", "95 % interval", "reward"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for kind, found in kinds.items():
+        rate, reward = found["estimates"].get("pass@1"), found["estimates"].get("reward")
+        solved = ["", ""]
+        if rate is not None:
+            solved = [f"{100 * rate['value']:.1f} %", f"{100 * rate['low']:.1f} to {100 * rate['high']:.1f} %"]
+        table.add_row(kind, str(found["problems"]), *solved, "" if reward is None else f"{reward['value']:.3f}")
+    return table
 
 
 def _mean(table: list[list[Response]], value: Callable[[Response], float]) -> np.ndarray:

@@ -161,7 +161,13 @@ class ReasoningGymConfig:
 def _weights(entries: tuple[str, ...]) -> tuple[dict[str, float], list[str]]:
     """Read NAME or NAME:WEIGHT; return the weights by name, and the mistakes."""
     weights: dict[str, float] = {}
-    mistakes = [] if entries else ["name the data sets with --task.datasets, such as chain_sum:0.5 countdown:0.5"]
+    mistakes = (
+        []
+        if entries
+        else [
+            "name the data sets with task.datasets (--datasets of an evaluation), such as chain_sum:0.5 countdown:0.5"
+        ]
+    )
     for entry in entries:
         name, colon, text = entry.partition(":")
         try:

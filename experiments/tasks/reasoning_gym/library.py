@@ -39,8 +39,8 @@ BY_SYMPY = frozenset(
     {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
 )
 """Data sets whose verifiers hand an answer to sympy's `parse_expr`, which edits it and evaluates it as Python."""
-_FUNCTIONS = frozenset({"Abs", "acos", "asin", "atan", "cos", "cosh", "exp", "ln", "log", "sin", "sinh", "sqrt"})
-_FUNCTIONS |= {"sec", "csc", "cot", "tan", "tanh"}
+_FUNCTIONS = frozenset({"Abs", "Integral", "exp", "ln", "log", "sqrt", "sin", "cos", "tan", "sec", "csc", "cot"})
+_FUNCTIONS |= {"asin", "acos", "atan", "sinh", "cosh", "tanh"}
 _INERT = (
     ast.Expression,
     ast.Constant,
