@@ -185,21 +185,23 @@ class Run:
 class CountdownRun(Run):
     """Train a small Mixture-of-Experts model on Countdown: reach a number by arithmetic on a few given ones."""
 
-    task: CountdownConfig = CountdownConfig(train=12_000, validation=500, test=1_500)
+    task: CountdownConfig = CountdownConfig(train=12_000, validation=512, test=1_536)
     reward: CountdownReward = CountdownReward()
     model: Annotated[models.TransformerConfig, tyro.conf.AvoidSubcommands] = field(
         default_factory=lambda: models.TransformerConfig(vocab_size=CharacterTokenizer.vocabulary_size, expert_size=96)
     )
     objective: Annotated[ObjectiveOptions, tyro.conf.arg(name="")] = ObjectiveOptions()
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
-        steps=150,
-        prompts=256,
+        steps=90,
+        prompts=192,
         group_size=8,
-        learned_groups=96,
+        learned_groups=64,
         sampler=SamplerConfig(max_new_tokens=12),
-        optimizer=OptimizerConfig(learning_rate=1.5e-3),
+        optimizer=OptimizerConfig(learning_rate=1.25e-3),
         decay_learning_rate=True,
         warm_start=WarmStartConfig(steps=150, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
+        # Evaluations draw 512 responses at a time, so two programs of the sampler serve all of them.
+        evaluation=EvaluationConfig(every=15, problems=512),
     )
     data_dir: str | None = None
     """The folder of the data set; TensorFlow Datasets' own when absent."""
