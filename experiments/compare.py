@@ -11,11 +11,11 @@ from typing import Annotated
 import tyro
 from etils import epath
 
-from experiments.config import Place
 from experiments.errors import complain
 from experiments.reporting.comparison_page import make_comparison
 from experiments.reporting.page import save_page
 from experiments.reporting.record import load_run
+from experiments.run_config import Place
 from rspo_jax.records import AlarmRule, CollapseRule
 
 

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from experiments.config import Place
 from experiments.errors import INTERRUPTED, complain
 from experiments.evaluation.draw import Drawing, draw_missing, judge_again, wanted_pairs
 from experiments.evaluation.identity import digest_of, judge_identity, prompts_digest
@@ -31,6 +30,7 @@ from experiments.evaluation.summary import (
     summarize_kinds,
     summarize_responses,
 )
+from experiments.run_config import Place
 from rspo_jax.records.checkpoint import CheckpointError
 from rspo_jax.rollouts import SamplerConfig, limits_of, usable_problems
 from rspo_jax.sharding import MeshConfig, make_mesh

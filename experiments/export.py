@@ -14,8 +14,9 @@ import jax
 import tyro
 
 import models
-from experiments.config import FolderRun, Place, load_config
+from experiments.config import FolderRun, load_config
 from experiments.errors import complain
+from experiments.run_config import Place
 from rspo_jax.records.checkpoint import CheckpointError
 from rspo_jax.sharding import MeshConfig, make_mesh
 from rspo_jax.training.restore import restore_params

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import tyro
 
-from experiments.config import Place
 from experiments.errors import complain
 from experiments.reporting.page import save_page
 from experiments.reporting.record import load_run
 from experiments.reporting.run_page import make_report
+from experiments.run_config import Place
 from rspo_jax.records import AlarmRule, CollapseRule, as_path
 
 

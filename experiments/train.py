@@ -20,10 +20,11 @@ import tyro
 from etils import epath
 
 import models
-from experiments.config import RUNS, Place, Run, differences, load_config, save_config
+from experiments.config import RUNS, Run, differences, load_config, save_config
 from experiments.errors import INTERRUPTED, STOPPED, UserError, complain
 from experiments.flags import answer_help, naming_mistyped_flags
 from experiments.reporting.training_curves import draw_curves
+from experiments.run_config import Place
 from rspo_jax.hosts import Agreement, ClusterConfig, ClusterError, is_primary, joined, say
 from rspo_jax.records import as_path, is_leftover, read_metrics, write_json
 from rspo_jax.records.checkpoint import CheckpointError

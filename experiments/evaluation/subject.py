@@ -16,8 +16,9 @@ import tyro
 from etils import epath
 
 import models
-from experiments.config import FolderRun, Place, load_config
+from experiments.config import FolderRun, load_config
 from experiments.evaluation.identity import FileDigests, list_files, stamps_of
+from experiments.run_config import Place
 from experiments.tasks.code.config import CodeConfig
 from experiments.tasks.countdown.chat import ChatCountdownConfig, ChatCountdownTask
 from experiments.tasks.mathematics.config import MathConfig
