@@ -116,7 +116,7 @@ def _rows_of(masks: list[Array], rows: Any) -> Array:
     return jnp.concatenate(masks)[rows]
 
 
-def _where(drawn: np.ndarray, values: np.ndarray) -> list[float | None]:
+def _where(drawn: np.ndarray, values: Any) -> list[float | None]:
     """Return values of tokens, None for those that the model did not draw."""
     return [value if own else None for own, value in zip(drawn.tolist(), values.tolist(), strict=True)]
 
