@@ -87,7 +87,7 @@ class WandbRun:
     """A run in Weights & Biases. Without a key it is kept in the run's folder, to be sent by `wandb sync`."""
 
     def __init__(self, run: TrackedRun) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         mode = os.environ.get("WANDB_MODE")
         if mode is None and not _has_wandb_key():
@@ -128,7 +128,7 @@ class TrackioRun:
     """A run in Trackio, whose data base lies on this machine (TRACKIO_DIR)."""
 
     def __init__(self, run: TrackedRun) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._trackio = trackio
         self._run = trackio.init(
