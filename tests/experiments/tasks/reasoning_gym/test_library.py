@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
+from support.commands import TIMINGS
 from support.folders import write_model
 
 from experiments.evaluate import main as evaluate
@@ -39,6 +42,13 @@ print(json.dumps({"all": sorted(sources)} | kinds))
 def names():
     asked = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, check=True)
     return json.loads(asked.stdout)
+
+
+@pytest.fixture(autouse=True)
+def promotion_as_optax_needs_it():
+    """Optax multiplies Python floats with int32 counts, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 class AnyText:
@@ -103,24 +113,20 @@ def call(command, *arguments):
 
 
 def rows_of(run_dir):
-    timed = ("seconds", "per_second", "peak_memory")
-    return [
-        {name: value for name, value in row.items() if not any(part in name for part in timed)}
-        for row in read_metrics(run_dir)
-    ]
+    return [{name: row[name] for name in row if name not in TIMINGS} for row in read_metrics(run_dir)]
 
 
 def test_a_small_model_from_scratch_goes_on_bit_for_bit(tmp_path, capsys):
     small = ("--warm-start.steps", 2, "--warm-start.batch-size", 4, "--sampler.max-new-tokens", 8)
     small += ("--max-prompt-tokens", 160, "--small-model.num-layers", 1, "--small-model.hidden-size", 32)
-    flags = ("reasoning_gym", "--task.datasets", *MIXTURE, *TINY, *small)
+    flags = ("reasoning_gym", "--task.datasets", *MIXTURE, *TINY, *small, "--checkpoint.every", 1)
     assert call(train, *flags, "--run-dir", tmp_path / "straight") == 0
-    assert call(train, *flags, "--steps", 1, "--run-dir", tmp_path / "stopped") == 0
-    more = ("--steps", 2, "--run-dir", tmp_path / "stopped", "--resume")
-    assert call(train, "reasoning_gym", *more) == 0
-    straight, resumed = rows_of(tmp_path / "straight")[-1], rows_of(tmp_path / "stopped")[-1]
-    for name in ("reward", "response_length", "skipped_problems"):
-        assert resumed[name] == straight[name]
+    # The run as it was after its first step.
+    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
+    newest = max((tmp_path / "stopped" / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.rmtree(newest)
+    assert call(train, "reasoning_gym", "--run-dir", tmp_path / "stopped", "--resume") == 0
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "straight")
     capsys.readouterr()
     assert call(evaluate, tmp_path / "straight", "--samples", 1) == 0
     shown = capsys.readouterr().out
