@@ -60,7 +60,7 @@ def _read(
     judged: list[JudgedRollout],
     rows: np.ndarray,
     rewards: np.ndarray,
-    fetched: tuple[ScoredBatch, Array, Array | None, Array],
+    fetched: Any,
 ) -> list[Sample]:
     """Return the samples with their texts and verdicts.
 
@@ -69,7 +69,7 @@ def _read(
       judged: the rollouts of the step.
       rows: int [n], the responses to show, counted through all rollouts.
       rewards: float [B], those of all responses.
-      fetched: the batch of these responses, their log-probabilities and γ after the step, and their tokens.
+      fetched: NumPy arrays of the batch of these responses, their log-probabilities and γ after the step, and tokens.
     """
     batch, log_probs, gamma, tokens = fetched
     task, names = setup.problems.task, reward_names(setup.problems.task)

@@ -39,7 +39,7 @@ def run(folder, *arguments):
     places = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio"), "WANDB_SILENT": "true"}
     command = [sys.executable, "-c", PROGRAM, str(folder / "run"), *map(str, arguments)]
     done = subprocess.run(
-        command, env={**os.environ, **places}, capture_output=True, text=True, timeout=120, cwd=os.getcwd()
+        command, env={**os.environ, **places}, capture_output=True, text=True, timeout=400, cwd=os.getcwd()
     )
     assert "has failed" not in done.stdout, done.stdout
     return done
