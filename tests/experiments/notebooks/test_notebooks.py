@@ -22,7 +22,7 @@ from experiments.errors import MISTAKE
 from experiments.notebooks import __main__ as command
 
 ROOT = Path(__file__).resolve().parents[3]
-PICTURES = {"rspo_loss": 7, "your_own_ablation": 4}
+PICTURES = {"rspo_loss": 7, "your_own_ablation": 4, "your_own_reward": 1}
 """Name of each notebook -> number of pictures that it shows."""
 WRITE_FILE = "%%writefile my_study.py\n"
 
@@ -185,7 +185,10 @@ def test_a_compact_picture_looks_the_same():
 
 def test_an_unknown_notebook_is_refused(capsys):
     assert command.main(["no_such"]) == MISTAKE
-    assert "there is no notebook 'no_such'; there are rspo_loss, your_own_ablation" in capsys.readouterr().err
+    assert (
+        "there is no notebook 'no_such'; there are rspo_loss, your_own_ablation, your_own_reward"
+        in capsys.readouterr().err
+    )
 
 
 SMALLER = {
