@@ -30,6 +30,8 @@ FIRST = (
     "--task.test-path",
     "--task.data",
     "--task.rewards",
+    "--task.datasets",
+    "--task.difficulty",
     "--objective",
     "--gamma-min",
     "--steps",
@@ -42,6 +44,7 @@ FIRST = (
     "--seed",
     "--run-dir",
     "--resume",
+    "--trackers",
     "--mesh.fsdp",
 )
 """The flags that most runs set, of all tasks, in the order of the help."""
