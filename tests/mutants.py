@@ -98,7 +98,9 @@ FAULTS = [
     Fault(TABLE, "batch.mask & (sign > 0)", "batch.mask & (sign < 0)"),
     Fault(TABLE, "(gamma < gamma_min)", "(gamma <= gamma_min)"),
     # Advantages, corrections, penalties.
-    Fault(ADVANTAGES, "ddof=1, keepdims=True", "ddof=0, keepdims=True"),
+    Fault(ADVANTAGES, "return jnp.std(rewards, axis=axis, ddof=1", "return jnp.std(rewards, axis=axis, ddof=0"),
+    Fault(ADVANTAGES, "std = jnp.std(rewards, axis=axis, ddof=1", "std = jnp.std(rewards, axis=axis, ddof=0"),
+    Fault(ADVANTAGES, "axis=axis, keepdims=True, where=valid)\n", "axis=axis, keepdims=True)\n"),
     Fault(ADVANTAGES, "(group / (group - 1))", "((group - 1) / group)"),
     Fault(ADVANTAGES, "(max_tokens - buffer)", "max_tokens"),
     Fault(CORRECTIONS, "jnp.where(truncated, config.tis_cap, ratio)", "ratio"),

@@ -313,7 +313,7 @@ class MetricsLog:
 
     def _open(self, resume_after: tuple[str, int] | None, digests: Mapping[str, str], trackers: Sequence[str]) -> None:
         self._check()
-        told = None if resume_after is None else self._rows[_METRICS_FILE].last_position()
+        told = None if resume_after is None or not trackers else self._rows[_METRICS_FILE].last_position()
         for name, file in self._rows.items():
             if resume_after is None:
                 file.refuse_old_rows()

@@ -165,6 +165,7 @@ def test_what_a_run_leaves(finished):
         "curves.png",
         "checkpoints",
         "diagnostics.jsonl",
+        "samples.jsonl",
         "tensorboard",
     }
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -368,7 +369,7 @@ def test_mistakes_that_only_the_data_show(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["chess"], "there is no task 'chess'; the tasks are countdown, "),
+        (["poker"], "there is no task 'poker'; the tasks are countdown, "),
         (["countdwn", "--steps", "3"], "there is no task 'countdwn' (did you mean countdown?)"),
         (["countdown", "--learing-rate", "3"], "no flag --learing-rate (did you mean --optimizer.learning-rate?)"),
         (["countdown", "--help", "chess"], "no group and no flag is called 'chess'; the groups are "),

@@ -139,7 +139,7 @@ def test_each_run_makes_its_own_warm_start_where_none_is_shared():
         (vary("x", "trainer.steps.more", 4), r"x=4,seed=0: trainer.steps has no fields of its own, such as more"),
         (
             vary("x", "trainer.mini_batches", 5),
-            r"x=5,seed=0 \(trainer.*768 responses to learn from do not divide into 5",
+            r"x=5,seed=0 \(trainer.*512 responses to learn from do not divide into 5",
         ),
         (
             vary("x", "trainer.mini_batches", "4"),
@@ -222,5 +222,5 @@ def test_another_base_is_another_configuration_and_more_cells_are_not():
     assert not changed_runs(more, plan_study(more), before.base, saved(before))
     other = dataclasses.replace(before, base=change_run(before.base, {"trainer.steps": 3}, ""))
     changed = changed_runs(other, plan_study(other), before.base, saved(before))
-    assert set(map(tuple, changed.values())) == {("trainer.steps: 150 -> 3",)}
+    assert set(map(tuple, changed.values())) == {("trainer.steps: 90 -> 3",)}
     assert len(changed) == 6

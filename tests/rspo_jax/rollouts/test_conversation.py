@@ -218,12 +218,11 @@ def test_mistakes_of_a_task_are_sentences():
         talk(THREE_TURNS, ["6"], task=Silent())
 
     class OneTurn:
-        tokenizer, problems, prompt, solution, judge = TOKENIZER, None, None, None, None
+        tokenizer, problems, prompt, solution, judge = TOKENIZER, *(lambda *_: None,) * 4
 
-    class Unfinished(OneTurn):
-        respond = None
+    class Unfinished:
+        tokenizer, problems, prompt, judge, respond = TOKENIZER, *(lambda *_: None,) * 4
 
-    del Unfinished.__bases__[0].solution
     with pytest.raises(ValueError, match="Unfinished answers in turns, but is no task yet: it lacks solution"):
         limits_of(Unfinished(), GREEDY, ConversationConfig())
     assert limits_of(OneTurn(), GREEDY, ConversationConfig()) == (1, 3)

@@ -72,7 +72,7 @@ def plan_loss(params, old_params, rollout, plan):
     """The loss over all parts of a plan, and what was read of each response token, [B, R] in the rollout's order."""
 
     def part_terms(carry, part):
-        rows, places, mask, _, advantages, _ = part
+        rows, places, mask, advantages = part.rows, part.places, part.mask, part.advantages
         lines = [unpack(per_token, places) for per_token in read_tokens(params, old_params, *rows)]
         mean = rspo_terms(lines, advantages, mask)
         return (carry[0] + mean.total, carry[1] + mean.weight), lines

@@ -865,7 +865,6 @@ def test_a_stopped_run_ends_like_one_that_was_not(straight, tmp_path, stop):
     assert (tmp_path / "samples.jsonl").read_bytes() == (straight[0] / "samples.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("signal_at", [prompts_before_step(4) + 2, prompts_before_step(4) + 30])
 class EndlessDigits(TranslationTask):
     """Problem p of a stream is the digit (seed + phase + p) mod 5, of which 3 is held out; digits are even or odd."""
 
@@ -904,6 +903,7 @@ def test_an_endless_stream_is_used_up_in_order_and_a_resumed_run_goes_on_in_it(t
     assert "dropped_test_problems" in last and "dropped_train_problems" not in last
 
 
+@pytest.mark.parametrize("signal_at", [prompts_before_step(4) + 2, prompts_before_step(4) + 30])
 def test_a_signal_in_the_last_step_lets_the_run_finish(straight, tmp_path, signal_at):
     _, params, rows = straight
     assert run(tmp_path, task=TranslationTask(signal_at)) == (params, rows)

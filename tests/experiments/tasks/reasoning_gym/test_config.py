@@ -30,7 +30,7 @@ def test_weights_and_difficulty_of_each_data_set():
 @pytest.mark.parametrize(
     ("datasets", "difficulty", "message"),
     [
-        ((), (), "name the data sets with --task.datasets"),
+        ((), (), "name the data sets with task.datasets"),
         (("a:",), (), "'a:' is not NAME or NAME:WEIGHT"),
         (("a:0",), (), "with a weight above 0"),
         (("a:-1",), (), "with a weight above 0"),
