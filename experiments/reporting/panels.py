@@ -347,7 +347,7 @@ SECTIONS = (
                 "By what the host worked for or waited for. Each second counts once; a checkpoint's in the step after. "
                 "Dotted: judging and writing while the device was drawing, at least. Steps that compile may reach "
                 "beyond the scale.",
-                ("step_seconds",),
+                ("seconds_update",),
                 _draw_seconds,
             ),
         ),
