@@ -130,14 +130,14 @@ class GuessRun(Run):
     objective: Annotated[ObjectiveOptions, tyro.conf.arg(name="")] = ObjectiveOptions()
     trainer: Annotated[TrainerConfig, tyro.conf.arg(name="")] = TrainerConfig(
         steps=80,
-        prompts=64,
+        prompts=128,
         group_size=8,
         sampler=SamplerConfig(max_new_tokens=4),
         conversation=ConversationConfig(max_turns=4, max_tokens=34),
-        optimizer=OptimizerConfig(learning_rate=1.5e-3),
+        optimizer=OptimizerConfig(learning_rate=5e-4),
         decay_learning_rate=True,
-        warm_start=WarmStartConfig(steps=150, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
-        evaluation=EvaluationConfig(problems=134),
+        warm_start=WarmStartConfig(steps=300, optimizer=OptimizerConfig(learning_rate=6e-3, warmup_updates=20)),
+        evaluation=EvaluationConfig(problems=512),
     )
 
     def __post_init__(self) -> None:

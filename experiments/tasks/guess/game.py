@@ -5,8 +5,9 @@ until the number is found or the turns are used up. A guess that is no number en
 
     35-50:  42  higher  47  lower  45
 
-Four guesses reach 15 of 16 numbers, if each halves what is left. The worked conversations of the warm start only guess
-at random among the numbers that the hints have left, and often run out of turns. The rest is for the policy to find.
+Ranges have 8 to 16 numbers. Four guesses reach 15 of 16 numbers, if each halves what is left. The worked conversations
+of the warm start only guess at random among the numbers that the hints have left, and often run out of turns. The rest
+is for the policy to find.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from rspo_jax.types import Conversation, Judgement
 _CHARACTERS = "0123456789-:higherlow"
 _IDS = {character: index for index, character in enumerate(dict.fromkeys(_CHARACTERS), start=2)}
 _TEXTS = {index: character for character, index in _IDS.items()}
-_SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
+_SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
 class Problem(NamedTuple):
@@ -33,25 +34,34 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GuessConfig:
-    """The settings of the games. Each pair of a range and a number in it is one problem."""
+    """The settings of the games. Each pair of a range and a number in it is one problem.
 
-    size: int = 16
-    """Numbers in a range."""
+    A range is in one split as a whole. If single numbers were held out, a policy would learn never to guess them.
+    """
+
+    smallest: int = 8
+    """Numbers in the smallest range."""
+    largest: int = 16
+    """Numbers in the largest range."""
     highest: int = 99
     """The largest number; the smallest is 1."""
     guesses: int = 4
     """Guesses of a worked conversation, at most. (conversation.max_turns is the limit of the model's.)"""
+    held_out: int = 512
+    """Problems of the validation split, and of the test split, at most."""
     seed: int = 0
     """Decides which problems are for training, and the guesses of worked conversations."""
 
     def check(self) -> None:
         """Raise ValueError, naming the mistake and the way out, if there are no such games."""
-        if not 2 <= self.size <= self.highest:
+        if not 2 <= self.smallest <= self.largest <= self.highest:
             raise ValueError(
-                f"a range needs 2 or more numbers, up to {self.highest} (task.highest); task.size is {self.size}"
+                f"a range needs 2 or more numbers, up to {self.highest} (task.highest), and the largest no fewer than "
+                f"the smallest; task.smallest is {self.smallest} and task.largest {self.largest}"
             )
-        if self.guesses < 1:
-            raise ValueError(f"task.guesses must be at least 1, got {self.guesses}")
+        for name in ("guesses", "held_out"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"task.{name} must be at least 1, got {getattr(self, name)}")
         for split in _SHARES:
             if not _problems(self, split):
                 raise ValueError(f"these ranges are too few to leave games for the {split} split: raise task.highest")
@@ -83,15 +93,20 @@ class GuessTokenizer:
 
 @functools.lru_cache(maxsize=6)
 def _problems(config: GuessConfig, split: str) -> list[Problem]:
-    """Return the problems of a split: its share of all pairs of a range and a number, shuffled."""
-    lows = range(1, config.highest - config.size + 2)
-    problems = [Problem(low, low + config.size - 1, low + step) for low in lows for step in range(config.size)]
-    random.Random(config.seed).shuffle(problems)
+    """Return the problems of a split: every number of its share of the ranges, shuffled."""
+    sizes = range(config.smallest, config.largest + 1)
+    ranges = [(low, low + size - 1) for size in sizes for low in range(1, config.highest - size + 2)]
+    chance = random.Random(config.seed)
+    chance.shuffle(ranges)
     start = 0
     for name, share in _SHARES.items():
-        end = start + round(share * len(problems))
+        end = start + round(share * len(ranges))
         if name == split:
-            return problems[start:end]
+            problems = [
+                Problem(low, high, number) for low, high in ranges[start:end] for number in range(low, high + 1)
+            ]
+            chance.shuffle(problems)
+            return problems if split == "train" else problems[: config.held_out]
         start = end
     raise ValueError(f"there is no split {split!r}; there are {', '.join(_SHARES)}")
 

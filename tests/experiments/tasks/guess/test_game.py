@@ -10,10 +10,17 @@ TASK, PROBLEM = GuessTask(), Problem(35, 50, 45)
 SPLITS = ("train", "validation", "test")
 
 
-def test_every_pair_of_a_range_and_a_number_is_in_one_split():
-    problems = [problem for split in SPLITS for problem in TASK.problems(split)]
-    assert sorted(problems) == [(low, low + 15, low + step) for low in range(1, 85) for step in range(16)]
-    assert [len(TASK.problems(split)) for split in SPLITS] == [941, 134, 269]
+def test_every_range_is_in_one_split_with_all_of_its_numbers():
+    whole = GuessTask(GuessConfig(held_out=10_000))
+    problems = {split: whole.problems(split) for split in SPLITS}
+    every = [
+        (low, low + size - 1, low + n) for size in range(8, 17) for low in range(1, 101 - size) for n in range(size)
+    ]
+    assert sorted(problem for of_split in problems.values() for problem in of_split) == sorted(every)
+    ranges = [{problem[:2] for problem in of_split} for of_split in problems.values()]
+    assert sum(map(len, ranges)) == len(set.union(*ranges)) == sum(100 - size for size in range(8, 17))
+    assert TASK.problems("train") == problems["train"]
+    assert [TASK.problems(split) for split in SPLITS[1:]] == [problems[split][:512] for split in SPLITS[1:]]
     assert GuessTask(GuessConfig(seed=1)).problems("test") != TASK.problems("test") == GuessTask().problems("test")
 
 
@@ -63,15 +70,20 @@ def test_worked_conversations_guess_what_the_hints_have_left():
         firsts.add(int(turns[0]) - problem.low)
         won += turns[-1] == str(problem.number)
     assert firsts == set(range(16))
-    assert 0.5 < won / len(problems) < 0.65
+    assert 0.6 < won / len(problems) < 0.75
 
 
 def test_impossible_games_are_refused():
     for changes, message in (
-        ({"size": 1}, r"a range needs 2 or more numbers, up to 99 \(task.highest\); task.size is 1"),
-        ({"size": 100}, "task.size is 100"),
+        ({"smallest": 1}, r"a range needs 2 or more numbers, up to 99 \(task.highest\), .* task.smallest is 1 and"),
+        ({"largest": 100}, "task.smallest is 8 and task.largest 100"),
+        ({"largest": 7}, "task.smallest is 8 and task.largest 7"),
         ({"guesses": 0}, "task.guesses must be at least 1, got 0"),
-        ({"size": 2, "highest": 2}, "too few to leave games for the validation split: raise task.highest"),
+        ({"held_out": 0}, "task.held_out must be at least 1, got 0"),
+        (
+            {"smallest": 2, "largest": 2, "highest": 2},
+            "too few to leave games for the validation split: raise task.highest",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             GuessConfig(**changes).check()
