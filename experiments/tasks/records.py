@@ -4,7 +4,6 @@ Parquet and Arrow are read by pyarrow, which is imported only for them.
 """
 
 import bisect
-import hashlib
 import json
 import math
 import os
@@ -26,7 +25,6 @@ FORMATS = (
 )
 
 _DIGITS_OF_INT = 4300
-_PART = 2**24
 _DICT_FILE, _STATE_FILE = "dataset_dict.json", "state.json"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"\x28\xb5\x2f\xfd": "Zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
@@ -138,21 +136,6 @@ def decode_json(text: str) -> Any:
     return value
 
 
-def digest_records(path: str) -> str:
-    """Return the SHA-256 of the contents of a file, or of the names and contents of all files of a folder.
-
-    Raises:
-      ValueError: if there is nothing at the path.
-    """
-    place, digest = _existing(path), hashlib.sha256()
-    for name, file in _files(place) if place.is_dir() else [("", place)]:
-        digest.update(f"{name}\0".encode())
-        with file.open("rb") as opened:
-            while part := opened.read(_PART):
-                digest.update(part)
-    return digest.hexdigest()
-
-
 class Mistakes:
     """The mistakes found in one data set, told all at once."""
 
@@ -189,17 +172,6 @@ def _existing(path: str) -> epath.Path:
     if not found:
         raise ValueError(f"there is no file or folder {path}: give {FORMATS}")
     return place
-
-
-def _files(folder: epath.Path) -> Iterator[tuple[str, epath.Path]]:
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            yield from ((f"{entry.name}/{name}", file) for name, file in _files(entry))
-        else:
-            yield entry.name, entry
-
-
-# Folders and tables
 
 
 def _part_of(folder: epath.Path, split: str | None) -> epath.Path:

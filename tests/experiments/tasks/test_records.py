@@ -14,7 +14,7 @@ from etils.epath import backend
 from support.buckets import Client, Store, use_stand_in
 from support.data_sets import save_to_disk
 
-from experiments.tasks.records import digest_records, make_all, read_records, require, splits_of
+from experiments.tasks.records import make_all, read_records, require, splits_of
 
 ROWS = [
     {"prompt": [{"role": "user", "content": "Ä\u2028?"}], "answer": ["1", "2"], "tries": 3, "share": 0.5, "note": None},
@@ -173,17 +173,6 @@ def test_records_that_cannot_be_used_are_named_with_the_fields_that_they_have(tm
     assert make_all(records[1:2], b) == [2]
 
 
-def test_a_digest_tells_contents_apart_and_nothing_else(tmp_path):
-    one, same = (write(tmp_path / name, '{"a": 1}\n') for name in ("one.jsonl", "same.jsonl"))
-    other = write(tmp_path / "other.jsonl", '{"a": 2}\n')
-    assert digest_records(one) == digest_records(same) != digest_records(other)
-    first, again = (save_to_disk(tmp_path / name, ROWS) for name in ("first", "again"))
-    before = digest_records(first)
-    assert before == digest_records(again)
-    os.rename(os.path.join(first, "data-00000-of-00002.arrow"), os.path.join(first, "renamed.arrow"))
-    assert digest_records(first) != before
-
-
 @pytest.fixture
 def bucket(monkeypatch):
     """A stand-in for a bucket, at gs://bucket."""
@@ -207,6 +196,5 @@ def test_data_in_a_bucket_is_read_like_that_of_a_disk(tmp_path, bucket):
     for name in ("lines.jsonl", "data.parquet", "test"):
         assert rows(f"gs://bucket/all/{name}") == ROWS
     assert rows("gs://bucket/all", "test") == ROWS
-    assert digest_records("gs://bucket/all") == digest_records(str(tmp_path / "all"))
     with pytest.raises(ValueError, match=r"there is no file or folder gs://bucket/none"):
         read_records("gs://bucket/none.jsonl")
