@@ -174,6 +174,9 @@ def _existing(path: str) -> epath.Path:
     return place
 
 
+# Folders and tables
+
+
 def _part_of(folder: epath.Path, split: str | None) -> epath.Path:
     """Return the folder of a split, or the folder itself if it has no parts."""
     splits = splits_of(os.fspath(folder))
