@@ -3,6 +3,7 @@
 import importlib
 import re
 
+import jax
 import pytest
 import tyro
 from support.pages import ROOT, Page, read_pages
@@ -104,6 +105,7 @@ def test_programs_of_a_page_run_in_order(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for number, (program, expected) in enumerate(PAGES[name].programs()):
-        exec(compile(program, f"{name}, program {number}", "exec"), namespace)
+        with jax.numpy_dtype_promotion("standard"):  # as readers have it
+            exec(compile(program, f"{name}, program {number}", "exec"), namespace)
         printed = capsys.readouterr().out.strip()
         assert expected is None or printed == expected
