@@ -20,7 +20,7 @@ import tyro
 from etils import epath
 
 import models
-from experiments.config import RUNS, Run, differences, load_config, save_config
+from experiments.config import RUNS, FolderRun, Run, differences, load_config, save_config
 from experiments.errors import INTERRUPTED, STOPPED, UserError, complain
 from experiments.flags import answer_help, naming_mistyped_flags
 from experiments.reporting.training_curves import draw_curves
@@ -361,12 +361,13 @@ def train_in(run_dir: epath.Path, run: Run, problems: Problems, folder: Folder) 
         command = f"{sys.executable} -m experiments.train {name} --run-dir {run_dir} --resume"
         say(f"{stop}: state saved. To go on:\n  {command}{others}")
         return STOPPED
-    say(
-        "What to try next:\n"
-        f"  {sys.executable} -m experiments.evaluate {run_dir}\n"
-        f"  {sys.executable} -m experiments.train {name} --objective gmpo    # the same without router shift\n"
-        f"  {sys.executable} -m experiments.train {name} --help"
-    )
+    command = f"  {sys.executable} -m experiments"
+    lines = [f"{command}.evaluate {run_dir}", f"{command}.report {run_dir}    # one HTML page"]
+    if isinstance(run, FolderRun) and run.model:
+        lines.append(f"{command}.export {run_dir} NEW_FOLDER    # the trained model as a Hugging Face folder")
+    elif not isinstance(run, FolderRun):  # tasks that need no flags
+        lines.append(f"{command}.train {name} --objective gmpo    # the same without router shift")
+    say("\n".join(["What to try next:", *lines, f"{command}.train {name} --help"]))
     return 0
 
 

@@ -190,7 +190,9 @@ class PhaseProgress:
                 continue  # a task that names its rewards need not tell what is solved
             parts.append(text.format(metrics[name]) if name in metrics else re.sub(r"\{.*?\}", "–", text))
             if name == "reward":
-                parts += [f"{of_reward.split('/')[1]} {value:.3f}" for of_reward, value in named.items()]
+                # A reward that applied to no response has no mean.
+                means = {of_reward.split("/")[1]: value for of_reward, value in named.items()}
+                parts += [f"{own} –" if math.isnan(value) else f"{own} {value:.3f}" for own, value in means.items()]
         counts = {"left_out": "left out", "unjudged": "not judged"}
         return parts + [f"{metrics[name]:.0f} {words}" for name, words in counts.items() if metrics.get(name, 0) > 0]
 

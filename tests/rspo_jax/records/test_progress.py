@@ -77,6 +77,8 @@ def test_rewards_by_name_take_the_place_of_a_solve_rate_that_is_not_told():
     assert line.startswith("RL 1/40: reward 0.500, correct 0.250, brief -1.000, γ –")
     assert "solve rate" not in line and "3 left out, 2 not judged" in line
     assert "held-out reward greedy 1.500, sampled -0.250 [-0.500, 0.000]" in line
+    (line,) = run_plainly("rl", 40, [(1, of_rewards | {"rewards/brief/mean": math.nan})])
+    assert line.startswith("RL 1/40: reward 0.500, correct 0.250, brief –, γ –")
     rates = {"solve_rate": 0.5, "eval_greedy": 0.25, "eval_greedy_reward": 1.0}
     told = run_plainly("rl", 40, [(1, of_rewards | rates)])[0]
     assert "solve rate 50.0%" in told and "held-out greedy 25.0%" in told and "left out" not in told
