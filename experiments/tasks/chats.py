@@ -29,7 +29,7 @@ _CALLS = ("tool_calls", "function_call")
 
 @dataclass(frozen=True)
 class Asked:
-    """What a record asks, and the answer that its chat ends with, if it does."""
+    """The prompt of a record, and the answer that its chat ends with, if it does."""
 
     prompt: Prompt
     reply: str | None = None

@@ -62,7 +62,7 @@ class Tracker(Protocol):
 
 
 class TrackedRun(NamedTuple):
-    """What a tracker is told about a run."""
+    """The description of a run that a tracker is given."""
 
     folder: str
     """The folder for the tracker's own files; empty if the run lies in a bucket."""

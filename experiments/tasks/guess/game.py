@@ -13,14 +13,12 @@ is for the policy to find.
 import dataclasses
 import functools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from experiments.tasks.characters import Characters
 from rspo_jax.types import Conversation, Judgement
 
-_CHARACTERS = "0123456789-:higherlow"
-_IDS = {character: index for index, character in enumerate(dict.fromkeys(_CHARACTERS), start=2)}
-_TEXTS = {index: character for character, index in _IDS.items()}
 _SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
@@ -67,28 +65,10 @@ class GuessConfig:
                 raise ValueError(f"these ranges are too few to leave games for the {split} split: raise task.highest")
 
 
-class GuessTokenizer:
-    """A tokenizer that maps each character of the games to one id.
+class GuessTokenizer(Characters):
+    """One id for each character of the games."""
 
-    Attributes:
-        pad_id: the padding of a batch; it stands for no text.
-        eos_id: the id that ends a guess; it stands for no text.
-        stop_ids: all ids that end a guess: `eos_id` alone.
-        vocabulary_size: number of ids, which run from 0 to vocabulary_size - 1.
-    """
-
-    pad_id: int = 0
-    eos_id: int = 1
-    stop_ids: tuple[int, ...] = (1,)
-    vocabulary_size: int = 2 + len(_IDS)
-
-    def encode(self, text: str) -> list[int]:
-        """Return one id for each character, without an end id."""
-        return [_IDS[character] for character in text]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids, without padding and ends."""
-        return "".join(_TEXTS.get(int(token), "") for token in ids)
+    characters = "".join(dict.fromkeys("0123456789-:higherlow"))
 
 
 @functools.lru_cache(maxsize=6)

@@ -181,7 +181,7 @@ def _value(value: Any) -> Value:
 
 
 class _Wrong(Exception):
-    """What a function returned is not a list of rewards."""
+    """The error of a function that returned no list of rewards."""
 
 
 def _raised(error: BaseException) -> Failure:
